@@ -1,0 +1,129 @@
+"""Checkpoints of official codes and of timm to modules here, with a report of what was covered.
+
+timm's names are this project's names, so `encoder.state_dict()` goes into timm.create_model as it is. What differs
+elsewhere: a container around the tensors, a `module.` prefix, a class token or none, another grid, a decoder's names.
+"""
+
+import argparse
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.positions import resize_positions
+from common.vit import ViT
+
+State = dict[str, Tensor]
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be read, or does not cover the module."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What loading did: names of tensors loaded, missing (of the module), unexpected (of the file), reshaped on the way."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    reshaped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = f"{len(self.loaded)} tensors loaded, {len(self.missing)} missing, {len(self.unexpected)} unexpected"
+        details = [f"{kind}: {', '.join(getattr(self, kind))}" for kind in ("missing", "unexpected", "reshaped") if getattr(self, kind)]
+        return "; ".join([counts, *details])
+
+
+def read_checkpoint(path: Path | str) -> State:
+    """The tensors of a .safetensors or torch file, out of the containers that official codes use, without `module.`.
+
+    Nothing in the file is executed (weights_only). Raises ConversionError for a file that cannot be read so.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            # MAE's files carry their argparse options; a Namespace holds values and runs nothing.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConversionError(f"there is no checkpoint at {path}") from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ConversionError(f"{path} cannot be read as a checkpoint (truncated, or not one): {error}") from error
+    for container in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
+    tensors = {name.removeprefix("module."): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ConversionError(f"{path} holds no tensors under 'state_dict', 'model' or at its top")
+    return tensors
+
+
+def rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> State:
+    """Replace the longest matching prefix of each name; names that match none stay."""
+    ordered = sorted(prefixes, key=len, reverse=True)
+
+    def renamed(name: str) -> str:
+        prefix = next((p for p in ordered if name.startswith(p)), None)
+        return name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)
+
+    return {renamed(name.removeprefix("module.")): tensor for name, tensor in state.items()}
+
+
+def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Sequence[str] = ()) -> Coverage:
+    """Load an encoder from names of timm, MAE or DropPos, or from a method of this project (`encoder.` prefix).
+
+    The position embedding is resized to the encoder's grid, and a class token that the encoder lacks is left out with its
+    position. Decoders, heads and mask tokens are reported as unexpected.
+    Raises ConversionError, and changes nothing, where a tensor of the encoder is missing (unless named in `allow_missing`)
+    or has another shape.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if any(name.startswith("encoder.") for name in state):
+        state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
+    wanted = encoder.state_dict()
+    found = {name: tensor for name, tensor in state.items() if name in wanted}
+    reshaped = []
+    if "pos_embed" in found and (found["pos_embed"].shape != wanted["pos_embed"].shape):
+        found["pos_embed"] = _fit_positions(found["pos_embed"], "cls_token" in state, encoder)
+        reshaped.append("pos_embed")
+    missing = tuple(sorted(set(wanted) - set(found)))
+    wrong = [f"{n}: {tuple(t.shape)} in the file, {tuple(wanted[n].shape)} here" for n, t in found.items() if t.shape != wanted[n].shape]
+    if wrong:
+        raise ConversionError(f"the checkpoint is of another architecture: {'; '.join(wrong[:5])}")
+    coverage = Coverage(tuple(sorted(found)), missing, tuple(sorted(set(state) - set(wanted))), tuple(reshaped))
+    refused = [name for name in missing if name not in allow_missing]
+    if refused:
+        raise ConversionError(f"the checkpoint does not cover the encoder ({coverage}); to go on all the same, name what may be missing")
+    encoder.load_state_dict(found, strict=False)
+    return coverage
+
+
+def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> Coverage:
+    """Load a whole method from its official names. Raises ConversionError unless every tensor finds its place."""
+    state, wanted = rename(state, prefixes), method.state_dict()
+    coverage = Coverage(tuple(sorted(set(state) & set(wanted))), tuple(sorted(set(wanted) - set(state))), tuple(sorted(set(state) - set(wanted))))
+    if coverage.missing or coverage.unexpected:
+        raise ConversionError(f"the checkpoint is of another method or another configuration ({coverage})")
+    method.load_state_dict(state)
+    return coverage
+
+
+def _fit_positions(embedding_1TD: Tensor, class_token: bool, encoder: ViT) -> Tensor:
+    """A position embedding with or without a class token's row, for the encoder's grid and class token."""
+    prefix, patches = embedding_1TD[:, : int(class_token)], embedding_1TD[:, int(class_token) :]
+    side = isqrt(patches.shape[1])
+    if side * side != patches.shape[1]:
+        raise ConversionError(f"pos_embed of {patches.shape[1]} patches is no square grid, so it cannot be resized to {encoder.grid}")
+    if (side, side) != encoder.grid:
+        patches = resize_positions(patches, (side, side), encoder.grid, prefix_tokens=0)
+    if encoder.prefix_tokens and not class_token:
+        prefix = encoder.pos_embed[:, :1].detach().cpu()
+    return torch.cat([prefix[:, : encoder.prefix_tokens], patches], dim=1)

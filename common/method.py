@@ -1,0 +1,23 @@
+"""What a method is: a module with an `encoder` that turns images into an Output.
+
+    class Method(nn.Module):
+        encoder: ViT
+        def forward(self, images, targets=None) -> Output
+        def at_step(self, step, total_steps) -> None      # schedules of the method's own; optional
+
+The training loop, the checkpoints and the evaluations ask for nothing else. Random draws that a test must be able to
+replace are keyword arguments of forward that default to drawing.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Output:
+    """loss: scalar, float32, to be minimised. metrics: detached scalars to log. named: intermediate tensors, for pictures and tests."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    named: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,29 @@
+"""Counter-based randomness: every draw is a function of a key, never of what was drawn before.
+
+A key is a tuple of whole numbers such as (seed, step, rank) or (seed, epoch, sample). The training loop reseeds from
+its key before every micro-batch, the data loaders before every sample. So there is no generator state to save or lose:
+a run that was killed, or that goes on with another number of workers, draws what the undisturbed run would have drawn.
+"""
+
+import random
+
+import numpy
+import torch
+
+
+def mix(*key: int) -> int:
+    """One well-mixed 63-bit number for a key of non-negative whole numbers."""
+    return int(numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
+
+
+def reseed(*key: int) -> None:
+    """Set Python's, NumPy's and torch's global generators (all devices) from a key."""
+    number = mix(*key)
+    random.seed(number)
+    numpy.random.seed(number & 0xFFFFFFFF)
+    torch.manual_seed(number)
+
+
+def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator of its own, set from a key."""
+    return torch.Generator(device).manual_seed(mix(*key))

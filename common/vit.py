@@ -1,0 +1,179 @@
+"""Vision Transformer that runs on all tokens or on a kept subset. Its state dict has timm's names.
+
+Shapes: B images, C channels, P patch side, N patches, M kept patches, T tokens (the class token, if any, first), D width,
+H heads.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, Mlp
+from torch import Tensor, nn
+
+from common.attention import attend
+from common.masking import gather_tokens
+from common.positions import Grid, sincos_2d
+
+# width, depth, heads
+SIZES = {
+    "micro": (96, 6, 3),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+def patchify(images_BCHW: Tensor, patch: int) -> Tensor:
+    """Cut images into patches (B, N, C*P*P), cells in row-major order, pixels of a patch in a convolution's order (C, P, P)."""
+    B, C, H, W = images_BCHW.shape
+    x = images_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution of stride P, computed as a matrix product on patches so that hidden patches cost nothing."""
+
+    def __init__(self, channels: int, patch: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, patches_BNP: Tensor) -> Tensor:
+        """(B, N, C*P*P) to (B, N, D)."""
+        return F.linear(patches_BNP, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block with optional LayerScale and stochastic depth."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.ls2 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.drop_path(self.ls1(self.attn(self.norm1(x_BTD))))
+        return x_BTD + self.drop_path(self.ls2(self.mlp(self.norm2(x_BTD))))
+
+
+class ViT(nn.Module):
+    """Vision Transformer encoder.
+
+    image_size and patch_size in pixels; position is "sincos" (fixed, saved, never trained), "learned" or "none";
+    layer_scale is LayerScale's initial value; drop_path the last block's stochastic-depth rate (linear from 0).
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        channels: int = 3,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        class_token: bool = True,
+        position: Literal["sincos", "learned", "none"] = "sincos",
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.patch_size, self.channels, self.width = patch_size, channels, width
+        if any(side % patch_size or side < patch_size for side in self.image_size):
+            raise ValueError(f"image size {self.image_size[0]} x {self.image_size[1]} is not a multiple of the patch size {patch_size}")
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
+        self.grid: Grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
+        self.prefix_tokens = int(class_token)
+        tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
+
+        self.patch_embed = PatchEmbed(channels, patch_size, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if class_token else None
+        if position == "sincos":
+            table = torch.cat([torch.zeros(self.prefix_tokens, width), sincos_2d(self.grid, width)])
+            self.register_buffer("pos_embed", table[None])
+        elif position == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
+        elif position == "none":
+            self.pos_embed = None
+        else:
+            raise ValueError(f"position={position!r} is not known; choose 'sincos', 'learned' or 'none'")
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        initialise(self)
+
+    def embed(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
+        """Patch tokens without position, (B, N, D), or only those at the indices `keep`, in their order, (B, M, D)."""
+        if images_BCHW.shape[1:] != (self.channels, *self.image_size):
+            raise ValueError(f"expected images of {(self.channels, *self.image_size)}, got {tuple(images_BCHW.shape[1:])}")
+        patches_BNP = patchify(images_BCHW, self.patch_size)
+        return self.patch_embed(patches_BNP if keep_BM is None else gather_tokens(patches_BNP, keep_BM))
+
+    @property
+    def patch_positions(self) -> Tensor:
+        """The position embedding of the patches, (1, N, D)."""
+        return self.pos_embed[:, self.prefix_tokens :]
+
+    def encode(self, x_BMD: Tensor) -> Tensor:
+        """Prepend the class token, run the blocks and the final norm: (B, M, D) to (B, T, D)."""
+        if self.cls_token is not None:
+            first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+            x_BMD = torch.cat([first.to(x_BMD.dtype).expand(x_BMD.shape[0], -1, -1), x_BMD], dim=1)
+        return self.norm(self.blocks(x_BMD))
+
+    def forward(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
+        """Images to normed tokens (B, T, D), of all patches or of those at the indices `keep`."""
+        x = self.embed(images_BCHW, keep_BM)
+        if self.pos_embed is not None:
+            x = x + (self.patch_positions if keep_BM is None else gather_tokens(self.patch_positions, keep_BM))
+        return self.encode(x)
+
+
+def vit(size: str, **options) -> ViT:
+    """A ViT of a named size (micro, tiny, small, base, large, huge); options as in ViT. Raises ValueError for another name."""
+    if size not in SIZES:
+        raise ValueError(f"ViT size {size!r} is not known; choose one of {', '.join(SIZES)}")
+    width, depth, heads = SIZES[size]
+    return ViT(width=width, depth=depth, heads=heads, **options)
+
+
+def initialise(module: nn.Module) -> None:
+    """MAE's initialisation, which DropPos shares: Xavier-uniform matrices, zero biases, tokens and learned positions N(0, 0.02).
+
+    The patch convolution is drawn as a matrix, and its bias keeps torch's default.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, PatchEmbed):
+            nn.init.xavier_uniform_(layer.proj.weight.view(layer.proj.weight.shape[0], -1))
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.endswith(("token", "pos_embed")):
+            nn.init.normal_(parameter, std=0.02)
