@@ -1,0 +1,281 @@
+"""Reproduce a paper: pre-train, judge the encoder by the recipe's protocols, and show the numbers beside the published ones.
+
+    python -m benchmarks.reproduce droppos --epochs 800 --data /datasets/imagenet
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from lightning.fabric import Fabric
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks.papers import ROOT, choose_recipe, paper_module
+from benchmarks.table import comparison
+from common import results
+from common.checkpoint import export_encoder
+from common.convert import ConversionError
+from common.data import Augmentation, Data, DataError, Loader, Split, loader, open_data
+from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy
+from common.randomness import reseed
+from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, override
+from common.run import Run, RunError, console
+from common.train import device_batch, fit, make_fabric
+from common.vit import ViT
+
+
+@dataclass
+class Options:
+    """Pre-train by a paper's recipe, evaluate by its protocols, print the table. A stopped run goes on where it was."""
+
+    paper: Annotated[str, tyro.conf.Positional]
+    """Which paper, by its folder: droppos."""
+    data: str = "digits"
+    """digits (no download), cifar10, cifar100, tiny-imagenet, or a folder with train/ and val/ in ImageFolder layout."""
+    recipe: str | None = None
+    """Which recipe of the paper; by default the one meant for the data."""
+    epochs: int | None = None
+    """Epochs of pre-training, in place of the recipe's."""
+    seeds: int = 1
+    """How many seeds: 0, 1, ..., of which the table shows mean and standard deviation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    out: Path = Path("runs")
+    """Where runs are kept."""
+    record: bool = False
+    """Add the numbers to <paper>/results.csv and the log to <paper>/logs."""
+    set: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
+    """Change the recipe, repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50."""
+    precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
+    """auto is bf16-mixed where the hardware computes it, else 32-true."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work, under torchrun."""
+    workers: int = 4
+    """Processes that decode images, per device; data that fit in memory need none."""
+    compile: bool = False
+    """Compile the models with torch.compile."""
+    data_root: Path = Path("data")
+    """Where named data sets are kept."""
+    skip_corrupt: bool = False
+    """Put the next readable image in the place of one that is not, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name.upper()}={value} is less than 1; give a whole number from 1 up")
+
+
+class Reproduction:
+    """One seed of one recipe: its stages, each in a directory of its own, each done once."""
+
+    def __init__(self, options: Options, module: ModuleType, name: str, recipe: Recipe, data: Data, fabric: Fabric, seed: int):
+        self.options, self.module, self.recipe, self.data, self.fabric, self.seed = options, module, recipe, data, fabric, seed
+        label = name if Path(self.data.name).name == name else f"{name}-{Path(self.data.name).name}"
+        self.root = options.out / module.__package__ / f"{label}-{recipe.pretrain.epochs}ep-seed{seed}"
+        self.name = " ".join([name, *options.set])
+        self.precision = str(fabric._precision.precision)
+        self.size = (recipe.image_size, recipe.image_size)
+
+    def run(self) -> list[results.Row]:
+        """All stages in order; returns a row per number."""
+        rows = self.pretrain()
+        for protocol in self.recipe.protocols:
+            starts = ("pretrained", "scratch") if protocol.kind == "finetune" else ("pretrained", "random")
+            for start in (*starts, "pixels") if protocol.kind == "knn" else starts:
+                rows += self.evaluate(protocol, start)
+        return rows
+
+    def pretrain(self) -> list[results.Row]:
+        stage = self.recipe.pretrain
+        with self.open("pretrain") as run:
+            if run.result is None:
+                encoder = self.new_encoder()
+                method = self.module.build(self.recipe, encoder)
+                train = self.loader(self.data.train, stage, stage.augmentation)
+                method, hours = fit(run, self.fabric, method, stage, train, self.seed, compile=self.options.compile)
+                found = self.measure(method, self.loader(self.data.val, stage, None))
+                if run.main:
+                    export_encoder(method.encoder, run.directory / "encoder.safetensors")
+                    images = torch.stack([next(iter(self.loader(self.data.val.subset([i]), stage, None).epoch(0)))[0][0] for i in range(4)])
+                    reseed(self.seed, 0)
+                    self.module.illustrate(method, images, self.data, run.directory / "positions.png")
+                run.finish(found | {"hours": hours})
+                self.fabric.barrier()
+            return self.rows(run, "pretrain", "pretrained", [name for name in run.result if name.endswith("top1")])
+
+    def evaluate(self, protocol: Protocol, start: str) -> list[results.Row]:
+        with self.open(f"{protocol.name}-{start}", protocol) as run:
+            if run.result is None:
+                run.finish(self.knn(protocol, start) if protocol.kind == "knn" else self.train_classifier(run, protocol, start))
+                self.fabric.barrier()
+            return self.rows(run, protocol.name, start, ["top1"])
+
+    def train_classifier(self, run: Run, protocol: Protocol, start: str) -> dict[str, float]:
+        split = self.data.train
+        if protocol.labels_per_class is not None:
+            split = split.per_class(protocol.labels_per_class, self.seed)
+        if protocol.kind == "finetune":
+            model: nn.Module = Classifier(self.start_encoder(start, protocol), self.data.classes, protocol)
+        else:
+            model = LinearProbe(self.start_encoder(start, protocol), self.data.classes, protocol)
+        train = self.loader(split, protocol.stage, protocol.stage.augmentation)
+        model, hours = fit(run, self.fabric, model, protocol.stage, train, self.seed, compile=self.options.compile)
+        found = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage, None))
+        return found | {"hours": hours}
+
+    def knn(self, protocol: Protocol, start: str) -> dict[str, float]:
+        begun = time.perf_counter()
+        encoder = None if start == "pixels" else self.start_encoder(start, protocol)
+        found = [
+            features(self.fabric, encoder, self.loader(split, self.recipe.pretrain, None, alone=True), protocol.pool)
+            for split in (self.data.train, self.data.val)
+        ]
+        (train_ND, train_N), (val_ND, val_N) = found
+        settings = {"classes": self.data.classes, "neighbours": protocol.neighbours, "temperature": protocol.temperature}
+        top1 = knn_accuracy(train_ND, train_N, val_ND, val_N, **settings)
+        return {"top1": top1, "hours": (time.perf_counter() - begun) / 3600}
+
+    def new_encoder(self, **changes) -> ViT:
+        """A fresh encoder, the same for the same seed."""
+        reseed(self.seed)
+        return self.recipe.build_encoder(self.data.channels, **changes)
+
+    def start_encoder(self, start: str, protocol: Protocol) -> ViT:
+        """The encoder that an evaluation starts from: pre-trained, or fresh."""
+        changes = {"drop_path": protocol.drop_path} | ({"position": "learned"} if protocol.train_positions else {})
+        encoder = self.new_encoder(**changes)
+        if start == "pretrained":
+            encoder.load_state_dict(load_file(self.root / "pretrain" / "encoder.safetensors"))
+        elif protocol.train_positions:
+            encoder.pos_embed.data.copy_(self.recipe.build_encoder(self.data.channels).pos_embed)
+        return encoder
+
+    def loader(self, split: Split, stage: Stage, augmentation: Augmentation | None, alone: bool = False) -> Loader:
+        """Batches for this process; `alone` where every process must see all images."""
+        world = self.fabric.world_size
+        batch = device_batch(stage, world)
+        return loader(
+            split,
+            data=self.data,
+            image_size=self.size,
+            batch_size=batch,
+            augmentation=augmentation,
+            seed=self.seed,
+            device=self.fabric.device,
+            workers=self.options.workers,
+            rank=0 if alone else self.fabric.global_rank,
+            world_size=1 if alone else world,
+            accumulate=stage.batch_size // (batch * world),
+        )
+
+    @torch.no_grad()
+    def measure(self, method: nn.Module, batches: Loader) -> dict[str, float]:
+        """The method's own metrics on validation images."""
+        method.eval()
+        sums: dict[str, float] = {}
+        count = 0
+        for index, (images, targets) in enumerate(batches.epoch(0)):
+            reseed(self.seed, index, self.fabric.global_rank, 1)
+            with self.fabric.autocast():
+                output = method(images, targets)
+            for name, value in {"loss": output.loss, **output.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(images)
+            count += len(images)
+        totals = self.fabric.all_reduce(torch.tensor([*sums.values(), count], dtype=torch.float64), reduce_op="sum").tolist()
+        return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
+
+    def open(self, stage: str, protocol: Protocol | None = None) -> Run:
+        asked = as_json(self.recipe)
+        protocols = asked.pop("protocols")
+        settings = {"paper": self.module.__package__, "data": self.data.name, "seed": self.seed, "precision": self.precision}
+        settings |= {"recipe": asked} | ({"protocol": next(p for p in protocols if p["name"] == protocol.name)} if protocol else {})
+        return Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
+
+    def rows(self, run: Run, protocol: str, start: str, metrics: list[str]) -> list[results.Row]:
+        """The ledger's rows of a finished stage, with the facts of when it ran, which may be before this call."""
+        result = run.result
+        environment = result["environment"]
+        facts = {
+            "date": result["date"],
+            "commit": environment["commit"],
+            "paper": self.module.__package__,
+            "recipe": self.name,
+            "data": self.data.name,
+            "backbone": self.recipe.backbone,
+            "pretrain_epochs": self.recipe.pretrain.epochs,
+            "seed": self.seed,
+            "protocol": protocol,
+            "start": start,
+            "device": environment["device"],
+            "precision": self.precision,
+            "hours": round(result["hours"], 5),
+            "versions": environment["versions"],
+            "log": f"{self.module.__package__}/logs/{self.root.name}.txt",
+        }
+        return [results.Row(metric=metric, value=round(result[metric], 4), **facts) for metric in metrics]
+
+    def record(self, rows: list[results.Row]) -> None:
+        """Put the rows into the paper's ledger, and the logs of all stages, as one file, beside it."""
+        log = ROOT / rows[0].log
+        log.parent.mkdir(exist_ok=True)
+        stages = sorted(self.root.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
+        log.write_text("".join(f"# {path.parent.name}\n{path.read_text()}" for path in stages))
+        results.append(ROOT / self.module.__package__ / "results.csv", rows)
+        console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` brings the READMEs up to date")
+
+
+def reproduce(options: Options) -> list[results.Row]:
+    """All seeds of a recipe; prints the table and returns the rows."""
+    module = paper_module(options.paper)
+    data = open_data(options.data, options.data_root, options.skip_corrupt)
+    name, recipe = choose_recipe(module, options.data, options.recipe)
+    recipe = override(recipe, options.set)
+    if options.epochs is not None:
+        recipe = dataclasses.replace(recipe, pretrain=dataclasses.replace(recipe.pretrain, epochs=options.epochs))
+    fabric = make_fabric(options.device, options.precision, options.strategy)
+    fabric.launch()
+    rows = []
+    for seed in range(options.seeds):
+        reproduction = Reproduction(options, module, name, recipe, data, fabric, seed)
+        made = reproduction.run()
+        if options.record and fabric.is_global_zero:
+            reproduction.record(made)
+        rows += made
+    if fabric.is_global_zero:
+        show(options.paper, rows)
+    return rows
+
+
+def show(paper: str, rows: list[results.Row]) -> None:
+    """The table on the screen: this run, training from scratch, and the published numbers."""
+    frame = comparison(paper, results.frame(rows))
+    first = rows[0]
+    table = Table(title=f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of pre-training, {first.device}, {first.precision}")
+    for column in frame.columns:
+        table.add_column(column, justify="left" if column in ("Protocol", "Published") else "right")
+    for line in frame.itertuples(index=False):
+        table.add_row(*line)
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
+    try:
+        reproduce(tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__))
+    except (RecipeError, RunError, DataError, ConversionError, ValueError) as error:
+        console.print(f"error: {error}", style="bold red", markup=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""Every table of numbers in the READMEs, made from `results.csv`, `published.csv` and `speed.csv`.
+
+A README asks for a table with the line `<!-- table: NAME -->` and ends it with `<!-- /table -->`; what stands between is replaced.
+`python -m benchmarks.table` writes, `--check` only says what is stale.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from benchmarks.papers import ROOT, papers
+from common.results import load, summary
+
+MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
+OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
+PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting protocol metric value source confidence".split()
+BESIDE = ["paper", "data", "recipe", "backbone", "protocol", "metric", "device"]  # what a run shares with its baselines
+BASELINES = {"scratch": "", "random": ", random encoder", "pixels": ", raw pixels"}
+NOT_YET = "not measured yet"
+
+
+def published(paper: str, root: Path = ROOT) -> pandas.DataFrame:
+    """The published numbers of a paper, every cell as it was printed; an empty frame where there is no `published.csv`."""
+    path = root / paper / "published.csv"
+    return pandas.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pandas.DataFrame(columns=PUBLISHED, dtype=str)
+
+
+def measured(paper: str, root: Path = ROOT) -> pandas.DataFrame:
+    """Our numbers of a paper, summarised; a number without its log is left out.
+
+    Raises ValueError where `results.csv` is not a ledger.
+    """
+    ledger = load(root / paper / "results.csv")
+    return summary(ledger.loc[[(root / log).is_file() for log in ledger["log"]]])
+
+
+def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
+    """What a run says at its end: each protocol's number beside its baseline's and beside a published one of the same protocol.
+
+    `rows` has the columns of `common.results.Row`. The published number is the one nearest to the run (same data, then backbone,
+    then epochs) and carries its setting; it is there to be read, and the difference is between our own two numbers.
+    """
+    table, own = [], list(claims(paper, root).itertuples())
+    for line, others in pairs(summary(rows)):
+        near = max((row for row in own if alike(row, line)), key=partial(closeness, line=line), default=None)
+        scratch = others[others["start"] != "pixels"]["mean"]
+        cells = {
+            "Protocol": protocol(line),
+            "Ours": number(line),
+            "From scratch": baselines(others),
+            "Ours - scratch": f"{line.mean - scratch.iloc[0]:+.2f}" if len(scratch) else "-",
+            "Published": "-",
+        }
+        if near:
+            cells["Published"] = f"{near.value} ({title(near.dataset)}, {title(near.backbone)}, {near.pretrain_epochs or '?'} ep)"
+        table.append(cells)
+    return pandas.DataFrame(table)
+
+
+def results_table(root: Path) -> str:
+    """The root README's table: every fine-tuning number that a paper prints with ours beside it, then what only we measured."""
+    table = []
+    for paper in papers(root):
+        ours = list(pairs(measured(paper, root)))
+        entries: list[tuple[Any, Any, Any]] = []  # published row, our line, its baselines
+        for row in claims(paper, root).query("task == 'classification' and protocol == 'finetune' and metric == 'top1'").itertuples():
+            equals = [(row, *pair) for pair in ours if alike(row, pair[0]) and all(closeness(row, pair[0]))]
+            entries += equals or [(row, None, None)]
+        matched = [line for _, line, _ in entries]
+        entries += [(None, *pair) for pair in ours if pair[0] not in matched]
+        for row, line, others in entries:
+            table.append(
+                {
+                    "Paper": paper,
+                    "Data": title(row.dataset if row else line.data),
+                    "Backbone": title((row or line).backbone),
+                    "Epochs": (row or line).pretrain_epochs,
+                    "Protocol": protocol(row or line),
+                    "Published": " ".join(filter(None, [row.value, row.setting and f"({row.setting})"])) if row else "",
+                    "Ours": number(line) if line else NOT_YET,
+                    "From scratch": baselines(others) if line else "",
+                    "Difference": f"{line.mean - float(row.value):+.2f}" if row and line else "",
+                    "Log": links(" ".join([line.log, *others["log"]]), root, root) if line else "",
+                }
+            )
+    return markdown(pandas.DataFrame(table))
+
+
+def published_table(paper: str, root: Path) -> str:
+    """A paper's published numbers, second-hand and third-party ones marked as such."""
+    frame = published(paper, root)
+    names = ["method", "backbone", "dataset", "pretrain_epochs", "setting", "protocol", "metric", "value", "source", "confidence"]
+    frame = frame[names].replace({"confidence": "_", "protocol": "_", "metric": "_"}, " ", regex=True)
+    frame["dataset"] = [title(name) for name in frame["dataset"]]
+    frame = frame.rename(columns={"dataset": "data", "pretrain_epochs": "epochs"}).rename(columns=str.capitalize)
+    return markdown(frame, nothing="no published number is known")
+
+
+def measured_table(paper: str, root: Path) -> str:
+    """A paper's measured numbers, baselines included, with what is needed to repeat them."""
+    table = [
+        {
+            "Data": title(line.data),
+            "Recipe": line.recipe,
+            "Backbone": line.backbone,
+            "Epochs": line.pretrain_epochs,
+            "Protocol": line.protocol.replace("_", " "),
+            "Start": line.start,
+            "Metric": line.metric.replace("_", " "),
+            "Mean ± sd": number(line),
+            "Device": f"{line.device}, {line.precision}",
+            "Hours": f"{line.hours:.2g}" if line.hours < 10 else f"{line.hours:.0f}",
+            "Commit": line.commit,
+            "Log": links(line.log, root, root / paper),
+        }
+        for line in measured(paper, root).itertuples()
+    ]
+    return markdown(pandas.DataFrame(table))
+
+
+def speed_table(root: Path) -> str:
+    """The committed speed measurements as they are."""
+    path = root / "benchmarks" / "speed.csv"
+    return markdown(pandas.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pandas.DataFrame())
+
+
+def claims(paper: str, root: Path) -> pandas.DataFrame:
+    """The numbers that the paper's authors print for their own method."""
+    frame = published(paper, root).query("confidence == 'first_hand'")
+    return frame.loc[[plain(paper) in plain(method) for method in frame["method"]]]
+
+
+def pairs(lines: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
+    """Each summary line of a pre-trained start, with its baselines: scratch first, raw pixels last."""
+    for line in lines[lines["start"] == "pretrained"].itertuples():
+        same = (lines[BESIDE] == [getattr(line, name) for name in BESIDE]).all(axis=1)
+        others = lines[same & lines["start"].isin(BASELINES) & lines["pretrain_epochs"].isin([line.pretrain_epochs, 0])]
+        yield line, others.sort_values("start", ascending=False)
+
+
+def alike(row: Any, line: Any) -> bool:
+    """Whether a published row and a summary line are the same kind of number."""
+    return row.protocol == line.protocol and row.metric == line.metric
+
+
+def closeness(row: Any, line: Any) -> tuple[bool, bool, bool]:
+    """Whether a published row and a summary line agree in data, backbone and epochs."""
+    return plain(row.dataset) == plain(line.data), row.backbone == line.backbone, row.pretrain_epochs == str(line.pretrain_epochs)
+
+
+def plain(name: str) -> str:
+    """A name without case and punctuation: ImageNet-1k and imagenet1k are one data set."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def title(name: str) -> str:
+    """A data set or backbone as papers write it, where that is known."""
+    if vit := re.fullmatch(r"vit_(s|b|l|h)(?:mall|ase|arge|uge)_patch(\d+)_\d+", name):
+        return f"ViT-{vit[1].upper()}/{vit[2]}"
+    names = {"imagenet1k": "ImageNet-1K", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "ade20k": "ADE20K", "coco": "COCO"}
+    return names.get(plain(name), name)
+
+
+def protocol(line: Any) -> str:
+    """The protocol in words, with the metric where it is not the usual one."""
+    return (line.protocol if line.metric == "top1" else f"{line.protocol} ({line.metric})").replace("_", " ")
+
+
+def number(line: Any) -> str:
+    """A mean with its spread and how many seeds it stands on."""
+    spread = f" ± {line.sd:.2f}" if pandas.notna(line.sd) else ""
+    return f"{line.mean:.2f}{spread} ({line.seeds} seed{'s' if line.seeds > 1 else ''})"
+
+
+def baselines(others: pandas.DataFrame) -> str:
+    """All baselines of a line in one cell, each that is not training from scratch with its name."""
+    return "; ".join(number(other) + BASELINES[other.start] for other in others.itertuples()) or "-"
+
+
+def links(logs: str, root: Path, folder: Path) -> str:
+    """Links to logs, as seen from a README in `folder`."""
+    paths = [Path(os.path.relpath(root / log, folder)).as_posix() for log in dict.fromkeys(logs.split())]
+    return ", ".join(f"[log {index}]({path})" for index, path in enumerate(paths, 1)).replace("log 1]", "log]")
+
+
+def markdown(frame: pandas.DataFrame, nothing: str = NOT_YET) -> str:
+    """A data frame of text and whole numbers as a Markdown table, an empty cell as a dash; `nothing` where there is no row."""
+    if frame.empty:
+        return f"{nothing}\n"
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.replace("", "-").itertuples(index=False)]
+    return "".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |\n" for row in rows)
+
+
+def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tuple[str, list[str]]:
+    """Put each table between its markers. Returns the new text and a line for each table that was stale.
+
+    Raises ValueError, naming `where` and the line, for an unknown name and for a marker without its partner.
+    """
+    filled, stale, end = "", [], 0
+    markers = MARKER.finditer(text)
+    for opening in markers:
+        name, line = opening[1], f"{where}:{text.count(chr(10), 0, opening.start()) + 1}"
+        if opening[2]:
+            raise ValueError(f"{line}: this marker closes a table that was never opened")
+        if name not in tables:
+            raise ValueError(f"{line}: there is no table {name!r}; the tables here are {', '.join(tables)}")
+        closing = next(markers, None)
+        if closing is None or not closing[2]:
+            raise ValueError(f"{line}: table {name!r} is not closed by {CLOSE}")
+        table = f"\n\n{tables[name]()}\n"  # blank lines, so that Markdown does not take the table for the comment's tail
+        if table != text[opening.end() : closing.start()]:
+            stale.append(f"{line}: table {name!r}")
+        filled += text[end : opening.end()] + table
+        end = closing.start()
+    return filled + text[end:], stale
+
+
+def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
+    """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot mend."""
+    readmes: dict[str, dict[str, Callable[[], str]]] = {
+        "README.md": {"results": lambda: results_table(root), "speed": lambda: speed_table(root)},
+        "benchmarks/README.md": {"speed": lambda: speed_table(root)},
+    }
+    for paper in papers(root):
+        readmes[f"{paper}/README.md"] = {
+            "published": partial(published_table, paper, root),
+            "measured": partial(measured_table, paper, root),
+        }
+    stale, faults = [], []
+    for where, tables in readmes.items():
+        readme = root / where
+        text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+        absent = tables.keys() - {"speed"} - {marker[1] for marker in MARKER.finditer(text)}
+        faults += [f"{where}: table {name!r} is missing: add the lines {OPEN.format(name)} and {CLOSE}" for name in sorted(absent)]
+        try:
+            filled, old = fill(text, tables, where)
+            if old and not check:
+                readme.write_text(filled, encoding="utf-8")
+            stale += old
+            if "measured" in tables:
+                logs = load(readme.parent / "results.csv")["log"].unique()
+                lost = [log for log in logs if not (root / log).is_file()]
+                faults += [f"{readme.parent.name}/results.csv: the log {log!r} is missing, so no number of it is shown" for log in lost]
+        except ValueError as error:
+            faults.append(str(error))
+    return stale, list(dict.fromkeys(faults))
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """The command line. Returns 1 where something is wrong, with --check also where a table is stale; else 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Write the READMEs' tables from the CSV files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; name every table that is not current and exit with 1")
+    check = parser.parse_args(argv).check
+    stale, faults = update(root, check)
+    for line in stale:
+        print(f"{line} is stale: mend it with `make table`" if check else f"{line} written")
+    print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
+    return int(bool(faults or (check and stale)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""How an encoder is judged: full fine-tuning, linear probe, weighted k-NN. Training from scratch is fine-tuning from nothing.
+
+Shapes: B images, T tokens (the class token, if any, first), D width, K classes.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from common.data import Loader
+from common.method import Output
+from common.recipe import Protocol
+from common.vit import ViT
+
+
+def pool(tokens_BTD: Tensor, encoder: ViT, how: str) -> Tensor:
+    """The feature of an image (B, D): the mean of its patch tokens, or its class token.
+
+    Raises ValueError for the class token of an encoder that has none.
+    """
+    if how == "mean":
+        return tokens_BTD[:, encoder.prefix_tokens :].mean(1)
+    if not encoder.prefix_tokens:
+        raise ValueError("pool='class' needs an encoder with a class token; use pool='mean'")
+    return tokens_BTD[:, 0]
+
+
+class Classifier(nn.Module):
+    """A whole network that learns to classify: MAE's and DeiT's fine-tuning, as DropPos uses it.
+
+    With mean pooling the encoder's final norm gives way to a fresh one after pooling. The head starts near zero
+    (std 2e-5). Mixup and CutMix (timm's) blend each micro-batch; they and label smoothing apply to training only.
+    """
+
+    def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
+        super().__init__()
+        self.encoder, self.how, self.smoothing = encoder, protocol.pool, protocol.smoothing
+        if protocol.pool == "mean":
+            encoder.norm = nn.Identity()
+        self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6) if protocol.pool == "mean" else nn.Identity()
+        self.head = nn.Linear(encoder.width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+        self.mixup = None
+        if protocol.mixup or protocol.cutmix:
+            self.mixup = Mixup(protocol.mixup, protocol.cutmix, label_smoothing=protocol.smoothing, num_classes=classes)
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
+        """images (B, C, H, W) and, in training, class indices (B,). `named["logits"]` is (B, K)."""
+        smoothing = self.smoothing
+        if self.training and self.mixup is not None and len(images) % 2 == 0:  # timm pairs images, so it wants an even number
+            images, targets = self.mixup(images.clone(), targets)
+            smoothing = 0.0  # already in the blended targets
+        logits_BK = self.head(self.fc_norm(pool(self.encoder(images), self.encoder, self.how))).float()
+        loss = logits_BK.new_zeros(()) if targets is None else F.cross_entropy(logits_BK, targets, label_smoothing=smoothing)
+        return Output(loss, named={"logits": logits_BK})
+
+    def no_weight_decay(self) -> set[str]:
+        return {"encoder.cls_token", "encoder.pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer 0 is the stem, layer i + 1 is block i, what follows the blocks is the head (timm's layer decay asks for this)."""
+        stem, head = r"^encoder\.(?:cls_token|pos_embed|patch_embed)", r"^(?:encoder\.norm|fc_norm|head)"
+        return {"stem": stem, "blocks": [(r"^encoder\.blocks\.(\d+)", None), (head, (99999,))]}
+
+
+class LinearProbe(nn.Module):
+    """A linear layer on frozen features, behind a batch norm without affine parameters (MAE, appendix A.1)."""
+
+    def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
+        super().__init__()
+        self.encoder, self.how = encoder.requires_grad_(False), protocol.pool
+        self.norm = nn.BatchNorm1d(encoder.width, affine=False, eps=1e-6)
+        self.head = nn.Linear(encoder.width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
+        """images (B, C, H, W) and, in training, class indices (B,). `named["logits"]` is (B, K)."""
+        with torch.no_grad():
+            feature_BD = pool(self.encoder(images), self.encoder, self.how).float()
+        logits_BK = self.head(self.norm(feature_BD)).float()
+        loss = logits_BK.new_zeros(()) if targets is None else F.cross_entropy(logits_BK, targets)
+        return Output(loss, named={"logits": logits_BK})
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+
+@torch.no_grad()
+def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, float]:
+    """top1 and top5 in percent of a model whose output names "logits", over all processes."""
+    model.eval()
+    hits = torch.zeros(3, device=fabric.device)
+    for images, targets in loader.epoch(0):
+        with fabric.autocast():
+            logits_BK = model(images).named["logits"]
+        ranked_BK = logits_BK.topk(min(5, logits_BK.shape[1])).indices == targets[:, None]
+        hits += torch.stack([ranked_BK[:, 0].sum(), ranked_BK.sum(), torch.tensor(len(targets), device=fabric.device)])
+    top1, top5, count = fabric.all_reduce(hits, reduce_op="sum").tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+@torch.no_grad()
+def features(fabric: Fabric, encoder: ViT | None, loader: Loader, how: str) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, D) of every image and their classes (N,); raw pixels where the encoder is None."""
+    found = []
+    if encoder is not None:
+        encoder = copy.deepcopy(encoder).to(fabric.device).eval()
+    for images, targets in loader.epoch(0):
+        with fabric.autocast():
+            feature = images.flatten(1) if encoder is None else pool(encoder(images), encoder, how)
+        found.append((feature.float(), targets))
+    feature_ND, target_N = (torch.cat(part) for part in zip(*found, strict=True))
+    return feature_ND, target_N
+
+
+def knn_accuracy(
+    train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, neighbours: int = 20, temperature: float = 0.07
+) -> float:
+    """top1 in percent of the weighted nearest-neighbour classifier: cosine similarity s, votes exp(s / temperature)."""
+    train_ND, test_MD = F.normalize(train_ND, dim=1), F.normalize(test_MD, dim=1)
+    hits = 0
+    for block_BD, block_B in zip(test_MD.split(1024), test_M.split(1024), strict=True):
+        similarity_BK, index_BK = (block_BD @ train_ND.T).topk(min(neighbours, len(train_ND)), dim=1)
+        votes = torch.zeros(len(block_BD), classes, device=train_ND.device)
+        votes.scatter_add_(1, train_N[index_BK], (similarity_BK / temperature).exp())
+        hits += int((votes.argmax(1) == block_B).sum())
+    return 100 * hits / len(test_M)

@@ -1,0 +1,69 @@
+"""Pictures of what a model believes about positions."""
+
+from pathlib import Path
+
+import numpy
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from common.data import Data
+from common.vit import patchify
+
+
+def draw_positions(
+    images_BCHW: Tensor, patch: int, cell_BV: Tensor, predicted_BV: Tensor, dropped_BV: Tensor, data: Data, path: Path
+) -> None:
+    """Write a picture with a row per image: the image, what the model saw, and its dropped patches where the model puts them.
+
+    cell (B, V) is the true cell of each visible patch, predicted (B, V) the model's, dropped (B, V) tells whose position was
+    dropped. Green frames are right, red ones wrong; where several patches are put into one cell the last is drawn.
+    """
+    pixels_BCHW = _as_pixels(images_BCHW, data)
+    patches_BNP = patchify(pixels_BCHW, patch)
+    columns = images_BCHW.shape[-1] // patch
+    figure = Figure(figsize=(8.4, 2.6 * len(images_BCHW)), layout="constrained")
+    axes = figure.subplots(len(images_BCHW), 3, squeeze=False)
+    for row, (image, patches, cell, predicted, dropped) in enumerate(
+        zip(pixels_BCHW, patches_BNP, cell_BV, predicted_BV, dropped_BV, strict=True)
+    ):
+        right = int(((cell == predicted) & dropped).sum())
+        titles = ("image", f"visible: {len(cell)} of {len(patches)}", f"placed by the model: {right} of {int(dropped.sum())} right")
+        seen = _assemble(image, patch, zip(cell.tolist(), patches[cell], strict=True), columns)
+        kept = [(int(c), patches[c]) for c, d in zip(cell, dropped, strict=True) if not d]
+        moved = [(int(p), patches[c]) for c, p, d in zip(cell, predicted, dropped, strict=True) if d]
+        placed = _assemble(image, patch, [*kept, *moved], columns)
+        for axis, title, shown in zip(axes[row], titles, (image, seen, placed), strict=True):
+            axis.imshow(_channels_last(shown), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+            if row == 0 or title != "image":
+                axis.set_title(title, fontsize=10)
+        for c, p, d in zip(cell.tolist(), predicted.tolist(), dropped.tolist(), strict=True):
+            if d:
+                _frame(axes[row][1], c, columns, patch, "white")
+                _frame(axes[row][2], p, columns, patch, "limegreen" if c == p else "red")
+    figure.savefig(path, dpi=100)
+
+
+def _as_pixels(images_BCHW: Tensor, data: Data) -> Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    return (images_BCHW.float().cpu() * std + mean).clamp(0, 1)
+
+
+def _assemble(image_CHW: Tensor, patch: int, placed, columns: int) -> Tensor:
+    """A canvas, mid-grey where no patch is put, of the same size as the image."""
+    canvas = torch.full_like(image_CHW, 0.45)
+    for cell, pixels in placed:
+        top, left = divmod(cell, columns)
+        canvas[:, top * patch : (top + 1) * patch, left * patch : (left + 1) * patch] = pixels.view(-1, patch, patch)
+    return canvas
+
+
+def _channels_last(image_CHW: Tensor) -> numpy.ndarray:
+    return image_CHW.permute(1, 2, 0).squeeze(-1).numpy()
+
+
+def _frame(axis, cell: int, columns: int, patch: int, color: str) -> None:
+    top, left = divmod(cell, columns)
+    axis.add_patch(Rectangle((left * patch - 0.5, top * patch - 0.5), patch, patch, fill=False, edgecolor=color, linewidth=1.2))

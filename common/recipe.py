@@ -1,0 +1,164 @@
+"""What a run is made of: a typed recipe, which a paper's recipe.py fills in and the command line overrides.
+
+A recipe is data. What it trains with (Stage), what it is judged by (Protocol) and what the method is given (`method`) are
+all in it, so the recipe.json of a run is the whole truth about its settings.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from common.data import Augmentation
+from common.vit import ViT, vit
+
+
+class RecipeError(ValueError):
+    """A recipe, or a change to one, that cannot be."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: how long, on what batches, with which optimizer."""
+
+    epochs: int  # passes over the training images
+    batch_size: int  # images per optimizer step, over all devices and accumulation steps
+    base_lr: float  # learning rate per `lr_batch` images; the rate is base_lr * batch_size / lr_batch
+    lr_batch: int = 256  # see base_lr
+    warmup_epochs: float = 0.0  # linear warm-up from zero
+    min_lr: float = 0.0  # where the half-cosine ends
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's; LARS takes the first as its momentum
+    weight_decay: float = 0.05  # not on biases and one-dimensional parameters
+    layer_decay: float | None = None  # factor on the learning rate per layer below the head
+    clip_norm: float | None = None  # global gradient norm
+    ema: float | None = None  # decay of an average of the weights, which is then what is evaluated
+    device_batch: int = 512  # most images given to one device at once; accumulation makes up the difference
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of the training images
+
+    @property
+    def lr(self) -> float:
+        return self.base_lr * self.batch_size / self.lr_batch
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to judge an encoder; its name stands in the results."""
+
+    name: str  # as it stands in results.csv
+    kind: Literal["finetune", "linear", "knn"]  # all weights trained; a linear layer on frozen features; no training
+    stage: Stage | None = None  # how to train; k-NN has none
+    labels_per_class: int | None = None  # train on so many labels per class, drawn with the run's seed; None = all
+    pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
+    train_positions: bool = False  # fine-tuning: train the position embedding (MAE) or keep it (DropPos)
+    drop_path: float = 0.0  # fine-tuning: stochastic depth of the last block
+    mixup: float = 0.0  # fine-tuning: mixup alpha
+    cutmix: float = 0.0  # fine-tuning: cutmix alpha
+    smoothing: float = 0.0  # fine-tuning: label smoothing
+    neighbours: int = 20  # k-NN: how many
+    temperature: float = 0.07  # k-NN: of the similarity weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method on a data set: encoder, pre-training, evaluations."""
+
+    data: tuple[str, ...]  # data sets it is meant for, the first by default; "folder" is any ImageFolder path
+    size: str  # encoder size, a name of common.vit.SIZES
+    image_size: int  # pixels
+    patch_size: int  # pixels
+    pretrain: Stage
+    protocols: tuple[Protocol, ...]
+    method: dict[str, Any] = field(default_factory=dict)  # options of the paper's method
+    encoder: dict[str, Any] = field(default_factory=dict)  # options of common.vit.ViT
+
+    @property
+    def backbone(self) -> str:
+        """timm's name of the encoder."""
+        return f"vit_{self.size}_patch{self.patch_size}_{self.image_size}"
+
+    def build_encoder(self, channels: int, **changes) -> ViT:
+        """The encoder for images of so many channels, with options changed by keyword."""
+        options = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels} | self.encoder | changes
+        return vit(self.size, **options)
+
+
+def as_json(recipe: Recipe | Stage | Protocol) -> dict:
+    """The recipe as JSON holds it (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known names, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def check_options(function: Any, options: Mapping[str, Any]) -> None:
+    """Raise RecipeError where `function` does not take one of the options by keyword."""
+    known = [name for name in inspect.signature(function).parameters]
+    for name in options:
+        if name not in known:
+            raise RecipeError(f"{getattr(function, '__name__', function)} has no option {name!r}; {nearest(name, known)}")
+
+
+def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """The recipe with values changed by "path=value", such as "pretrain.base_lr=1e-3" or "method.sigma=2".
+
+    Protocols are reached by name ("finetune.epochs=50" is protocols -> finetune -> stage -> epochs when written
+    "finetune.stage.epochs=50"). Values are JSON, or text. Raises RecipeError naming the path and the nearest field.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise RecipeError(f"{assignment!r} is no assignment; write path=value, such as pretrain.base_lr=1e-3")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        recipe = _replace(recipe, path.split("."), value, path)
+    return recipe
+
+
+def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
+    if isinstance(node, tuple) and node and isinstance(node[0], Protocol):
+        raise RecipeError(f"{whole}: protocols are changed one by one, by name: {', '.join(p.name for p in node)}")
+    if isinstance(node, Mapping):
+        return {**node, ".".join(path): value}
+    name, rest = path[0], path[1:]
+    fields = {f.name for f in dataclasses.fields(node)}
+    if isinstance(node, Recipe) and name in (names := [p.name for p in node.protocols]):
+        changed = _replace(node.protocols[names.index(name)], rest, value, whole)
+        return dataclasses.replace(node, protocols=tuple(changed if p.name == name else p for p in node.protocols))
+    if name not in fields:
+        extra = [p.name for p in node.protocols] if isinstance(node, Recipe) else []
+        raise RecipeError(f"{whole}: there is no {name!r} in a {type(node).__name__}; {nearest(name, [*fields, *extra])}")
+    current = getattr(node, name)
+    if rest:
+        if not dataclasses.is_dataclass(current) and not isinstance(current, Mapping):
+            raise RecipeError(f"{whole}: {name} is {current!r} and has no parts")
+        return dataclasses.replace(node, **{name: _replace(current, rest, value, whole)})
+    return dataclasses.replace(node, **{name: _typed(value, typing.get_type_hints(type(node))[name], whole)})
+
+
+def _typed(value: Any, hint: Any, path: str) -> Any:
+    """The value as the field's type wants it. Raises RecipeError where it is of another."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option)
+        if origin is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif origin is tuple and isinstance(value, list):
+            return tuple(value)
+        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif option in (int, str, bool, type(None)) and type(value) is option:
+            return value
+    raise RecipeError(f"{path}={value!r} does not fit; expected {hint if len(options) > 1 or typing.get_origin(hint) else hint.__name__}")

@@ -1,0 +1,164 @@
+"""The run ledger: one row per measured number, with everything that is needed to doubt it.
+
+A paper's ledger is its `results.csv`. Every table in the repository is made from ledgers and `published.csv` files, never typed.
+"""
+
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_type_hints
+
+import pandas
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number and where it comes from."""
+
+    date: str  # UTC day of the run, ISO format: 2026-11-20
+    commit: str  # 12 hex digits, "+dirty" behind them where the code differed from that commit; see commit()
+    paper: str  # folder of the paper: droppos
+    recipe: str  # name of the recipe: digits
+    data: str  # name of the data set, as published.csv calls it: digits, cifar10, imagenet1k
+    backbone: str  # timm's name where it has one: vit_base_patch16_224
+    pretrain_epochs: int  # epochs of pre-training behind the number; for a baseline those of the run beside it, or 0
+    seed: int  # seed of the run
+    protocol: str  # what was done to get the number: pretrain, finetune, finetune_5_per_class, finetune_20_per_class, linear, knn
+    start: str  # pretrained, or a baseline: scratch, random (frozen untrained encoder), pixels (no encoder at all)
+    metric: str  # top1 or position_top1, both in percent
+    value: float  # the number
+    device: str  # what it ran on, see device_name(): NVIDIA H100 80GB HBM3
+    precision: str  # Fabric's name: 32-true, bf16-mixed
+    hours: float  # wall-clock hours of the stage that gave the number
+    versions: str  # see versions(): torch 2.13.0, timm 1.0.31, python 3.11.7
+    log: str  # committed log of the run, relative to the repository's root: droppos/logs/2026-11-20-digits-seed0.txt
+
+
+TYPES = get_type_hints(Row)
+GROUP = ["paper", "data", "recipe", "backbone", "pretrain_epochs", "protocol", "start", "metric", "device", "precision"]
+RUN = [*GROUP, "commit", "seed"]  # two rows that agree in these are the same run made twice
+PACKAGES = ("torch", "timm", "lightning", "numpy")
+
+ROOT = Path(__file__).resolve().parents[1]
+# Recording a result, drawing it or writing it into a README does not change what the next run computes.
+NOT_CODE = (":(exclude)*results.csv", ":(exclude)*/logs/*", ":(exclude)*.png", ":(exclude)*.md")
+
+
+def frame(rows: Sequence[Row]) -> pandas.DataFrame:
+    """Rows as a data frame with typed columns, also where there is no row."""
+    return pandas.DataFrame([asdict(row) for row in rows], columns=list(TYPES)).astype(TYPES)
+
+
+def load(path: Path) -> pandas.DataFrame:
+    """Read a ledger; an empty frame with the same columns where there is no file.
+
+    Raises ValueError where the header is not Row's or a cell does not have its column's type.
+    """
+    if not path.exists():
+        return frame([])
+    try:
+        ledger = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        if list(ledger.columns) != list(TYPES):
+            missing, unexpected = (", ".join(names) or "none" for names in (TYPES.keys() - set(ledger), set(ledger) - TYPES.keys()))
+            raise ValueError(f"its columns must be {','.join(TYPES)}; missing: {missing}; unexpected: {unexpected}")
+        return ledger.astype(TYPES)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a run ledger: {error}") from error
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a ledger, made where missing. A row of the same run (columns RUN) is replaced, not repeated.
+
+    The file is replaced in one step: a crash or a full disk leaves the old one. One writer at a time.
+
+    Raises ValueError for a value or hours that are not finite and for a file that is not a ledger; OSError where writing failed.
+    """
+    for row in rows:
+        if not math.isfinite(row.value) or not math.isfinite(row.hours):
+            raise ValueError(f"a result must be a finite number: {row}")
+    ledger = pandas.concat([load(path), frame(rows)]).drop_duplicates(RUN, keep="last")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            ledger.to_csv(file, index=False, lineterminator="\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def summary(ledger: pandas.DataFrame) -> pandas.DataFrame:
+    """One line per GROUP: mean and sample standard deviation (`sd`, blank for one seed) over seeds, and how they came about.
+
+    Only the rows of a group's newest commit count (newest day; within a day, last in the ledger): other commits are other code,
+    and a mean over both would describe neither. So rerunning one seed after a change leaves one seed until the others follow.
+    """
+    ledger = ledger.sort_values("date", kind="stable")
+    ledger = ledger[ledger["commit"] == ledger.groupby(GROUP)["commit"].transform("last")]
+    return ledger.groupby(GROUP, as_index=False).agg(
+        mean=("value", "mean"),
+        sd=("value", "std"),
+        seeds=("seed", "nunique"),
+        date=("date", "last"),
+        commit=("commit", "last"),
+        hours=("hours", "mean"),
+        log=("log", lambda paths: " ".join(dict.fromkeys(paths))),
+    )
+
+
+def commit() -> str:
+    """The commit of this code, "+dirty" behind it where code is not committed; "unknown" where this is no git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        top, head = git("rev-parse", "--show-toplevel", "--short=12", "HEAD").splitlines()
+        if Path(top).resolve() != ROOT:  # installed somewhere inside another project's checkout
+            return "unknown"
+        return head + ("+dirty" if git("status", "--porcelain", "--", ".", *NOT_CODE) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> str:
+    """The versions that numbers depend on most, in one line for a row."""
+    return f"torch {version('torch')}, timm {version('timm')}, python {platform.python_version()}"
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, without the machine's name: NVIDIA H100 80GB HBM3, or 2-core Intel Xeon (AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    facts = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE))
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    model = " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", model, flags=re.IGNORECASE).split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # These two decide whether bf16 is fast, so the same model name with and without them is not the same device.
+    extras = [name for name in ("AMX-BF16", "AVX512-BF16") if name.lower().replace("-", "_") in facts.get("flags", "").split()]
+    return f"{cores}-core {model}" + (f" ({', '.join(extras)})" if extras else "")
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What a run's environment.json holds: code, versions and machine."""
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }

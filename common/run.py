@@ -1,0 +1,127 @@
+"""The directory of one training: what it was asked, where it ran, what it logged, and a lock so that it runs once.
+
+    recipe.json        every setting; a directory with other settings is refused
+    environment.json   commit, versions and device, one entry per start
+    metrics.jsonl      a line per logged step, bit-identical however often the run was stopped
+    log.txt            what was said on the screen
+    checkpoint.pt      where to go on from
+    result.json        what came out; its presence says that the training is complete
+"""
+
+import fcntl
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from common.results import environment
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on, with the mend in the message."""
+
+
+class Run:
+    """An open run directory. Use as a context manager; `main` is False on every process but the first, which then writes nothing.
+
+    Raises RunError where another process holds the directory, or it holds a run with other settings.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any], device: torch.device, main: bool = True):
+        self.directory, self.settings, self.main, self.device = Path(directory), settings, main, device
+        self.checkpoint = self.directory / "checkpoint.pt"
+        self.metrics = self.directory / "metrics.jsonl"
+
+    def __enter__(self) -> "Run":
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.main:
+            return self
+        self._lock = open(self.directory / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{self.directory} is in use by another run; wait for it, or name another folder with OUT=") from None
+        self._check_settings()
+        self._append_environment()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.main:
+            self._lock.close()
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What came out, or None while the training is incomplete."""
+        path = self.directory / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json: what came out, and the day, code and machine that it came from (commit "+mixed" after a change of code)."""
+        if self.main:
+            starts = json.loads((self.directory / "environment.json").read_text())
+            came_from = starts[0]
+            if len({start["commit"] for start in starts}) > 1:
+                came_from["commit"] += "+mixed"
+            facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "environment": came_from}
+            write_text(self.directory / "result.json", json.dumps(result | facts, indent=1) + "\n")
+
+    def say(self, line: str) -> None:
+        """To the screen and to log.txt."""
+        if self.main:
+            console.print(line, markup=False)
+            with open(self.directory / "log.txt", "a") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl."""
+        if self.main:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that were written after the checkpoint of this step, and any torn last line."""
+        if not self.main or not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def _check_settings(self) -> None:
+        path = self.directory / "recipe.json"
+        if path.exists() and (held := json.loads(path.read_text())) != self.settings:
+            differing = ", ".join(_differences(held, self.settings))
+            raise RunError(f"{self.directory} holds a run with other settings ({differing}); name another folder with OUT=, or delete it")
+        write_text(path, json.dumps(self.settings, indent=1) + "\n")
+
+    def _append_environment(self) -> None:
+        path = self.directory / "environment.json"
+        starts = json.loads(path.read_text()) if path.exists() else []
+        if self.result is not None:
+            return
+        write_text(path, json.dumps([*starts, environment(self.device)], indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def _differences(held: Any, asked: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, as "path: held there, asked here"."""
+    if isinstance(held, dict) and isinstance(asked, dict):
+        keys = [*held, *(k for k in asked if k not in held)]
+        return [d for k in keys for d in _differences(held.get(k), asked.get(k), f"{path}.{k}" if path else k)]
+    return [] if held == asked else [f"{path}: {held} there, {asked} asked"]

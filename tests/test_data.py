@@ -1,0 +1,386 @@
+"""Claims about where images come from and in which order they arrive."""
+
+import logging
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from common.data import Augmentation, Data, DataError, Split, loader, open_data
+from common.data.sets import read_image
+
+IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette"
+CPU = torch.device("cpu")
+STRONG = Augmentation(randaugment="rand-m9-mstd0.5-inc1", color_jitter=0.2, erase=0.5)
+
+
+def draw(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes with four images each to train and two to validate, 20 x 16 pixels."""
+    for part, count in (("train", 4), ("val", 2)):
+        for number, name in enumerate(("ant", "bee", "cat")):
+            for i in range(count):
+                draw(tmp_path / part / name / f"{i}.png", seed=10 * number + i)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return open_data("digits")
+
+
+def batches(split: Split, data: Data, augmentation: Augmentation | None = STRONG, size: int = 16, **options):
+    defaults = {"batch_size": 4, "seed": 0, "device": CPU, "workers": 0}
+    return loader(split, data=data, image_size=(size, size), augmentation=augmentation, **defaults | options)
+
+
+def same(ours, theirs) -> bool:
+    ours, theirs = list(ours), list(theirs)
+    pairs = [(a, b) for x, y in zip(ours, theirs, strict=False) for a, b in zip(x, y, strict=True)]
+    return len(ours) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in pairs)
+
+
+# ---- sets
+
+
+def test_digits_split_is_stratified_and_disjoint(digits):
+    assert (len(digits.train), len(digits.val)) == (1437, 360)
+    assert (digits.classes, digits.channels, digits.image_size) == (10, 1, (8, 8))
+    assert digits.train.images.dtype == torch.uint8 and digits.train.images.max() == 255
+    train_share, val_share = (torch.bincount(part.labels) / len(part) for part in (digits.train, digits.val))
+    torch.testing.assert_close(train_share, val_share, atol=0.005, rtol=0)
+
+    from sklearn.datasets import load_digits
+
+    def rows(images):
+        return sorted(map(bytes, images.reshape(len(images), -1)))
+
+    everything = numpy.rint(load_digits().images * 255 / 16).astype(numpy.uint8)
+    assert rows(torch.cat([digits.train.images, digits.val.images]).numpy()) == rows(everything)
+
+
+def test_digits_are_the_same_every_time(digits):
+    assert torch.equal(digits.train.images, open_data("digits").train.images)
+
+
+def test_mean_and_deviation_are_those_of_the_training_images(digits):
+    pixels = digits.train.images.double() / 255
+    assert digits.mean[0] == pytest.approx(pixels.mean().item()) and digits.std[0] == pytest.approx(pixels.std(correction=0).item())
+
+
+def test_per_class_draws_that_many_of_each(digits):
+    few, more = digits.train.per_class(5, seed=3), digits.train.per_class(20, seed=3)
+    assert torch.bincount(few.labels).tolist() == [5] * 10
+    images_of_more = {bytes(image) for image in more.images.flatten(1).numpy()}
+    assert {bytes(image) for image in few.images.flatten(1).numpy()} <= images_of_more
+    assert torch.equal(few.images, digits.train.per_class(5, seed=3).images)
+    assert not torch.equal(few.images, digits.train.per_class(5, seed=4).images)
+
+
+def test_per_class_names_the_class_that_has_too_few(folder):
+    (folder / "train" / "bee" / "3.png").unlink()
+    train = open_data(str(folder)).train
+    assert len(train.per_class(3, seed=0)) == 9
+    with pytest.raises(DataError, match="bee has 3 images, fewer than 4"):
+        train.per_class(4, seed=0)
+
+
+def test_subset_keeps_the_asked_for_order(folder):
+    train = open_data(str(folder)).train
+    part = train.subset([7, 0])
+    assert part.paths == [train.paths[7], train.paths[0]] and part.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("cifar", "cifar10"), ("digit", "digits"), ("tinyimagenet", "tiny-imagenet")])
+def test_unknown_data_offers_the_nearest_name(name, nearest):
+    with pytest.raises(DataError, match=f"{name}.*did you mean.*{nearest}"):
+        open_data(name)
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(DataError, match="no/such/folder.*train/ and val/"):
+        open_data("no/such/folder")
+
+
+@pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")])
+def test_without_a_network_cifar_says_what_to_put_where(name, archive, tmp_path, monkeypatch):
+    def offline(self):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", offline)
+    with pytest.raises(DataError, match=f"no network.*put {archive} from https?://.*there") as caught:
+        open_data(name, root=tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_cifar_arrives_as_channels_first_bytes(tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self, root, train, download):
+            self.data = numpy.full((20 if train else 10, 32, 32, 3), 7, dtype=numpy.uint8)
+            self.data[..., 2] = 51
+            self.targets, self.classes = [i % 10 for i in range(len(self.data))], [str(i) for i in range(10)]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
+    data = open_data("cifar10", root=tmp_path)
+    assert data.train.images.shape == (20, 3, 32, 32) and len(data.val) == 10 and data.classes == 10
+    assert data.train.images[0, :, 0, 0].tolist() == [7, 7, 51] and data.mean[2] == pytest.approx(0.2)
+
+
+def test_tiny_imagenet_reads_its_own_layout(tmp_path):
+    home = tmp_path / "tiny-imagenet-200"
+    with pytest.raises(DataError, match="tiny-imagenet-200/train not found: download http.*unpack"):
+        open_data("tiny-imagenet", root=tmp_path)
+    for name in ("n01", "n02"):
+        for i in range(2):
+            draw(home / "train" / name / "images" / f"{name}_{i}.JPEG", (64, 64))
+        (home / "train" / name / f"{name}_boxes.txt").write_text("n01_0.JPEG\t0\t0\t63\t63\n")
+    with pytest.raises(DataError, match="val_annotations.txt not found"):
+        open_data("tiny-imagenet", root=tmp_path)
+    for i in range(3):
+        draw(home / "val" / "images" / f"val_{i}.JPEG", (64, 64))
+    lines = [f"val_{i}.JPEG\t{name}\t0\t0\t63\t63" for i, name in enumerate(("n02", "n01", "n02"))]
+    (home / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    data = open_data("tiny-imagenet", root=tmp_path)
+    assert (data.classes, data.image_size, len(data.train)) == (2, (64, 64), 4)
+    assert data.val.labels.tolist() == [1, 0, 1] and data.val.paths[1].endswith("val_1.JPEG")
+    (images, _), *_ = batches(data.val, data, None, size=64).epoch(0)
+    assert images.shape == (3, 3, 64, 64)
+
+
+def test_a_folder_is_read_class_by_class(folder):
+    data = open_data(str(folder))
+    assert (data.name, data.classes, data.image_size) == (folder.name, 3, None)
+    assert data.train.class_names == ("ant", "bee", "cat")
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert all(f"/{data.train.class_names[label]}/" in path for path, label in zip(data.train.paths, data.train.labels, strict=True))
+
+
+def test_test_stands_in_for_a_missing_val(folder):
+    (folder / "val").rename(folder / "test")
+    assert len(open_data(str(folder)).val) == 6
+
+
+def test_a_missing_split_is_named_with_what_was_found(folder):
+    (folder / "val").rename(folder / "validation")
+    with pytest.raises(DataError, match="lacks val/; found: train, validation"):
+        open_data(str(folder))
+    (folder / "train").rename(folder / "training")
+    with pytest.raises(DataError, match="lacks train/ and val/; found: training, validation"):
+        open_data(str(folder))
+
+
+def test_empty_class_folder_is_named(folder):
+    (folder / "val" / "bee" / "0.png").unlink()
+    (folder / "val" / "bee" / "1.png").rename(folder / "val" / "bee" / "notes.txt")
+    with pytest.raises(DataError, match="val/bee holds no images"):
+        open_data(str(folder))
+
+
+def test_images_outside_class_folders_are_no_data_set(tmp_path):
+    draw(tmp_path / "train" / "0.png")
+    draw(tmp_path / "val" / "0.png")
+    with pytest.raises(DataError, match="train holds no class folders"):
+        open_data(str(tmp_path))
+
+
+def test_classes_must_agree_between_train_and_val(folder):
+    draw(folder / "val" / "dog" / "0.png")
+    with pytest.raises(DataError, match="3 classes and .* has 4: dog"):
+        open_data(str(folder))
+    (folder / "val" / "ant").rename(folder / "ant")  # as many again, but others
+    with pytest.raises(DataError, match="ant, dog"):
+        open_data(str(folder))
+
+
+# ---- images
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("L", 200, (200, 200, 200)),
+        ("1", 1, (255, 255, 255)),
+        ("LA", (200, 10), (200, 200, 200)),
+        ("RGBA", (10, 20, 30, 0), (10, 20, 30)),
+        ("I;16", 200 * 257, (200, 200, 200)),
+    ],
+)
+def test_grey_rgba_and_16bit_images_become_rgb(mode, value, expected, tmp_path):
+    path = tmp_path / "image.png"
+    Image.new(mode, (5, 4), value).save(path)
+    image = read_image(str(path))
+    assert (image.mode, image.size, image.getpixel((2, 2))) == ("RGB", (5, 4), expected)
+
+
+@pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128])])
+def test_palette_images_become_rgb(transparency, tmp_path, recwarn):
+    image = Image.new("P", (5, 4), 1)
+    image.putpalette([1, 2, 3, 40, 50, 60])
+    image.save(tmp_path / "image.png", **({} if transparency is None else {"transparency": transparency}))
+    assert read_image(str(tmp_path / "image.png")).getpixel((2, 2)) == (40, 50, 60)
+    assert not recwarn.list
+
+
+def test_cmyk_photos_become_rgb(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "image.jpg", quality=100)
+    red, green, blue = read_image(str(tmp_path / "image.jpg")).getpixel((4, 4))
+    assert red > 240 and green < 15 and blue < 15
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes({"zero-byte": b"", "truncated": content[: len(content) // 2], "no image": b"hello, I am text"}[how])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["zero-byte", "truncated", "no image"])
+def test_a_corrupt_image_is_named(how, workers, folder):
+    victim = folder / "train" / "bee" / "2.png"
+    spoil(victim, how)
+    data = open_data(str(folder))
+    with pytest.raises(DataError) as caught:
+        list(batches(data.train, data, None, workers=workers).epoch(0))
+    message = str(caught.value)
+    assert message.startswith(str(victim)) and message.endswith("delete it, or pass --skip-corrupt")
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_corrupt_takes_the_next_readable_image_and_says_so_once(workers, folder, caplog):
+    for number in (2, 3):
+        spoil(folder / "train" / "cat" / f"{number}.png", "zero-byte")
+    data = open_data(str(folder), skip_corrupt=True)
+    batch = batches(data.train, data, None, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        for epoch in range(2):
+            images, labels = map(torch.cat, zip(*batch.epoch(epoch), strict=True))
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2, 2, 0, 0]  # past the end it goes on from the beginning
+    assert torch.equal(images[10], images[0]) and torch.equal(images[11], images[0])
+    assert sorted(record.args[0][-9:] for record in caplog.records) == ["cat/2.png", "cat/3.png"]
+
+
+def test_a_set_of_nothing_but_corrupt_images_ends(folder):
+    for path in folder.glob("train/*/*.png"):
+        spoil(path, "zero-byte")
+    data = open_data(str(folder), skip_corrupt=True)
+    with pytest.raises(DataError, match="none of 12 images can be read"):
+        next(batches(data.train, data).epoch(0))
+
+
+# ---- order
+
+
+@pytest.mark.skipif(not IMAGENETTE.is_dir(), reason="needs the photos of shared/data/imagenette beside the repository")
+def test_photos_do_not_depend_on_the_number_of_workers():
+    data = open_data(str(IMAGENETTE))
+    few = data.train.subset(range(0, 800, 50))
+    alone, helped = (batches(few, data, size=64, workers=workers) for workers in (0, 2))
+    assert same(alone.epoch(1), helped.epoch(1))
+    assert not same(alone.epoch(1), alone.epoch(2))
+
+
+def test_order_depends_on_seed_and_epoch_alone(folder, digits):
+    for data, size, workers in ((open_data(str(folder)), 16, 2), (digits, 8, 0)):
+        undisturbed = batches(data.train, data, size=size)
+        other = batches(data.train, data, size=size, workers=workers)
+        next(other.epoch(0))  # an epoch that was begun and left leaves no trace
+        torch.rand(7)
+        assert same(other.epoch(3), undisturbed.epoch(3))
+        assert same(other.epoch(1), undisturbed.epoch(1))
+        assert not torch.equal(undisturbed.indices(3)[0], undisturbed.indices(1)[0])
+        assert not torch.equal(undisturbed.indices(3)[0], batches(data.train, data, size=size, seed=1).indices(3)[0])
+
+
+@pytest.mark.parametrize("augmentation", [STRONG, None])
+@pytest.mark.parametrize("source", ["files", "memory"])
+def test_starting_in_the_middle_gives_the_same_batches(source, augmentation, folder, digits):
+    data = open_data(str(folder)) if source == "files" else digits
+    plain = Augmentation(color_jitter=0.2, erase=0.5) if source == "memory" and augmentation else augmentation
+    split = data.train.subset(range(12))
+    whole = list(batches(split, data, plain).epoch(2))
+    assert len(whole) == 3
+    for start in range(3):
+        assert same(batches(split, data, plain).epoch(2, start), whole[start:])
+    assert list(batches(split, data, plain).epoch(2, 3)) == []
+    with pytest.raises(ValueError, match="start=4: the epoch has 3"):
+        batches(split, data, plain).epoch(2, 4)
+
+
+def test_effective_batches_do_not_depend_on_accumulation_or_world_size(digits):
+    def effective(batch_size, accumulate, world_size):
+        ranks = [
+            batches(digits.train, digits, batch_size=batch_size, accumulate=accumulate, world_size=world_size, rank=rank).indices(5)
+            for rank in range(world_size)
+        ]
+        steps = len(ranks[0]) // accumulate
+        parts = [[rank[step * accumulate : (step + 1) * accumulate] for rank in ranks] for step in range(steps)]
+        return [sorted(torch.cat([micro for rank in step for micro in rank]).tolist()) for step in parts]
+
+    reference = effective(48, 1, 1)
+    assert len(reference) == 1437 // 48
+    for division in ((24, 2, 1), (24, 1, 2), (6, 4, 2), (2, 3, 8)):
+        assert effective(*division) == reference
+
+
+def test_what_an_image_looks_like_does_not_depend_on_accumulation_or_world_size(digits):
+    def by_label(**division):
+        split = Split(torch.arange(48), digits.train.images[:48])
+        plain = Augmentation(color_jitter=0.2, erase=0.5)
+        pairs = batches(split, digits, plain, size=8, **division).epoch(0)
+        return {int(label): image for images, labels in pairs for image, label in zip(images, labels, strict=True)}
+
+    whole = by_label(batch_size=48)
+    halves = by_label(batch_size=4, accumulate=6, world_size=2, rank=0) | by_label(batch_size=4, accumulate=6, world_size=2, rank=1)
+    assert whole.keys() == halves.keys()
+    for label, image in whole.items():
+        torch.testing.assert_close(halves[label], image, atol=1e-5, rtol=0)
+
+
+def test_training_drops_the_incomplete_effective_batch_and_repeats_nothing(digits):
+    batch = batches(digits.train, digits, batch_size=50, accumulate=2)
+    indices = torch.cat(batch.indices(0))
+    assert len(batch) == len(batch.indices(0)) == 28
+    assert len(indices) == len(indices.unique()) == 1400
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(12, 1), (11, 2), (5, 3), (2, 3)])
+def test_evaluation_sees_every_image_once_over_all_ranks(count, world_size, digits):
+    seen = []
+    for rank in range(world_size):
+        split = Split(torch.arange(count), digits.train.images[:count])
+        batch = batches(split, digits, None, size=8, world_size=world_size, rank=rank)
+        labels = [labels for _, labels in batch.epoch(0)]
+        assert len(labels) == len(batch)
+        seen += torch.cat(labels).tolist() if labels else []
+    assert sorted(seen) == list(range(count))
+
+
+def test_evaluation_of_images_in_memory_is_normalised_and_in_order(digits):
+    images, labels = next(batches(digits.val, digits, None, size=8, batch_size=360).epoch(0))
+    assert torch.equal(labels, digits.val.labels) and images.dtype == torch.float32
+    torch.testing.assert_close(images * digits.std[0] + digits.mean[0], digits.val.images / 255)
+
+
+def test_fewer_images_than_one_effective_batch_are_refused(digits):
+    with pytest.raises(ValueError, match="1437 training images are fewer than one effective batch of 2048 .*at most 1437"):
+        batches(digits.train, digits, batch_size=512, accumulate=2, world_size=2)
+    batches(digits.val, digits, None, batch_size=512)  # evaluation takes what there is
+
+
+def test_loading_with_workers_leaves_the_callers_generators_alone(folder):
+    data = open_data(str(folder))
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    list(batches(data.train, data, workers=1).epoch(0))
+    list(batches(data.val, data, None).epoch(0))
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,137 @@
+"""Claims about the run ledger."""
+
+import math
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+
+from common import results
+from common.results import Row, append, frame, load, summary
+
+ROW = Row(
+    date="2026-11-20",
+    commit="0123456789ab",
+    paper="droppos",
+    recipe="digits",
+    data="digits",
+    backbone="vit_micro",
+    pretrain_epochs=100,
+    seed=0,
+    protocol="finetune",
+    start="pretrained",
+    metric="top1",
+    value=97.1 + 0.2,  # 97.3 and a last binary digit that must survive
+    device="2-core Intel Xeon",
+    precision="bf16-mixed",
+    hours=0.02,
+    versions="torch 2.13.0, timm 1.0.31, python 3.11.7",
+    log="droppos/logs/2026-11-20-digits-seed0.txt",
+)
+
+
+def test_a_row_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    append(tmp_path / "new folder" / "results.csv", [ROW])
+    assert [Row(**row) for row in load(tmp_path / "new folder" / "results.csv").to_dict("records")] == [ROW]
+
+
+def test_a_row_written_twice_is_kept_once(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    append(path, [ROW, replace(ROW, seed=1)])
+    append(path, [replace(ROW, value=50.0, date="2026-11-21"), replace(ROW, start="scratch")])
+    assert sorted(load(path)[["seed", "start", "value"]].itertuples(index=False, name=None)) == [
+        (0, "pretrained", 50.0),
+        (0, "scratch", ROW.value),
+        (1, "pretrained", ROW.value),
+    ]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_crash_while_writing_leaves_the_old_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "results.csv"
+    append(path, [ROW])
+    before = path.read_bytes()
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space left"):
+        append(path, [replace(ROW, seed=1)])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_with_another_header_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(",".join([*results.TYPES, "surprise"]).replace("hours,", "") + "\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"results\.csv is not a run ledger.*missing: hours; unexpected: surprise"):
+        append(path, [ROW])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", ",".join(results.TYPES) + "\n" + "x," * (len(results.TYPES) - 1) + "x\n"])
+def test_an_empty_file_and_a_word_in_place_of_a_number_are_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.csv").write_text(content)
+    with pytest.raises(ValueError, match=r"results\.csv is not a run ledger"):
+        load(tmp_path / "results.csv")
+
+
+def test_a_number_that_is_not_finite_never_enters_the_ledger(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        append(tmp_path / "results.csv", [ROW, replace(ROW, seed=1, value=math.nan)])
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_no_file_is_an_empty_ledger_with_the_columns_and_types_of_a_full_one(tmp_path: Path) -> None:
+    assert load(tmp_path / "results.csv").dtypes.equals(frame([ROW]).dtypes)
+    assert list(summary(load(tmp_path / "results.csv"))) == list(summary(frame([ROW])))
+
+
+def test_standard_deviation_is_over_seeds_of_the_newest_commit() -> None:
+    old = [replace(ROW, commit="old", seed=seed, value=10.0, date="2026-11-19") for seed in range(5)]
+    new = [replace(ROW, commit="new", seed=seed, value=value, log=f"{seed}.txt") for seed, value in enumerate([90.0, 92.0, 94.0])]
+    lines = summary(frame([*new, *old, replace(ROW, commit="old", start="scratch")]))  # older rows last: the date decides
+    ours, scratch = lines.itertuples()
+    assert (ours.commit, ours.mean, ours.sd, ours.seeds, ours.log) == ("new", 92.0, 2.0, 3, "0.txt 1.txt 2.txt")
+    assert (scratch.commit, scratch.seeds) == ("old", 1)
+    assert pandas.isna(scratch.sd)
+
+
+def test_runs_of_one_day_are_told_apart_by_their_place_in_the_ledger() -> None:
+    assert list(summary(frame([ROW, replace(ROW, commit="later", value=1.0)]))["mean"]) == [1.0]
+
+
+def test_a_commit_is_dirty_when_code_changed_and_not_when_a_result_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.commit() == "unknown"
+    git("init")
+    (tmp_path / "paper" / "logs").mkdir(parents=True)
+    (tmp_path / "method.py").write_text("a = 1\n")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = results.commit()
+    assert len(clean) == 12 and int(clean, 16) >= 0
+    (tmp_path / "paper" / "results.csv").write_text("date\n")
+    (tmp_path / "paper" / "logs" / "run.txt").write_text("log\n")
+    assert results.commit() == clean
+    (tmp_path / "method.py").write_text("a = 2\n")
+    assert results.commit() == clean + "+dirty"
+    monkeypatch.setattr(results, "ROOT", tmp_path / "paper")
+    assert results.commit() == "unknown", "the commit of a surrounding project is not ours"
+
+
+def test_the_environment_names_code_versions_and_device_but_not_the_machine() -> None:
+    facts = results.environment(torch.device("cpu"))
+    assert set(facts) == {"commit", "python", "torch", "timm", "lightning", "numpy", "versions", "device", "threads", "platform"}
+    assert all(facts.values())
+    assert "-core " in str(facts["device"]) and str(facts["torch"]) in str(facts["versions"])
+    assert not [fact for fact in facts.values() if os.uname().nodename in str(fact)]

@@ -1,0 +1,188 @@
+"""Claims about the generated tables."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import table
+from common.results import Row, append, frame
+from tests.test_results import ROW
+
+HEADER = ",".join(table.PUBLISHED)
+BASE = "vit_base_patch16_224"
+IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE, pretrain_epochs=200, value=82.75)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with one paper, two published numbers, no result, and tables not written yet."""
+    markers = "<!-- table: {} -->\n<!-- /table -->\n"
+    (tmp_path / "README.md").write_text("# Title\n\n" + markers.format("results") + "\nbetween\n\n" + markers.format("speed") + "\nend")
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "recipe.py").touch()
+    (tmp_path / "droppos").mkdir()
+    (tmp_path / "droppos" / "recipe.py").touch()
+    (tmp_path / "droppos" / "README.md").write_text(markers.format("published") + markers.format("measured"))
+    (tmp_path / "droppos" / "published.csv").write_text(
+        f"{HEADER}\n"
+        f"droppos,README,classification,imagenet1k,DropPos,{BASE},200,,finetune,top1,83.0,README,first_hand\n"
+        f"droppos,README,classification,imagenet1k,DropPos,{BASE},800,,finetune,top1,84.2,README,first_hand\n"
+        f"droppos,README,classification,imagenet1k,MAE,{BASE},800,,finetune,top1,83.1,README,first_hand\n"
+        f"droppos,issue,classification,imagenet1k,DropPos,{BASE},200,own run,finetune,top1,82.91,a user,third_party\n"
+        "droppos,listing,detection,coco,DropPos,not_stated,,best,finetune,ap_mask,42.6,aggregator,second_hand\n"
+    )
+    return tmp_path
+
+
+def record(root: Path, *rows: Row) -> None:
+    """Add rows to the paper's ledger, with their logs."""
+    append(root / "droppos" / "results.csv", rows)
+    for row in rows:
+        (root / row.log).parent.mkdir(exist_ok=True)
+        (root / row.log).touch()
+
+
+def cells(readme: Path, *words: str) -> list[str]:
+    """The cells of the only table row in a README that holds all the words."""
+    (line,) = [line for line in readme.read_text().splitlines() if line.startswith("|") and all(word in line for word in words)]
+    return line.strip("| ").split(" | ")
+
+
+def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readmes = [root / "README.md", root / "droppos" / "README.md"]
+    untouched = [readme.read_text() for readme in readmes]
+    assert table.main(["--check"], root) == 1
+    out = capsys.readouterr().out
+    assert re.findall(r"^(\S+): table '(\w+)' is stale.*`make table`$", out, re.MULTILINE) == [
+        ("README.md:3", "results"),
+        ("README.md:8", "speed"),
+        ("droppos/README.md:1", "published"),
+        ("droppos/README.md:3", "measured"),
+    ]
+    assert [readme.read_text() for readme in readmes] == untouched, "--check wrote something"
+    assert table.main([], root) == 0
+    assert table.main(["--check"], root) == 0
+    written = readmes[0].read_text()
+    assert written.startswith("# Title\n\n<!-- table: results -->\n\n| Paper |") and written.endswith("<!-- /table -->\n\nend")
+    for path, old, new in [("droppos/published.csv", "84.2", "94.2"), ("README.md", "83.0", "99.0"), ("droppos/README.md", "42.6", "43.6")]:
+        (root / path).write_text((root / path).read_text().replace(old, new))
+        assert table.main(["--check"], root) == 1
+        assert table.main([], root) == 0
+    assert "94.2" in readmes[0].read_text() and "99.0" not in readmes[0].read_text()
+
+
+def test_an_unmeasured_published_number_says_not_measured_yet(root: Path) -> None:
+    table.update(root)
+    assert cells(root / "README.md", "84.2") == "droppos ImageNet-1K ViT-B/16 800 finetune 84.2".split() + [
+        "not measured yet",
+        "-",
+        "-",
+        "-",
+    ]
+    assert "\n\nnot measured yet\n\n" in (root / "droppos" / "README.md").read_text()
+
+
+def test_only_what_the_authors_say_of_their_own_method_counts_as_published(root: Path) -> None:
+    table.update(root)
+    assert not re.search(r"83\.1|82\.91|42\.6", (root / "README.md").read_text())
+    assert cells(root / "droppos" / "README.md", "82.91")[-2:] == ["a user", "third party"]
+
+
+def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path) -> None:
+    record(root, IMAGENET, replace(IMAGENET, start="scratch", value=80.0, pretrain_epochs=0, log="droppos/logs/scratch.txt"))
+    table.update(root)
+    assert cells(root / "README.md", "83.0")[5:] == [
+        "83.0",
+        "82.75 (1 seed)",
+        "80.00 (1 seed)",
+        "-0.25",
+        f"[log]({IMAGENET.log}), [log 2](droppos/logs/scratch.txt)",
+    ]
+    assert cells(root / "README.md", "84.2")[6] == "not measured yet"
+    assert cells(root / "droppos" / "README.md", "pretrained")[-3:] == ["0.02", IMAGENET.commit, "[log](logs/2026-11-20-digits-seed0.txt)"]
+
+
+@pytest.mark.parametrize("change", [{"data": "digits"}, {"backbone": "vit_micro"}, {"pretrain_epochs": 100}, {"protocol": "linear"}])
+def test_numbers_of_different_data_are_never_subtracted(root: Path, change: dict) -> None:
+    other = replace(IMAGENET, **change)
+    record(root, other)
+    table.update(root)
+    assert cells(root / "README.md", "83.0")[6] == "not measured yet"
+    assert cells(root / "README.md", "82.75")[2] == {"backbone": "vit_micro"}.get(*change, "ViT-B/16")
+    assert cells(root / "README.md", "82.75")[5:9] == ["-", "82.75 (1 seed)", "-", "-"]
+    said = table.comparison("droppos", frame([other, replace(other, start="scratch", value=80.0)]), root).iloc[0]
+    assert said["Ours - scratch"] == "+2.75"
+    assert said["Published"] == ("-" if other.protocol == "linear" else "83.0 (ImageNet-1K, ViT-B/16, 200 ep)")
+
+
+def test_a_run_is_compared_with_its_own_baselines_over_seeds(root: Path) -> None:
+    rows = [replace(ROW, seed=seed, value=90.0 + 2 * seed) for seed in range(3)]
+    rows += [replace(ROW, seed=seed, value=80.0 + seed, start="scratch", precision="32-true") for seed in range(3)]
+    rows += [replace(ROW, recipe="another", start="scratch", value=1.0), replace(ROW, device="another", start="scratch", value=1.0)]
+    knn = replace(ROW, protocol="knn", value=95.0)
+    rows += [knn, replace(knn, start="random", value=90.0, pretrain_epochs=0), replace(knn, start="pixels", value=97.0)]
+    rows += [replace(ROW, protocol="pretrain", metric="position_top1", value=60.0)]
+    said = table.comparison("droppos", frame(rows), root)
+    assert said.drop(columns="Published").to_numpy().tolist() == [
+        ["finetune", "92.00 ± 2.00 (3 seeds)", "81.00 ± 1.00 (3 seeds)", "+11.00"],
+        ["knn", "95.00 (1 seed)", "90.00 (1 seed), random encoder; 97.00 (1 seed), raw pixels", "+5.00"],
+        ["pretrain (position top1)", "60.00 (1 seed)", "-", "-"],
+    ]
+    assert said["Published"].tolist() == ["83.0 (ImageNet-1K, ViT-B/16, 200 ep)", "-", "-"]
+    nearer = table.comparison("droppos", frame([replace(IMAGENET, pretrain_epochs=800)]), root)
+    assert nearer["Published"].tolist() == ["84.2 (ImageNet-1K, ViT-B/16, 800 ep)"]
+
+
+def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(root, ROW, replace(ROW, protocol="linear", value=12.34, log="droppos/logs/lost.txt"))
+    (root / "droppos" / "logs" / "lost.txt").unlink()
+    assert table.main([], root) == 1
+    assert table.main(["--check"], root) == 1
+    assert "droppos/results.csv: the log 'droppos/logs/lost.txt' is missing" in capsys.readouterr().err
+    assert "12.34" not in (root / "README.md").read_text() + (root / "droppos" / "README.md").read_text()
+    assert "97.30" in (root / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("one\n<!-- table: reslts -->\n<!-- /table -->\n", "README.md:2: there is no table 'reslts'; the tables here are results, speed"),
+        ("one\n\n<!-- table: speed -->\n", "README.md:3: table 'speed' is not closed by"),
+        ("<!-- table: speed -->\n<!-- table: results -->\n<!-- /table -->\n", "README.md:1: table 'speed' is not closed by"),
+        ("x\n  <!--table:speeed-->  \n", "README.md:2: there is no table 'speeed'"),
+        ("<!-- table: speed -->\nlong\nold\n<!-- /table -->\n<!-- /table -->\n", "README.md:5: this marker closes a table"),
+    ],
+)
+def test_unknown_marker_is_named_with_its_line(root: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    (root / "README.md").write_text(text)
+    assert table.main(["--check"], root) == table.main([], root) == 1
+    assert message in capsys.readouterr().err
+    assert (root / "README.md").read_text() == text
+
+
+def test_a_readme_that_lost_its_table_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table.update(root)
+    (root / "droppos" / "README.md").unlink()
+    assert table.main(["--check"], root) == 1
+    assert "droppos/README.md: table 'published' is missing" in capsys.readouterr().err
+
+
+def test_a_broken_ledger_is_named_and_stops_no_other_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "droppos" / "results.csv").write_text("date,value\n")
+    (root / "benchmarks").mkdir()
+    (root / "benchmarks" / "README.md").write_text("<!-- table: speed -->\n<!-- /table -->\n")
+    (root / "benchmarks" / "speed.csv").write_text("step,ratio to a|b\nDropPos,\n")
+    assert table.main([], root) == 1
+    assert "droppos/results.csv is not a run ledger" in capsys.readouterr().err
+    assert "| step | ratio to a\\|b |\n| --- | --- |\n| DropPos | - |\n" in (root / "benchmarks" / "README.md").read_text()
+
+
+def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> None:
+    (root / "droppos" / "published.csv").write_text(HEADER + "\n")
+    record(root, ROW)
+    assert table.update(root)[1] == []
+    assert cells(root / "README.md", "97.30")[5] == "-"
+    assert "no published number is known" in (root / "droppos" / "README.md").read_text()
+    assert table.comparison("unheard_of", frame([ROW]), root)["Published"].tolist() == ["-"]
