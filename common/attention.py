@@ -36,6 +36,11 @@ def attend(
     if backend not in ("auto", "sdpa"):
         raise ValueError(f"attention backend {backend!r} is not known; choose 'auto' or 'sdpa'")
     mask = _window_mask(q_BHQD, k_BHKD, time, visible_from, visible_until)
+    if q_BHQD.device.type == "cpu" and q_BHQD.dtype == torch.bfloat16:
+        # torch's bfloat16 backward is 5 to 30 times slower than its float32 one on CPUs; casting both ways costs far less.
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q_BHQD.float(), k_BHKD.float(), v_BHKD.float(), attn_mask=mask)
+        return out.to(q_BHQD.dtype)
     return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask)
 
 

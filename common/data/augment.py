@@ -1,0 +1,189 @@
+"""What happens to an image between the data set and the model.
+
+Images in memory are augmented here as a batch, on their device; images from files one by one in the workers, by timm's and torchvision's
+transforms. Both follow the same laws, then share `normalize` and `erase`.
+
+In memory, what an image gets is a function of its row of DRAWS uniform numbers; in a worker, of the global generators, seeded for it.
+
+Shapes: B images, C channels, H x W pixels, K uniform numbers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import ResizeKeepRatio
+from torch import Tensor
+from torchvision import transforms
+
+from common.data.sets import Data
+
+TRIES = 10  # boxes drawn before one is cut to the image, as in torchvision and timm
+BOX = 2 * TRIES + 2  # uniform numbers that a random box takes
+DRAWS = 2 * BOX + 6  # uniform numbers per image: crop box | erased box | flip, brightness, contrast, saturation, erase or not, noise
+ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image, in this order. Raises ValueError where an option makes no sense."""
+
+    crop: Literal["none", "padding", "resized"] = "resized"  # whole image | shifted inside a black border | random part, resized
+    padding: int = 4  # width of that border in pixels, for crop="padding"
+    scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, for crop="resized"
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for crop="resized"
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # for every resizing
+    flip: float = 0.5  # probability of a mirror image
+    randaugment: str | None = None  # timm's string, e.g. "rand-m9-mstd0.5-inc1"; such images go through workers even from memory
+    color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation; applied beside randaugment too
+    erase: float = 0.0  # probability that a box is replaced by noise (random erasing, pixel mode)
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("none", "padding", "resized"):
+            raise ValueError(f"crop={self.crop!r}: it is none, padding or resized")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area share at most 1")
+        if self.randaugment is not None and not self.randaugment.startswith("rand-"):
+            raise ValueError(f"randaugment={self.randaugment!r}: it reads like rand-m9-mstd0.5-inc1, or is None")
+
+
+def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, image_size: tuple[int, int]) -> Tensor:
+    """Crop, flip and jitter each image by its own row of draws (on the CPU). Takes uint8, returns float 0..255 of `image_size`."""
+    crop_BK, (flip_B, *jitter) = draws_BK[:, :BOX], draws_BK[:, 2 * BOX : 2 * BOX + 4].unbind(1)
+    if augmentation.crop == "resized":
+        boxes_B4 = random_boxes(crop_BK, augmentation.scale, augmentation.ratio, *images_BCHW.shape[-2:])
+        images_BCHW = resized_crop(images_BCHW, boxes_B4, image_size, augmentation.interpolation)
+    else:
+        images_BCHW = resize(images_BCHW, image_size, augmentation.interpolation)
+    if augmentation.crop == "padding":
+        images_BCHW = padding_crop(images_BCHW, crop_BK[:, :2], augmentation.padding)
+    flipped_B111 = (flip_B < augmentation.flip).to(images_BCHW.device)[:, None, None, None]
+    images_BCHW = torch.where(flipped_B111, images_BCHW.flip(-1), images_BCHW)
+    return jitter_colors(images_BCHW, torch.stack(jitter), augmentation.color_jitter) if augmentation.color_jitter else images_BCHW
+
+
+def random_boxes(draws_BK: Tensor, area: tuple[float, float], ratio: tuple[float, float], height: int, width: int) -> Tensor:
+    """A box inside a height x width image per row of BOX draws: (B, 4) of top, left, height, width in pixels, not rounded.
+
+    Area share uniform, width / height log-uniform; the first of TRIES that fits, or the first of all cut to the image.
+    """
+    area_BT = height * width * (area[0] + (area[1] - area[0]) * draws_BK[:, :TRIES])
+    ratio_BT = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws_BK[:, TRIES : 2 * TRIES])
+    height_BT, width_BT = (area_BT / ratio_BT).sqrt(), (area_BT * ratio_BT).sqrt()
+    first_B1 = ((height_BT <= height) & (width_BT <= width)).int().argmax(1, keepdim=True)
+    height_B = height_BT.gather(1, first_B1)[:, 0].clamp(max=height)
+    width_B = width_BT.gather(1, first_B1)[:, 0].clamp(max=width)
+    return torch.stack([draws_BK[:, -2] * (height - height_B), draws_BK[:, -1] * (width - width_B), height_B, width_B], dim=1)
+
+
+def resized_crop(images_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Each image's own box (top, left, height, width in pixels) resized to `size`; float 0..255.
+
+    Four (bilinear) or sixteen (bicubic) pixels make a new one whatever the zoom: unlike Pillow there is no antialiasing, so a box much
+    larger than `size` aliases. Sets that fit in memory have small images, which crops enlarge.
+    """
+    top_B, left_B, height_B, width_B = boxes_B4.unbind(1)
+    (height, width), zero_B = images_BCHW.shape[-2:], torch.zeros_like(top_B)
+    across = torch.stack([width_B / width, zero_B, (2 * left_B + width_B) / width - 1], dim=1)
+    down = torch.stack([zero_B, height_B / height, (2 * top_B + height_B) / height - 1], dim=1)
+    theta_B23 = torch.stack([across, down], dim=1).to(images_BCHW.device)
+    grid_BHW2 = F.affine_grid(theta_B23, [*images_BCHW.shape[:2], *size], align_corners=False)
+    images_BCHW = F.grid_sample(images_BCHW.float(), grid_BHW2, mode=interpolation, padding_mode="border", align_corners=False)
+    return images_BCHW.clamp(0, 255)
+
+
+def resize(images_BCHW: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """Whole images resized to `size`, antialiased; float 0..255. Pixels stay as they are where the size is right already."""
+    images_BCHW = images_BCHW.float()
+    if images_BCHW.shape[-2:] == tuple(size):
+        return images_BCHW
+    return F.interpolate(images_BCHW, size, mode=interpolation, antialias=True).clamp(0, 255)
+
+
+def padding_crop(images_BCHW: Tensor, draws_B2: Tensor, padding: int) -> Tensor:
+    """Surround with `padding` black pixels and cut the old size out, each image at its own whole-pixel offset."""
+    batch, channels, height, width = images_BCHW.shape
+    device = images_BCHW.device
+    offsets_B2 = (draws_B2 * (2 * padding + 1)).long().clamp(max=2 * padding).to(device)
+    rows_BH = offsets_B2[:, :1] + torch.arange(height, device=device)
+    columns_BW = offsets_B2[:, 1:] + torch.arange(width, device=device)
+    image_B111 = torch.arange(batch, device=device)[:, None, None, None]
+    channel_C11 = torch.arange(channels, device=device)[:, None, None]
+    return F.pad(images_BCHW, (padding,) * 4)[image_B111, channel_C11, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
+
+
+def jitter_colors(images_BCHW: Tensor, draws_3B: Tensor, strength: float) -> Tensor:
+    """Change brightness, contrast and saturation, in this order, each by its own factor in 1 - strength .. 1 + strength; float 0..255."""
+    low = max(0.0, 1 - strength)
+    factors_3B = (low + (1 + strength - low) * draws_3B).to(images_BCHW.device)
+    brightness_B111, contrast_B111, saturation_B111 = factors_3B[:, :, None, None, None]
+    images_BCHW = (images_BCHW * brightness_B111).clamp(0, 255)
+    average_B111 = _grey(images_BCHW).mean((1, 2, 3), keepdim=True)
+    images_BCHW = (average_B111 + contrast_B111 * (images_BCHW - average_B111)).clamp(0, 255)
+    grey_B1HW = _grey(images_BCHW)
+    return (grey_B1HW + saturation_B111 * (images_BCHW - grey_B1HW)).clamp(0, 255)
+
+
+def _grey(images_BCHW: Tensor) -> Tensor:
+    weights = images_BCHW.new_tensor([0.299, 0.587, 0.114] if images_BCHW.shape[1] == 3 else [1.0])  # luma
+    return (images_BCHW * weights[:, None, None]).sum(1, keepdim=True)
+
+
+def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """From 0..255, of any dtype, to float32 with the data set's mean 0 and deviation 1 per channel."""
+    mean_C11, std_C11 = (images_BCHW.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+    return (images_BCHW.float() / 255 - mean_C11) / std_C11
+
+
+def erase(images_BCHW: Tensor, draws_BK: Tensor, probability: float) -> Tensor:
+    """Fill a box with standard normal noise, in place, in the share `probability` of the normalised images."""
+    if probability == 0:
+        return images_BCHW
+    boxes_B4 = random_boxes(draws_BK[:, BOX : 2 * BOX], ERASED_AREA, ERASED_RATIO, *images_BCHW.shape[-2:]).round().long()
+    # per image: noise that depends on nothing but the image's own draws, whatever batch it is in, made on the device without waiting for it
+    noise = torch.Generator(images_BCHW.device)
+    for i in (draws_BK[:, -2] < probability).nonzero()[:, 0].tolist():
+        top, left, height, width = boxes_B4[i].tolist()
+        noise.manual_seed(int(draws_BK[i, -1] * 2**24))
+        images_BCHW[i, :, top : top + height, left : left + width].normal_(generator=noise)
+    return images_BCHW
+
+
+def worker_transform(augmentation: Augmentation | None, data: Data, image_size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
+    """The same, for one RGB image in a worker, drawing from the global generators; None is the evaluation transform.
+
+    The result is uint8 (3, H, W). Evaluation resizes the short side to 256/224 of `image_size` and cuts out the centre; sets whose images
+    have one size, and sizes up to 64 pixels, lose nothing but what hangs over.
+    """
+    share = 1.0 if data.image_size is not None or min(image_size) <= 64 else 224 / 256
+    interpolation = augmentation.interpolation if augmentation else "bicubic"
+    whole = [ResizeKeepRatio([int(side / share) for side in image_size], interpolation=interpolation), transforms.CenterCrop(image_size)]
+    steps: list[Callable] = whole
+    if augmentation is not None:
+        if augmentation.crop == "resized":
+            mode = transforms.InterpolationMode(interpolation)
+            steps = [transforms.RandomResizedCrop(image_size, augmentation.scale, augmentation.ratio, mode)]
+        elif augmentation.crop == "padding":
+            steps = [*whole, transforms.RandomCrop(image_size, padding=augmentation.padding)]
+        steps.append(transforms.RandomHorizontalFlip(augmentation.flip))
+        if augmentation.randaugment is not None:
+            background = tuple(round(255 * mean) for mean in data.mean) * (3 // len(data.mean))
+            options = {"translate_const": int(min(image_size) * 0.45), "img_mean": background}
+            policy = rand_augment_transform(augmentation.randaugment, options | {"interpolation": Image.Resampling[interpolation.upper()]})
+            for operation in policy.ops:
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = posterize
+            steps.append(policy)
+        if augmentation.color_jitter:
+            steps.append(transforms.ColorJitter(*[augmentation.color_jitter] * 3))
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keep the highest `bits` of each colour. Strong draws of RandAugment keep none: a black image, which Pillow 13 refuses."""
+    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)

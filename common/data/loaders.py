@@ -1,0 +1,186 @@
+"""Batches of a split, in an order and with an augmentation that are functions of (seed, epoch, image) alone.
+
+No history, no worker count and no batch size enters a random number, so a loader has no state: to resume is to start the epoch at a later
+micro-batch, bit for bit what an undisturbed run would have seen.
+
+Shapes: N images of the split, B of a micro-batch, C channels, H x W pixels, K uniform numbers.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, worker_transform
+from common.data.sets import Data, DataError, Split, read_image
+from common.randomness import generator, reseed
+
+# last in their keys and never 0: SeedSequence takes (1, 2) and (1, 2, 0) for the same key
+ORDER, AUGMENTATION = 1, 2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Loader:
+    """One rank's micro-batches of a split, epoch by epoch. Only one epoch is read at a time: a new one ends the last.
+
+    Training, where there is an augmentation: shuffled, in full effective batches of batch_size * accumulate * world_size images, which are
+    the same however they are divided. Evaluation, where there is none: every image once over all ranks, in order. Images in memory live on
+    the device and are augmented there; files, and images that RandAugment needs on the CPU, go through worker processes.
+
+    Raises DataError where the split is smaller than one effective batch of training.
+    """
+
+    split: Split
+    _: KW_ONLY
+    data: Data
+    image_size: tuple[int, int]  # (height, width) in pixels of what the model sees
+    batch_size: int  # images of a micro-batch on one device
+    augmentation: Augmentation | None  # None: evaluation
+    seed: int
+    device: torch.device
+    workers: int  # processes that decode and augment images that are not in memory; 0: this process
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1  # micro-batches per optimizer step; in evaluation it means nothing
+
+    def __post_init__(self) -> None:
+        self.effective = self.batch_size * self.accumulate * self.world_size
+        if min(self.batch_size, self.accumulate, self.world_size) < 1:
+            raise DataError(
+                f"{self.batch_size} images x {self.accumulate} accumulated x {self.world_size} devices: each must be at least 1"
+            )
+        if self.augmentation is not None and len(self.split) < self.effective:
+            raise DataError(
+                f"{len(self.split)} training images are fewer than one effective batch of {self.effective} ({self.batch_size} x "
+                f"{self.accumulate} accumulated x {self.world_size} devices): choose an effective batch of at most {len(self.split)}"
+            )
+        self.in_memory = self.split.images is not None and (self.augmentation is None or self.augmentation.randaugment is None)
+        if self.in_memory:
+            self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
+            return
+        self.schedule, self.reported = _Schedule(), set[str]()
+        self.worker_batches = DataLoader(
+            _Images(self.split, self.data, self.image_size, self.augmentation, self.seed),
+            batch_sampler=self.schedule,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda",
+            # torch seeds its workers from this; left out, it would draw from the caller's global generator
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch for this rank. In evaluation ranks may differ by one."""
+        if self.augmentation is not None:
+            return len(self.split) // self.effective * self.accumulate
+        return -(-len(range(self.rank, len(self.split), self.world_size)) // self.batch_size)
+
+    def indices(self, epoch: int) -> list[Tensor]:
+        """Which images this rank's micro-batches hold: (B,) int64 each.
+
+        Training: a permutation, cut into effective batches, the incomplete last one dropped; each effective batch is cut into accumulation
+        steps and those into ranks. Evaluation: every world_size-th image, in order, all of them.
+        """
+        if self.augmentation is None:
+            mine = torch.arange(len(self.split))[self.rank :: self.world_size]
+            return list(mine.split(self.batch_size))[: len(self)]
+        order_N = torch.randperm(len(self.split), generator=generator(self.seed, epoch, ORDER))
+        used = len(order_N) // self.effective * self.effective
+        return list(order_N[:used].view(-1, self.world_size, self.batch_size)[:, self.rank])
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images (B, C, H, W) float32 and labels (B,) int64 on the device, from micro-batch `start` of the epoch on.
+
+        Raises DataError naming the file where an image cannot be read, ValueError where `start` lies outside the epoch.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start={start}: the epoch has {len(self)} micro-batches")
+        batches = self.indices(epoch)[start:]
+        return self._from_memory(epoch, batches) if self.in_memory else self._from_workers(epoch, batches)
+
+    def _from_memory(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.augmentation is not None:
+            # one row for every image of the set, so that what an image gets does not depend on the batch that it is in
+            draws_NK = torch.rand(len(self.labels), DRAWS, generator=generator(self.seed, epoch, AUGMENTATION))
+        for chosen_B in batches:
+            on_device_B = chosen_B.to(self.device)
+            images_BCHW, labels_B = self.images[on_device_B], self.labels[on_device_B]
+            if self.augmentation is None:
+                yield normalize(resize(images_BCHW, self.image_size), self.data.mean, self.data.std), labels_B
+            else:
+                images_BCHW = augment(images_BCHW, draws_NK[chosen_B], self.augmentation, self.image_size)
+                images_BCHW = normalize(images_BCHW, self.data.mean, self.data.std)
+                yield erase(images_BCHW, draws_NK[chosen_B], self.augmentation.erase), labels_B
+
+    def _from_workers(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        self.schedule.epoch, self.schedule.batches = epoch, batches
+        try:
+            for images_BCHW, labels_B, draws_BK, skipped in self.worker_batches:
+                # reported here and not in the workers, so that a file is named once however many of them come across it
+                for path in {path for paths in skipped for path in paths.splitlines()} - self.reported:
+                    self.reported.add(path)
+                    log.warning("%s cannot be read as an image: the next readable one takes its place", path)
+                images_BCHW = images_BCHW.to(self.device, non_blocking=True)
+                images_BCHW = normalize(images_BCHW, self.data.mean, self.data.std)
+                if self.augmentation is not None:
+                    images_BCHW = erase(images_BCHW, draws_BK, self.augmentation.erase)
+                yield images_BCHW, labels_B.to(self.device, non_blocking=True)
+        except DataError as error:
+            # torch hands over the worker's whole traceback as the message: the last sentence is ours
+            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+
+
+loader = Loader  # `loader(...)` where one is made, `Loader` where one is named
+
+
+class _Schedule:
+    """The batches that the DataLoader asks for next. Workers outlive an epoch, so its number travels with every index."""
+
+    def __init__(self) -> None:
+        self.epoch, self.batches = 0, list[Tensor]()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for chosen_B in self.batches:
+            yield [(self.epoch, index) for index in chosen_B.tolist()]
+
+
+class _Images(Dataset):
+    """(epoch, index) -> uint8 image (C, H, W), label, its uniform numbers (K,), and the files skipped on the way, one a line."""
+
+    def __init__(self, split: Split, data: Data, image_size: tuple[int, int], augmentation: Augmentation | None, seed: int) -> None:
+        self.split, self.channels, self.seed, self.random = split, data.channels, seed, augmentation is not None
+        self.transform = worker_transform(augmentation, data, image_size)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, str]:
+        epoch, index = key
+        if self.random:
+            # Python's, NumPy's and torch's global generators, because the transforms draw from all three. Without workers that happens in
+            # the caller's process; nothing is restored, as the training loop reseeds before each step. Evaluation leaves them alone.
+            reseed(self.seed, epoch, index, AUGMENTATION)
+        image, index, skipped = self._read(index)
+        image_CHW = self.transform(image)[: self.channels]
+        return image_CHW, self.split.labels[index], torch.rand(DRAWS) if self.random else torch.zeros(DRAWS), skipped
+
+    def _read(self, index: int) -> tuple[Image.Image, int, str]:
+        if self.split.paths is None:
+            pixels_HWC = self.split.images[index].permute(1, 2, 0).numpy()
+            return Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC).convert("RGB"), index, ""
+        skipped: list[str] = []
+        for candidate in itertools.chain(range(index, len(self.split)), range(index)):
+            try:
+                return read_image(self.split.paths[candidate]), candidate, "\n".join(skipped)
+            except DataError:
+                if not self.split.skip_corrupt:
+                    raise
+                skipped.append(self.split.paths[candidate])
+        raise DataError(f"none of {len(skipped)} images can be read, the first is {skipped[0]}: delete them and restore the data set")

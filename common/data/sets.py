@@ -1,0 +1,204 @@
+"""Where images come from: data sets by name, or any folder in ImageFolder layout.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from common.randomness import generator
+
+NAMES = ("digits", "cifar10", "cifar100", "tiny-imagenet")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DataError(ValueError):
+    """A fault in the data that the user can mend; the message says where and how."""
+
+
+@dataclass(eq=False)
+class Split:
+    """Labelled images, either in memory or as files. Raises DataError unless it is exactly one of the two, one label per image."""
+
+    labels: Tensor  # (N,) int64
+    images: Tensor | None = None  # (N, C, H, W) uint8
+    paths: list[str] | None = None
+    class_names: tuple[str, ...] = ()
+    skip_corrupt: bool = False  # an unreadable file is replaced by the next readable one instead of ending the run
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.paths is None):
+            raise DataError("a split holds either images or paths")
+        count = len(self.images if self.paths is None else self.paths)
+        if count != len(self.labels):
+            raise DataError(f"{count} images but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Sequence[int] | Tensor) -> "Split":
+        """The images at `indices`, in that order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        images = None if self.images is None else self.images[chosen]
+        paths = None if self.paths is None else [self.paths[i] for i in chosen.tolist()]
+        return Split(self.labels[chosen], images, paths, self.class_names, self.skip_corrupt)
+
+    def per_class(self, n: int, seed: int) -> "Split":
+        """`n` labels of each class, drawn with `seed`; fewer labels of the same seed are a subset of more.
+
+        Raises DataError naming the class where one has fewer than `n` images.
+        """
+        chosen = []
+        for number in range(max(len(self.class_names), int(self.labels.max()) + 1)):
+            members = (self.labels == number).nonzero()[:, 0]
+            if len(members) < n:
+                name = self.class_names[number] if self.class_names else number
+                raise DataError(f"class {name} has {len(members)} images, fewer than {n}: ask for at most {len(members)} labels per class")
+            chosen.append(members[torch.randperm(len(members), generator=generator(seed, number))[:n]])
+        return self.subset(torch.cat(chosen).sort().values)
+
+
+@dataclass(eq=False)
+class Data:
+    """A data set: what it is called, what its images look like, and its two splits."""
+
+    name: str
+    classes: int
+    channels: int
+    image_size: tuple[int, int] | None  # (height, width) in pixels; None where images differ in size
+    mean: tuple[float, ...]  # per channel, of pixels scaled to 0..1
+    std: tuple[float, ...]
+    train: Split
+    val: Split
+
+
+def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) -> Data:
+    """Open `digits`, `cifar10`, `cifar100`, `tiny-imagenet` (kept under `root`), or the folder that `name` is the path of.
+
+    A folder holds train/ and val/ (or test/ where there is no val/), each with one folder per class. With `skip_corrupt` an
+    unreadable image file is replaced by the next readable one. Raises DataError that says what is missing and how to mend it.
+    """
+    if name == "digits":
+        return _digits()
+    if name in ("cifar10", "cifar100"):
+        return _cifar(name, Path(root))
+    if name == "tiny-imagenet":
+        return _tiny_imagenet(Path(root) / "tiny-imagenet-200", skip_corrupt)
+    if Path(name).is_dir():
+        return _folder(Path(name), skip_corrupt)
+    nearest = difflib.get_close_matches(name.lower(), NAMES, n=2, cutoff=0.5)
+    guess = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    raise DataError(
+        f"{name!r} is neither a data set nor a folder: {guess}give one of {', '.join(NAMES)}, or the path of a folder with train/ and val/"
+    )
+
+
+def read_image(path: str) -> Image.Image:
+    """Decode a file of any kind that Pillow knows to 8-bit RGB. Raises DataError naming the file where that fails.
+
+    Transparency is dropped, as ImageNet pipelines do; 16-bit grey values are scaled to 8 bits, not clipped.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode == "I" or image.mode.startswith("I;16"):
+                values = numpy.asarray(image).astype(numpy.int64).clip(0, 65535)
+                return Image.fromarray((values // 257).astype(numpy.uint8)).convert("RGB")
+            # Pillow turns a palette with transparent entries into RGB only by way of RGBA
+            return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    except Exception as error:  # decoders raise a dozen kinds of exceptions on broken files
+        raise DataError(f"{path} cannot be read as an image ({error}): delete it, or pass --skip-corrupt") from error
+
+
+def _digits() -> Data:
+    # imported here because scikit-learn takes a second to load, and only this set needs it
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(digits.target).long()
+    train, val = train_test_split(numpy.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
+    everything = Split(labels, images, class_names=tuple("0123456789"))
+    return _in_memory("digits", everything.subset(train), everything.subset(val))
+
+
+def _cifar(name: str, root: Path) -> Data:
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        sets = [kind(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{name} is not in {root} and cannot be downloaded ({error}): put {kind.filename} from {kind.url} there") from error
+    splits = [
+        Split(torch.tensor(part.targets), torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), class_names=tuple(part.classes))
+        for part in sets
+    ]
+    return _in_memory(name, *splits)
+
+
+def _in_memory(name: str, train: Split, val: Split) -> Data:
+    images = train.images
+    assert images is not None
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    # counting grey levels is exact and needs no float copy of the set
+    shares = [torch.bincount(channel.flatten(), minlength=256) / channel.numel() for channel in images.unbind(1)]
+    mean = [float((share * levels).sum()) for share in shares]
+    std = [float((share * (levels - m) ** 2).sum().sqrt()) for share, m in zip(shares, mean, strict=True)]
+    size = (images.shape[2], images.shape[3])
+    return Data(name, len(train.class_names), images.shape[1], size, tuple(mean), tuple(std), train, val)
+
+
+def _tiny_imagenet(folder: Path, skip_corrupt: bool) -> Data:
+    annotations = folder / "val" / "val_annotations.txt"
+    if not (folder / "train").is_dir() or not annotations.is_file():
+        missing = annotations if (folder / "train").is_dir() else folder / "train"
+        url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+        raise DataError(f"{missing} not found: download {url} and unpack it so that {folder} holds train/ and val/val_annotations.txt")
+    train = _scan(folder / "train", skip_corrupt)
+    number = {name: i for i, name in enumerate(train.class_names)}
+    paths, labels = [], []
+    for line in annotations.read_text().splitlines():
+        fields = line.split("\t")  # file, class, and a bounding box
+        if len(fields) < 2 or fields[1] not in number:
+            raise DataError(f"{annotations}: the line {line!r} names no class of {folder / 'train'}: unpack the archive again")
+        paths.append(str(annotations.parent / "images" / fields[0]))
+        labels.append(number[fields[1]])
+    val = Split(torch.tensor(labels), paths=paths, class_names=train.class_names, skip_corrupt=skip_corrupt)
+    return Data("tiny-imagenet", len(number), 3, (64, 64), IMAGENET_MEAN, IMAGENET_STD, train, val)
+
+
+def _folder(folder: Path, skip_corrupt: bool) -> Data:
+    held_out = folder / "val" if (folder / "val").is_dir() else folder / "test"
+    if not (folder / "train").is_dir() or not held_out.is_dir():
+        missing = "train/" if held_out.is_dir() else "val/" if (folder / "train").is_dir() else "train/ and val/"
+        entries = sorted(entry.name for entry in folder.iterdir())
+        found = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
+        raise DataError(f"{folder} lacks {missing}; found: {found or 'nothing'}. It needs train/ and val/, each with one folder per class")
+    train, val = _scan(folder / "train", skip_corrupt), _scan(held_out, skip_corrupt)
+    if train.class_names != val.class_names:
+        odd = sorted(set(train.class_names) ^ set(val.class_names))
+        raise DataError(
+            f"{folder / 'train'} has {len(train.class_names)} classes and {held_out} has {len(val.class_names)}: "
+            f"{', '.join(odd[:5])} is in one only; give both the same class folders"
+        )
+    return Data(folder.resolve().name, len(train.class_names), 3, None, IMAGENET_MEAN, IMAGENET_STD, train, val)
+
+
+def _scan(folder: Path, skip_corrupt: bool) -> Split:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} holds no class folders: put the images of each class into a folder of its own there")
+    samples = make_dataset(folder, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
+    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+    for name, count in zip(names, torch.bincount(labels, minlength=len(names)).tolist(), strict=True):
+        if count == 0:
+            raise DataError(f"{folder / name} holds no images ({' '.join(IMG_EXTENSIONS)}): fill the folder or delete it")
+    return Split(labels, paths=[path for path, _ in samples], class_names=tuple(names), skip_corrupt=skip_corrupt)
