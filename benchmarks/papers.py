@@ -24,12 +24,8 @@ def paper_module(name: str) -> ModuleType:
 
 
 def recipes(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
-    """The recipes of a paper by name: its public functions that return a Recipe."""
-    functions = inspect.getmembers(module, inspect.isfunction)
-    return {
-        name: f for name, f in functions if f.__module__ == module.__name__ and not name.startswith("_")
-        and inspect.signature(f).return_annotation is Recipe and not inspect.signature(f).parameters
-    }
+    """The recipes of a paper by name, in the order of its file: its public functions of no arguments that return a Recipe."""
+    return {name: value for name, value in vars(module).items() if _makes_recipe(value, module) and not name.startswith("_")}
 
 
 def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str, Recipe]:
@@ -49,3 +45,10 @@ def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str,
             return name, recipe
     datasets = sorted({d for recipe in made.values() for d in recipe.data})
     raise RecipeError(f"DATA={data!r} is no folder and has no recipe in {module.__package__}; {nearest(data, datasets)}")
+
+
+def _makes_recipe(value: object, module: ModuleType) -> bool:
+    if not inspect.isfunction(value) or value.__module__ != module.__name__:
+        return False
+    signature = inspect.signature(value)
+    return signature.return_annotation is Recipe and not signature.parameters

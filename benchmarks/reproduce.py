@@ -40,6 +40,8 @@ class Options:
     """Which paper, by its folder: droppos."""
     data: str = "digits"
     """digits (no download), cifar10, cifar100, tiny-imagenet, or a folder with train/ and val/ in ImageFolder layout."""
+    data_name: str | None = None
+    """What the results call the data; by default a folder's own name. Published numbers on ImageNet-1k are matched by imagenet1k."""
     recipe: str | None = None
     """Which recipe of the paper; by default the one meant for the data."""
     epochs: int | None = None
@@ -62,6 +64,8 @@ class Options:
     """Processes that decode images, per device; data that fit in memory need none."""
     compile: bool = False
     """Compile the models with torch.compile."""
+    checkpoint_seconds: float = 20.0
+    """Least time between checkpoints; large models are saved more rarely, so that saving takes at most a fiftieth of the time."""
     data_root: Path = Path("data")
     """Where named data sets are kept."""
     skip_corrupt: bool = False
@@ -79,10 +83,11 @@ class Reproduction:
 
     def __init__(self, options: Options, module: ModuleType, name: str, recipe: Recipe, data: Data, fabric: Fabric, seed: int):
         self.options, self.module, self.recipe, self.data, self.fabric, self.seed = options, module, recipe, data, fabric, seed
-        label = name if Path(self.data.name).name == name else f"{name}-{Path(self.data.name).name}"
+        label = name if data.name == name else f"{name}-{data.name}"
         self.root = options.out / module.__package__ / f"{label}-{recipe.pretrain.epochs}ep-seed{seed}"
         self.name = " ".join([name, *options.set])
         self.precision = str(fabric._precision.precision)
+        self.fitting = {"compile": options.compile, "checkpoint_seconds": options.checkpoint_seconds}
         self.size = (recipe.image_size, recipe.image_size)
 
     def run(self) -> list[results.Row]:
@@ -101,7 +106,7 @@ class Reproduction:
                 encoder = self.new_encoder()
                 method = self.module.build(self.recipe, encoder)
                 train = self.loader(self.data.train, stage, stage.augmentation)
-                method, hours = fit(run, self.fabric, method, stage, train, self.seed, compile=self.options.compile)
+                method, hours = fit(run, self.fabric, method, stage, train, self.seed, **self.fitting)
                 found = self.measure(method, self.loader(self.data.val, stage, None))
                 if run.main:
                     export_encoder(method.encoder, run.directory / "encoder.safetensors")
@@ -128,7 +133,7 @@ class Reproduction:
         else:
             model = LinearProbe(self.start_encoder(start, protocol), self.data.classes, protocol)
         train = self.loader(split, protocol.stage, protocol.stage.augmentation)
-        model, hours = fit(run, self.fabric, model, protocol.stage, train, self.seed, compile=self.options.compile)
+        model, hours = fit(run, self.fabric, model, protocol.stage, train, self.seed, **self.fitting)
         found = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage, None))
         return found | {"hours": hours}
 
@@ -237,6 +242,7 @@ def reproduce(options: Options) -> list[results.Row]:
     """All seeds of a recipe; prints the table and returns the rows."""
     module = paper_module(options.paper)
     data = open_data(options.data, options.data_root, options.skip_corrupt)
+    data.name = options.data_name or data.name
     name, recipe = choose_recipe(module, options.data, options.recipe)
     recipe = override(recipe, options.set)
     if options.epochs is not None:
@@ -246,6 +252,11 @@ def reproduce(options: Options) -> list[results.Row]:
     rows = []
     for seed in range(options.seeds):
         reproduction = Reproduction(options, module, name, recipe, data, fabric, seed)
+        if fabric.is_global_zero:
+            console.print(
+                f"{options.paper}, recipe {name}: {recipe.backbone} on {data.name} ({len(data.train)} images), {recipe.pretrain.epochs} epochs, "
+                f"seed {seed}, {fabric.world_size} x {results.device_name(fabric.device)}, {reproduction.precision}. Kept in {reproduction.root}"
+            )
         made = reproduction.run()
         if options.record and fabric.is_global_zero:
             reproduction.record(made)
@@ -270,7 +281,8 @@ def show(paper: str, rows: list[results.Row]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
     try:
-        reproduce(tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__))
+        config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+        reproduce(tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config))
     except (RecipeError, RunError, DataError, ConversionError, ValueError) as error:
         console.print(f"error: {error}", style="bold red", markup=False)
         return 2

@@ -92,7 +92,8 @@ class Run:
 
     def _check_settings(self) -> None:
         path = self.directory / "recipe.json"
-        if path.exists() and (held := json.loads(path.read_text())) != self.settings:
+        begun = self.checkpoint.exists() or self.result is not None
+        if begun and path.exists() and (held := json.loads(path.read_text())) != self.settings:
             differing = ", ".join(_differences(held, self.settings))
             raise RunError(f"{self.directory} holds a run with other settings ({differing}); name another folder with OUT=, or delete it")
         write_text(path, json.dumps(self.settings, indent=1) + "\n")

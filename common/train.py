@@ -4,6 +4,7 @@ Everything random in a step is drawn from (seed, step, micro-batch, rank), and t
 step number is all there is to restore: a run killed at any moment goes on bit-identically from its last checkpoint.
 """
 
+import logging
 import math
 import os
 import signal
@@ -26,6 +27,9 @@ from common.run import Run, RunError, console
 
 EXIT_STOPPED = 75  # a signal stopped the run after a checkpoint; the same command goes on (sysexits' EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # what it says at INFO, the first line of a run says better
 
 
 class Stopped(SystemExit):
@@ -87,10 +91,11 @@ def fit(
     seed: int,
     *,
     compile: bool = False,
+    checkpoint_seconds: float = 20.0,
 ) -> tuple[nn.Module, float]:
     """Train a method (see common/method.py) and return it, or its average where the stage asks for one, with the hours it took.
 
-    `loader` yields micro-batches of `device_batch(stage, world size)` images. Goes on from run.checkpoint where there is one.
+    Saves no more often than every `checkpoint_seconds`. `loader` yields micro-batches of `device_batch(stage, world size)` images. Goes on from run.checkpoint where there is one.
     Raises RunError for a loss that is not finite, and Stopped after a signal; in both cases a checkpoint is left to go on from.
     """
     rank, world = fabric.global_rank, fabric.world_size
@@ -124,6 +129,10 @@ def fit(
         state["progress"] = {"step": step, "hours": (begun - started) / 3600, "sums": sums, "count": count}
         save_checkpoint(fabric, run.checkpoint, state)
         saved_at, save_seconds = time.perf_counter(), time.perf_counter() - begun
+
+    def due() -> bool:
+        # Saving takes at most a fiftieth of the time, however large the model is. Every process must agree, so the first decides.
+        return fabric.broadcast(time.perf_counter() - saved_at > max(checkpoint_seconds, 50 * save_seconds))
 
     batches = None
     trained.train()
@@ -168,8 +177,7 @@ def fit(
                         tensorboard.add_scalar(name, value, step)
                 sums, count = {}, 0
             show(step, stage.batch_size, values)
-            # Checkpoints take at most two hundredths of the time, however large the model is.
-            if stopped or step == total or time.perf_counter() - saved_at > max(20.0, 50 * save_seconds):
+            if stopped or step == total or due():
                 save()
             if stopped and step < total:
                 run.say(f"stopped by a signal after step {step} of {total}; saved, and the same command goes on from here")

@@ -28,7 +28,7 @@ class DropPos(nn.Module):
     official code's grid and normalisation, faults 7.1 and 7.2 of README.md). distance: "squared" as in the official code,
     "euclidean" as in the paper's text. attentive: weight tokens by their affinity to the class token, at `temperature`.
     position_token: what stands in for a dropped position: a "learned" vector, "zeros", or "wrong" (other dropped
-    positions). ignore_confident: leave out tokens already more confident than their target. shuffle: permute the visible
+    positions). ignore_confident: leave out tokens already as confident as their target. shuffle: permute the visible
     tokens (changes nothing but rounding). position_weight: with a number, add MAE's pixel loss to that many times the
     position loss.
     Raises ValueError for ratios that leave nothing to see or nothing to predict.
@@ -120,7 +120,7 @@ class DropPos(nn.Module):
         if self.ignore_confident:
             true_cell = cell_BV[..., None]
             confidence_BV = log_p_BVL.detach().exp().gather(-1, true_cell)[..., 0]
-            weight_BV = weight_BV * (confidence_BV <= target_BVL.gather(-1, true_cell)[..., 0])
+            weight_BV = weight_BV * (confidence_BV < target_BVL.gather(-1, true_cell)[..., 0])
         affinity_BV = self._affinity(images, cell_BV) if self.attentive else None
         if affinity_BV is not None:
             weight_BV = weight_BV * affinity_BV

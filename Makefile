@@ -1,0 +1,50 @@
+# Reproducing position-based pre-training. `make help` says what there is.
+PAPER ?= droppos
+PYTHON ?= python3
+python := .venv/bin/python
+options = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') \
+          $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
+
+.PHONY: help setup reproduce test test-all lint table speed
+
+help:  ## this text
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@printf '\nVariables of make reproduce:\n'
+	@sed -n 's/^#: //p' Makefile
+
+#:   PAPER=droppos   which paper, by its folder
+#:   EPOCHS=800      epochs of pre-training, in place of the recipe's
+#:   DATA=digits     digits, cifar10, cifar100, tiny-imagenet, or a folder with train/ and val/ in ImageFolder layout
+#:   RECIPE=digits   a recipe of the paper by name; by default the one meant for the data
+#:   SEEDS=3         how many seeds; the table shows mean and standard deviation
+#:   DEVICE=cuda     auto, cpu or cuda
+#:   OUT=runs        where runs are kept; a second call goes on from there
+#:   RECORD=1        add the numbers to <paper>/results.csv and the log to <paper>/logs
+#:   ARGS="--help"   any other option of python -m benchmarks.reproduce
+#:
+#: Of every target: PYTHON=python3.11 makes .venv with that Python (3.10 to 3.12).
+
+setup: .venv/installed  ## make .venv; the other targets do it by themselves
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+reproduce: .venv/installed  ## pre-train, evaluate, and show the numbers beside the published ones
+	@$(python) -m benchmarks.reproduce '$(PAPER)' $(options)
+
+test: .venv/installed  ## the quick tests
+	$(python) -m pytest -n auto -m 'not slow' $(ARGS)
+
+test-all: .venv/installed  ## all tests, as CI runs them
+	$(python) -m pytest -n auto $(ARGS)
+
+lint: .venv/installed  ## ruff: rules and format
+	$(python) -m ruff check . && $(python) -m ruff format --check .
+
+table: .venv/installed  ## write the tables of the READMEs from the results
+	$(python) -m benchmarks.table $(ARGS)
+
+speed: .venv/installed  ## time training steps against timm's supervised step and this machine's matrix products
+	$(python) -m benchmarks.speed $(ARGS)

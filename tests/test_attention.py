@@ -1,0 +1,175 @@
+"""Claims about attention through visibility windows: every backend gives what the plain float64 reference gives."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from common.attention import attend, attend_reference
+from common.masking import permutation_ranks
+
+BACKENDS = ["auto", "sdpa"]
+QUICK = settings(deadline=None, max_examples=40, derandomize=True)
+CASES = st.fixed_dictionaries(
+    {"B": st.integers(1, 3), "H": st.integers(1, 3), "Q": st.integers(1, 9), "K": st.integers(1, 9), "D": st.sampled_from([1, 4, 8]), "seed": st.integers(0, 999)}
+)
+
+
+def draw(B: int, H: int, Q: int, K: int, D: int, seed: int) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
+    """q, k, v; a random window; the incoming gradient."""
+    g = torch.Generator().manual_seed(seed)
+    qkv = [torch.randn(B, H, length, D, generator=g) for length in (Q, K, K)]
+    window = {"time": (B, Q), "visible_from": (B, K), "visible_until": (B, K)}
+    return qkv, {name: torch.randint(-3, 5, shape, generator=g) for name, shape in window.items()}, torch.randn(B, H, Q, D, generator=g)
+
+
+def run(function, qkv: list[Tensor], gradient: Tensor, **options) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of q, k and v."""
+    leaves = [tensor.clone().requires_grad_() for tensor in qkv]
+    out = function(*leaves, **options)
+    out.backward(gradient.to(out.dtype))
+    return out.detach(), [leaf.grad for leaf in leaves]
+
+
+def visible(time: Tensor, visible_from: Tensor, visible_until: Tensor) -> list[list[str]]:
+    """The mask behind a window as rows of 0 and 1 per image, found by attending with equal scores to one-hot values."""
+    (B, Q), K = time.shape, visible_from.shape[1]
+    out = attend(torch.zeros(B, 1, Q, K), torch.zeros(B, 1, K, K), torch.eye(K).expand(B, 1, K, K), time=time, visible_from=visible_from, visible_until=visible_until)
+    return [["".join(str(int(weight > 0)) for weight in row) for row in image[0]] for image in out]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@QUICK
+@given(CASES)
+def test_output_and_gradients_under_any_window_equal_the_reference(backend, case):
+    qkv, window, gradient = draw(**case)
+    out, grads = run(attend, qkv, gradient, backend=backend, **window)
+    expected, expected_grads = run(attend_reference, qkv, gradient, **window)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(grads, expected_grads, atol=1e-5, rtol=0)
+
+
+def test_the_reference_is_attention_over_the_keys_of_the_definition():
+    qkv, window, _ = draw(B=3, H=2, Q=7, K=8, D=4, seed=5)
+    q, k, v = (tensor.double() for tensor in qkv)
+    expected = torch.zeros(3, 2, 7, 4, dtype=torch.float64)
+    seen = []
+    for b in range(3):
+        for i in range(7):
+            keys = [j for j in range(8) if window["visible_from"][b, j] <= window["time"][b, i] < window["visible_until"][b, j]]
+            seen.append(len(keys))
+            for h in range(2 if keys else 0):
+                weight = [math.exp(q[b, h, i] @ k[b, h, j] / 2) for j in keys]
+                expected[b, h, i] = sum(w * v[b, h, j] for w, j in zip(weight, keys, strict=True)) / sum(weight)
+    assert min(seen) == 0 and max(seen) > 2
+    torch.testing.assert_close(attend_reference(*qkv, **window), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_that_sees_nothing_gives_zeros_and_zero_gradients(backend):
+    qkv, window, gradient = draw(B=2, H=2, Q=5, K=6, D=8, seed=1)
+    window["visible_until"][0] = window["visible_from"][0]  # nothing in image 0
+    window["time"][1, 2] = -100  # and nothing for one query of image 1
+    window["visible_from"][1], window["visible_until"][1, :5], window["visible_until"][1, 5] = -3, 9, -3  # nobody sees key 5 of image 1
+    out, (grad_q, grad_k, grad_v) = run(attend, qkv, gradient, backend=backend, **window)
+    for tensor in (out, grad_q):
+        assert (tensor[0] == 0).all() and (tensor[1, :, 2] == 0).all() and (tensor[1, :, [0, 1, 3, 4]] != 0).all()
+    for tensor in (grad_k, grad_v):
+        assert (tensor[0] == 0).all() and (tensor[1, :, 5] == 0).all() and (tensor[1, :, :5] != 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@QUICK
+@given(CASES)
+def test_without_a_window_it_is_softmax_attention_over_all_keys(backend, case):
+    qkv, _, gradient = draw(**case)
+    out, grads = run(attend, qkv, gradient, backend=backend)
+    expected, expected_grads = run(lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v, qkv, gradient)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(grads, expected_grads, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend_reference(*qkv).float(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+def test_bfloat16_on_the_cpu_rounds_only_what_comes_in_and_out(windowed):
+    qkv, window, gradient = draw(B=2, H=2, Q=16, K=32, D=8, seed=2)
+    qkv, window = [tensor.bfloat16() for tensor in qkv], window if windowed else {}
+    out, grads = run(attend, qkv, gradient.bfloat16(), **window)
+    expected, expected_grads = run(attend_reference, [tensor.float() for tensor in qkv], gradient.bfloat16(), **window)
+    for found, wanted in zip([out, *grads], [expected, *expected_grads], strict=True):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=2**-8, atol=1e-6)
+
+
+def test_windows_reproduce_mapets_worked_example():
+    """Nine tokens in the order 1 8 4 2 7 6 | 3 5 9, of which the first six are context (papers' figure; no class token)."""
+    context = 6
+    rank_N = permutation_ranks(torch.tensor([[1, 8, 4, 2, 7, 6, 3, 5, 9]]) - 1)[0]
+    entry_N = rank_N.clamp(min=context - 1)
+    target = [2, 4, 8]  # x3, x5, x9, whose placeholders m stand behind the nine real keys
+    visible_from = torch.cat([entry_N, torch.full((3,), -1)])[None]
+    visible_until = torch.cat([torch.full((9,), 99), entry_N[target]])[None]
+    query_time = rank_N[target] - 1
+    content_time = torch.cat([entry_N, torch.full((3,), context - 1)])
+    rows = visible(torch.cat([query_time, content_time])[None], visible_from, visible_until)[0]
+    assert rows[:3] == ["110101110111", "111101110011", "111111110001"]
+    seen_by_context = "110101110111"
+    targets = {2: "111101110011", 4: "111111110001", 8: "111111111000"}
+    assert rows[3:] == [targets.get(token, seen_by_context) for token in range(9)] + [seen_by_context] * 3
+
+
+@pytest.mark.parametrize("absent", [{"time"}, {"visible_from"}, {"visible_until"}, {"time", "visible_until"}])
+def test_part_of_a_window_is_refused_and_the_missing_part_is_named(absent):
+    qkv, window, _ = draw(B=1, H=1, Q=2, K=3, D=4, seed=0)
+    part = {name: vector for name, vector in window.items() if name not in absent}
+    for function in (attend, attend_reference):
+        with pytest.raises(ValueError, match=f"together; missing: {', '.join(name for name in window if name in absent)}$"):
+            function(*qkv, **part)
+
+
+@pytest.mark.parametrize("name", ["time", "visible_from", "visible_until"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda x: x[:, :-1], lambda x: x[0], lambda x: x.float(), lambda x: x.bool(), lambda x: x.expand(2, -1), lambda x: x.to("meta")],
+    ids=["short", "no batch", "float", "bool", "other batch", "other device"],
+)
+def test_a_window_vector_that_does_not_fit_is_refused_by_name(name, spoil):
+    qkv, window, _ = draw(B=1, H=1, Q=2, K=3, D=4, seed=0)
+    with pytest.raises(ValueError, match=f"^{name} "):
+        attend(*qkv, **{**window, name: spoil(window[name])})
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        ("values of another length", (1, 2, 7, 4), torch.float32),
+        ("values of another batch", (2, 2, 6, 4), torch.float32),
+        ("values of other heads", (1, 1, 6, 4), torch.float32),
+        ("values of another dtype", (1, 2, 6, 4), torch.float64),
+    ],
+)
+def test_values_that_do_not_fit_the_keys_are_refused(name, shape, dtype, windowed):
+    (q, k, _), window, _ = draw(B=1, H=2, Q=3, K=6, D=4, seed=0)
+    with pytest.raises(ValueError):
+        attend(q, k, torch.ones(shape, dtype=dtype), **(window if windowed else {}))
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+@pytest.mark.parametrize("shape", [(1, 2, 6, 8), (3, 2, 6, 4), (1, 1, 6, 4)], ids=["width", "batch", "heads"])
+def test_keys_that_do_not_fit_the_queries_are_refused(shape, windowed):
+    (q, _, _), window, _ = draw(B=1, H=2, Q=3, K=6, D=4, seed=0)
+    if windowed:
+        window = {name: vector if name == "time" else vector.expand(shape[0], -1) for name, vector in window.items()}
+    with pytest.raises(ValueError):
+        attend(q, torch.ones(shape), torch.ones(shape), **(window if windowed else {}))
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    qkv, _, _ = draw(B=1, H=1, Q=2, K=3, D=4, seed=0)
+    with pytest.raises(ValueError, match="'flash3'.*'auto'.*'sdpa'"):
+        attend(*qkv, backend="flash3")

@@ -1,0 +1,184 @@
+"""Claims about what is decayed, at which rate each parameter learns, and what one step does."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.evaluate import Classifier, LinearProbe
+from common.optim import make_optimizer, make_schedule
+from common.recipe import Protocol, Stage
+from common.vit import ViT, vit
+from droppos.method import DropPos
+
+STAGE = Stage(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=10, betas=(0.9, 0.95))
+FINETUNE = Stage(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, layer_decay=0.65)
+PER_EPOCH = 10
+
+
+def names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """The optimizer's group of each parameter, by the parameter's name. Every parameter must be in one group at most."""
+    group_of = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in group_of
+            group_of[id(parameter)] = group
+    return {name: group_of[id(p)] for name, p in model.named_parameters() if id(p) in group_of}
+
+
+def classifier(pool: str = "mean", **options) -> Classifier:
+    encoder = ViT(image_size=8, patch_size=4, width=16, depth=2, heads=2, **options)
+    return Classifier(encoder, 5, Protocol("finetune", "finetune", FINETUNE, pool=pool))
+
+
+def rates(stage: Stage, epochs: list[float]) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=stage.lr)
+    schedule = make_schedule(optimizer, stage, PER_EPOCH)
+    found = []
+    for epoch in epochs:
+        schedule.step_update(round(epoch * PER_EPOCH))
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+# ---- weight decay
+
+
+def test_droppos_base_decays_61_tensors_and_leaves_119():
+    with torch.device("meta"):
+        model = DropPos(vit("base"))
+    groups = names(model, make_optimizer(model, STAGE))
+    decayed = {name for name, group in groups.items() if group["weight_decay"] == 0.05}
+    left = {name for name, group in groups.items() if group["weight_decay"] == 0}
+    assert (len(decayed), len(left)) == (61, 119) and len(groups) == 180
+    assert {"encoder.cls_token", "dropped_position"} <= decayed
+    assert all(name.endswith("bias") or "norm" in name for name in left)
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_fine_tuning_does_not_decay_tokens_positions_biases_and_norms(layer_decay):
+    model = classifier(position="learned")
+    groups = names(model, make_optimizer(model, replace(FINETUNE, layer_decay=layer_decay)))
+    assert set(groups) == {name for name, _ in model.named_parameters()}
+    left = {name for name, group in groups.items() if group["weight_decay"] == 0}
+    assert left == {name for name, p in model.named_parameters() if p.ndim == 1} | {"encoder.cls_token", "encoder.pos_embed"}
+
+
+def test_frozen_parameters_are_not_given_to_the_optimizer():
+    probe = LinearProbe(ViT(image_size=8, patch_size=4, width=16, depth=1, heads=2), 5, Protocol("linear", "linear"))
+    assert set(names(probe, make_optimizer(probe, STAGE))) == {"head.weight", "head.bias"}
+
+
+# ---- learning rates
+
+
+def test_the_rate_is_the_base_rate_times_the_batch_over_lr_batch():
+    assert STAGE.lr == pytest.approx(2.4e-3)
+    assert replace(STAGE, batch_size=2048).lr == pytest.approx(1.2e-3)
+    assert replace(STAGE, batch_size=512, base_lr=5e-4, lr_batch=512).lr == pytest.approx(5e-4)
+    assert all(group["lr"] == STAGE.lr for group in make_optimizer(classifier(), STAGE).param_groups)
+
+
+def test_droppos_schedule_has_the_official_rates():
+    assert rates(STAGE, [0, 5, 10, 800]) == pytest.approx([0, 1.2e-3, 2.4e-3, 0], abs=1e-12)
+
+
+def test_mae_schedule_has_the_official_rates():
+    peak_one = replace(STAGE, batch_size=256, base_lr=1.0, warmup_epochs=40)
+    assert rates(peak_one, [0, 20, 40, 420, 800]) == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("min_lr", [0.0, 1e-5])
+def test_the_rate_warms_up_linearly_and_falls_by_half_a_cosine_at_every_step(min_lr):
+    stage = replace(STAGE, epochs=20, warmup_epochs=2.5, min_lr=min_lr)
+    epochs = [step / PER_EPOCH for step in range(20 * PER_EPOCH + 1)]
+    fall = [(t - 2.5) / (20 - 2.5) for t in epochs]
+    expected = [
+        stage.lr * t / 2.5 if t < 2.5 else min_lr + (stage.lr - min_lr) * (1 + math.cos(math.pi * f)) / 2
+        for t, f in zip(epochs, fall, strict=True)
+    ]
+    assert rates(stage, epochs) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_the_rate_depends_on_the_step_alone():
+    steps = [799.0, 3.0, 10.0, 420.0]
+    assert rates(STAGE, steps) == [rates(STAGE, [step])[0] for step in steps]
+
+
+def test_a_run_shorter_than_its_warm_up_still_comes_down():
+    short = replace(STAGE, epochs=6)
+    assert rates(short, [0, 1.5, 3, 4.5, 6]) == pytest.approx([0, 1.2e-3, 2.4e-3, 1.2e-3, 0], abs=1e-12)
+
+
+def test_layer_decay_gives_each_depth_maes_share_of_the_rate():
+    model = classifier(position="learned")
+    optimizer = make_optimizer(model, FINETUNE)
+    make_schedule(optimizer, FINETUNE, PER_EPOCH).step_update(5 * PER_EPOCH)  # the peak
+    share = {"encoder.cls_token": 0.274625, "encoder.pos_embed": 0.274625, "encoder.patch_embed": 0.274625, "encoder.blocks.0": 0.4225, "encoder.blocks.1": 0.65, "fc_norm": 1, "head": 1}  # fmt: skip
+    seen = set()
+    for name, group in names(model, optimizer).items():
+        prefix = next(prefix for prefix in share if name.startswith(prefix))
+        seen.add(prefix)
+        assert group["lr"] == pytest.approx(share[prefix] * FINETUNE.lr), name
+        assert group["lr_scale"] == pytest.approx(share[prefix]), name
+    assert seen == set(share)
+
+
+def test_with_class_token_pooling_the_final_norm_learns_at_the_heads_rate():
+    model = classifier(pool="class")
+    groups = names(model, make_optimizer(model, FINETUNE))
+    assert groups["encoder.norm.weight"]["lr_scale"] == 1 and groups["encoder.blocks.1.norm2.weight"]["lr_scale"] == 0.65
+
+
+# ---- one step
+
+
+def small_layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def set_gradients(layer: nn.Linear, step: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(step)
+    gradients = [torch.randn(p.shape, generator=g) for p in layer.parameters()]
+    for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    return gradients
+
+
+def test_adamw_steps_are_the_closed_form_with_decay_on_the_matrix_only():
+    stage = Stage(epochs=1, batch_size=256, base_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    layer = small_layer()
+    optimizer = make_optimizer(layer, stage)
+    expected = [p.detach().double() for p in layer.parameters()]
+    moments = [[0.0, 0.0], [0.0, 0.0]]
+    for step in (1, 2, 3):
+        gradients = set_gradients(layer, step)
+        optimizer.step()
+        for i, (gradient, decay) in enumerate(zip(gradients, (0.1, 0.0), strict=True)):
+            gradient = gradient.double()
+            moments[i] = [0.9 * moments[i][0] + 0.1 * gradient, 0.95 * moments[i][1] + 0.05 * gradient**2]
+            first, second = moments[i][0] / (1 - 0.9**step), moments[i][1] / (1 - 0.95**step)
+            expected[i] = expected[i] * (1 - 1e-2 * decay) - 1e-2 * first / (second.sqrt() + 1e-8)
+    torch.testing.assert_close([p.detach().double() for p in layer.parameters()], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_lars_scales_matrices_by_their_trust_ratio_and_biases_not_at_all(weight_decay):
+    stage = Stage(epochs=1, batch_size=256, base_lr=0.5, optimizer="lars", betas=(0.9, 0.0), weight_decay=weight_decay)
+    layer = small_layer()
+    optimizer = make_optimizer(layer, stage)
+    weight, bias = (p.detach().double() for p in layer.parameters())
+    weight_momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
+    for step in (1, 2, 3):
+        weight_gradient, bias_gradient = (gradient.double() for gradient in set_gradients(layer, step))
+        optimizer.step()
+        trust = 0.001 * weight.norm() / (weight_gradient.norm() + weight_decay * weight.norm())
+        weight_momentum = 0.9 * weight_momentum + trust * (weight_gradient + weight_decay * weight)
+        bias_momentum = 0.9 * bias_momentum + bias_gradient
+        weight, bias = weight - 0.5 * weight_momentum, bias - 0.5 * bias_momentum
+        assert trust < 0.01
+    torch.testing.assert_close(layer.weight.detach().double(), weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(layer.bias.detach().double(), bias, atol=1e-6, rtol=0)

@@ -1,0 +1,188 @@
+"""What the READMEs say of files, lines, headings, commands and names is true."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks.papers import ROOT, choose_recipe, paper_module, papers, recipes
+from common.recipe import override
+
+READMES = [path for path in sorted([*ROOT.glob("README.md"), *ROOT.glob("*/README.md")]) if not path.parent.name.startswith(".")]
+each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+FENCE = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[([^\]]*)\]\(([^()\s]+)\)")
+LINE = re.compile(r"\[(\w+\.py):(\d+)\]\(([^()\s#]+)#L(\d+)\)")
+COMMAND = re.compile(r"(?:[A-Z_]+=\S* +)*((?:make|srun|torchrun|\S*python[\d.]*)(?: .*)?)")
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The fenced code of a Markdown text in one of the languages."""
+    return [code for language, code in FENCE.findall(text) if language in languages]
+
+
+def prose(text: str) -> str:
+    """The text without its fenced code."""
+    return FENCE.sub("", text)
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    (found,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row in a text."""
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which GitHub links to the headings of a Markdown text."""
+    names: list[str] = []
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", prose(text), re.MULTILINE):
+        heading = LINK.sub(r"\1", heading)
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        seen = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in names)
+        names.append(f"{name}-{seen}" if seen else name)
+    return set(names)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every `make` and `python -m` command: in shell blocks, behind a "$ " in other blocks, and in inline code."""
+    lines = "\n".join(blocks(text, "bash", "sh", "shell")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"^\$ (.*)", "\n".join(blocks(text, "", "console", "text")), re.MULTILINE)
+    for line in [*lines, *re.findall(r"`([^`\n]+)`", prose(text))]:
+        for part in re.split(r"&&|;", line):
+            if command := COMMAND.fullmatch(part.strip()):
+                words = shlex.split(command[1], comments=True)
+                if words[0] == "make" or "-m" in words:
+                    yield words
+
+
+def make_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The targets and the variables of a `make` command."""
+    variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+    return [word for word in words[1:] if "=" not in word and not word.startswith("-")], variables
+
+
+@lru_cache
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@lru_cache
+def known_flags(module: str) -> frozenset[str]:
+    """The flags that a module's --help names."""
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    asked = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert asked.returncode == 0, asked.stderr
+    return frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", asked.stdout))
+
+
+@pytest.mark.parametrize("paper", papers())
+def test_each_step_of_the_method_links_to_the_line_that_does_it(paper: str) -> None:
+    steps = [cells for cells in rows(section((ROOT / paper / "README.md").read_text(encoding="utf-8"), "The method in ten lines"))[2:]]
+    assert len(steps) == 10
+    source = (ROOT / paper / "method.py").read_text(encoding="utf-8")
+    for name, _, link, quoted in steps:
+        label, number, target, anchor = LINE.fullmatch(link).groups()
+        fragment = quoted.strip("`")
+        assert label == target == "method.py" and number == anchor, name
+        assert len(fragment) > 10 and source.count(fragment) == 1, f"{name}: {fragment!r} does not stand exactly once in {paper}/method.py"
+        found = source[: source.index(fragment)].count("\n") + 1
+        assert found == int(number), f"{name}: {fragment!r} is on line {found} of {paper}/method.py, not {number}"
+
+
+def test_all_17_faults_of_the_release_stand_in_the_deviations_of_droppos() -> None:
+    deviations = section((ROOT / "droppos" / "README.md").read_text(encoding="utf-8"), "Deviations")
+    faults = [cells for cells in rows(deviations) if re.match(r"\d+\.\d+ ", cells[0])]
+    assert [cells[0].split()[0] for cells in faults] == [f"7.{number}" for number in range(1, 18)]
+    for fault, *cells in faults:
+        assert fault.split()[1] in ("H", "M", "L"), fault
+        assert len(cells) == 4 and all(cells), f"{fault}: paper, released code, ours, why"
+        assert re.search(r"\b(Executed|Read|[Nn]ot verified)\b", cells[-1]), f"{fault}: how is it known?"
+
+
+@each_readme
+def test_every_relative_link_leads_somewhere(readme: Path) -> None:
+    text = prose(readme.read_text(encoding="utf-8"))
+    for label, target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (readme.parent / path).resolve() if path else readme
+        assert file.is_relative_to(ROOT) and file.exists(), f"{target} does not exist"
+        if line := re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor):
+            last = len(file.read_text(encoding="utf-8").splitlines())
+            assert all(1 <= int(number) <= last for number in line.groups() if number), f"{target}: the file has {last} lines"
+            assert not re.search(r":\d+$", label) or label.endswith(f":{line[1]}"), f"[{label}] leads to line {line[1]}"
+        elif anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{target}: no such heading"
+
+
+@each_readme
+def test_every_make_command_uses_targets_and_variables_that_make_help_shows(readme: Path) -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):.*## ", makefile(), re.MULTILINE))
+    shown = set(re.findall(r"\b([A-Z]+)=", "\n".join(re.findall(r"^#:.*", makefile(), re.MULTILINE))))
+    for words in commands(readme.read_text(encoding="utf-8")):
+        if words[0] == "make":
+            wanted, variables = make_words(words)
+            assert set(wanted) <= targets, f"{shlex.join(words)}: the targets are {sorted(targets)}"
+            assert set(variables) <= shown, f"{shlex.join(words)}: the variables are {sorted(shown)}"
+
+
+@each_readme
+def test_every_paper_recipe_and_data_set_that_is_named_exists(readme: Path, tmp_path: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    default = readme.parent.name if readme.parent.name in papers() else re.search(r"^PAPER \?= (\w+)", makefile(), re.MULTILINE)[1]
+    for words in commands(text):
+        targets, variables = make_words(words) if words[0] == "make" else ([], {})
+        if "reproduce" in targets:
+            data = variables.get("DATA", "digits")
+            name = re.fullmatch(r"\w+", variables.get("RECIPE", "")) and variables["RECIPE"]
+            _, recipe = choose_recipe(paper_module(variables.get("PAPER", default)), str(tmp_path) if "/" in data else data, name or None)
+            override(recipe, re.findall(r"--set (\S+)", variables.get("ARGS", "")))
+    for line in text.splitlines():
+        paper = re.search(r"\bPAPER=(\w+)|benchmarks\.reproduce (\w+)", line)
+        module = paper_module((paper[1] or paper[2]) if paper else default)
+        for name in re.findall(r"(?:\bRECIPE=|--recipe[ =])(\w+)", line):
+            assert name in recipes(module), f"{name} is no recipe of {module.__package__}: {', '.join(recipes(module))}"
+
+
+@each_readme
+def test_every_module_that_is_run_exists_and_knows_the_flags(readme: Path) -> None:
+    for words in commands(readme.read_text(encoding="utf-8")):
+        if words[0] == "make":
+            targets, variables = make_words(words)
+            module = f"benchmarks.{targets[0]}" if targets else ""
+            arguments = shlex.split(variables.get("ARGS", ""))
+        else:
+            module, *arguments = words[words.index("-m") + 1 :]
+            assert find_spec(module), f"{shlex.join(words)}: there is no module {module}"
+        flags = {word.split("=")[0] for word in arguments if re.match(r"--?[a-z]", word)}
+        if module.startswith("benchmarks.") and flags:
+            assert flags <= known_flags(module), f"{shlex.join(words)}: {module} knows {sorted(known_flags(module))}"
+
+
+@each_readme
+def test_python_blocks_compile_and_import_what_exists(readme: Path) -> None:
+    for code in blocks(readme.read_text(encoding="utf-8"), "py", "python"):
+        compile(code, str(readme), "exec")
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    assert hasattr(module, name.name) or find_spec(f"{node.module}.{name.name}"), f"{node.module} has no {name.name}"
+            elif isinstance(node, ast.Import):
+                assert all(find_spec(name.name) for name in node.names), ast.unparse(node)
