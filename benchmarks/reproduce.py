@@ -1,6 +1,6 @@
 """Reproduce a paper: pre-train, judge the encoder by the recipe's protocols, and show the numbers beside the published ones.
 
-    python -m benchmarks.reproduce droppos --epochs 800 --data /datasets/imagenet
+python -m benchmarks.reproduce droppos --epochs 800 --data /datasets/imagenet
 """
 
 import dataclasses
@@ -253,10 +253,9 @@ def reproduce(options: Options) -> list[results.Row]:
     for seed in range(options.seeds):
         reproduction = Reproduction(options, module, name, recipe, data, fabric, seed)
         if fabric.is_global_zero:
-            console.print(
-                f"{options.paper}, recipe {name}: {recipe.backbone} on {data.name} ({len(data.train)} images), {recipe.pretrain.epochs} epochs, "
-                f"seed {seed}, {fabric.world_size} x {results.device_name(fabric.device)}, {reproduction.precision}. Kept in {reproduction.root}"
-            )
+            where = f"{fabric.world_size} x {results.device_name(fabric.device)}, {reproduction.precision}"
+            what = f"{recipe.backbone} on {data.name} ({len(data.train)} images), {recipe.pretrain.epochs} epochs, seed {seed}"
+            console.print(f"{options.paper}, recipe {name}: {what}; {where}; kept in {reproduction.root}")
         made = reproduction.run()
         if options.record and fabric.is_global_zero:
             reproduction.record(made)
@@ -270,7 +269,9 @@ def show(paper: str, rows: list[results.Row]) -> None:
     """The table on the screen: this run, training from scratch, and the published numbers."""
     frame = comparison(paper, results.frame(rows))
     first = rows[0]
-    table = Table(title=f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of pre-training, {first.device}, {first.precision}")
+    table = Table(
+        title=f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of pre-training, {first.device}, {first.precision}"
+    )
     for column in frame.columns:
         table.add_column(column, justify="left" if column in ("Protocol", "Published") else "right")
     for line in frame.itertuples(index=False):

@@ -108,7 +108,12 @@ def measure(device: torch.device, batch: int, rounds: int) -> pandas.DataFrame:
                 step.seconds.append(seconds)
         console.print(f"round {turn} of {rounds}" if turn else "warmed up", style="dim")
     base = {step.backbone: step for step in reversed(steps) if step.name.startswith("timm") and step.precision == "32-true"}
-    facts = {"device": device_name(device), "versions": versions(), "commit": commit(), "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"}
+    facts = {
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit(),
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+    }
     lines = [
         {
             "step": step.name,
@@ -129,8 +134,12 @@ def measure(device: torch.device, batch: int, rounds: int) -> pandas.DataFrame:
 
 def main(arguments: list[str] | None = None) -> int:
     """Time, print the table, write benchmarks/speed.csv. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; by default a GPU where there is one")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; by default a GPU where there is one"
+    )
     parser.add_argument("--batch", type=int, default=16, help="images per step (default: 16)")
     parser.add_argument("--rounds", type=int, default=7, help="how often each step is timed (default: 7)")
     options = parser.parse_args(arguments)

@@ -1,6 +1,5 @@
 """Checkpoints: whole or absent, safe to load, exactly resumable; and the encoder, exported under timm's names."""
 
-import errno
 import os
 import shutil
 from pathlib import Path
@@ -25,7 +24,7 @@ class PlainCheckpointIO(TorchCheckpointIO):
 def save_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
     """Write to a temporary file, force it to disk, rename: a crash at any moment leaves the previous checkpoint whole.
 
-    Raises RunError where the disk is full, with the previous checkpoint intact.
+    Raises RunError where that fails, as on a full disk, with the previous checkpoint intact.
     """
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -35,16 +34,12 @@ def save_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
             _sync_directory(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch reports a write that failed inside its zip writer as a RuntimeError.
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        if isinstance(error, RuntimeError) and "write" not in str(error):
-            raise
+    except (OSError, RuntimeError) as error:  # torch reports a write that failed as a RuntimeError with no errno
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         kept = "the previous one is intact" if path.exists() else "there was none before"
-        raise RunError(f"{path} could not be written ({free:.0f} MiB free): {kept}. Make room and start again") from error
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"{path} could not be written ({reason}; {free:.0f} MiB free): {kept}. Make room and start again") from error
 
 
 def load_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:

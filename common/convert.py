@@ -109,7 +109,9 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
 def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> Coverage:
     """Load a whole method from its official names. Raises ConversionError unless every tensor finds its place."""
     state, wanted = rename(state, prefixes), method.state_dict()
-    coverage = Coverage(tuple(sorted(set(state) & set(wanted))), tuple(sorted(set(wanted) - set(state))), tuple(sorted(set(state) - set(wanted))))
+    coverage = Coverage(
+        tuple(sorted(set(state) & set(wanted))), tuple(sorted(set(wanted) - set(state))), tuple(sorted(set(state) - set(wanted)))
+    )
     if coverage.missing or coverage.unexpected:
         raise ConversionError(f"the checkpoint is of another method or another configuration ({coverage})")
     method.load_state_dict(state)

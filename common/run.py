@@ -1,11 +1,11 @@
 """The directory of one training: what it was asked, where it ran, what it logged, and a lock so that it runs once.
 
-    recipe.json        every setting; a directory with other settings is refused
-    environment.json   commit, versions and device, one entry per start
-    metrics.jsonl      a line per logged step, bit-identical however often the run was stopped
-    log.txt            what was said on the screen
-    checkpoint.pt      where to go on from
-    result.json        what came out; its presence says that the training is complete
+recipe.json        every setting; a directory with other settings is refused
+environment.json   commit, versions and device, one entry per start
+metrics.jsonl      a line per logged step, bit-identical however often the run was stopped
+log.txt            what was said on the screen
+checkpoint.pt      where to go on from
+result.json        what came out; its presence says that the training is complete
 """
 
 import fcntl

@@ -56,7 +56,9 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
     if device not in ("auto", "cpu", "cuda"):
         raise RunError(f"device {device!r} is not known; choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("DEVICE=cuda was asked for, but torch sees no CUDA GPU here; use DEVICE=cpu, or check the driver and the torch build")
+        raise RunError(
+            "DEVICE=cuda was asked for, but torch sees no CUDA GPU here; use DEVICE=cpu, or check the driver and the torch build"
+        )
     accelerator = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if precision == "auto":
         precision = "bf16-mixed" if has_fast_bf16(torch.device(accelerator)) else "32-true"
@@ -93,9 +95,10 @@ def fit(
     compile: bool = False,
     checkpoint_seconds: float = 20.0,
 ) -> tuple[nn.Module, float]:
-    """Train a method (see common/method.py) and return it, or its average where the stage asks for one, with the hours it took.
+    """Train a method (see common/method.py); return it, or its average where the stage asks for one, and the hours it took.
 
-    Saves no more often than every `checkpoint_seconds`. `loader` yields micro-batches of `device_batch(stage, world size)` images. Goes on from run.checkpoint where there is one.
+    `loader` yields micro-batches of `device_batch(stage, world size)` images. Goes on from run.checkpoint where there is one,
+    and saves no more often than every `checkpoint_seconds`.
     Raises RunError for a loss that is not finite, and Stopped after a signal; in both cases a checkpoint is left to go on from.
     """
     rank, world = fabric.global_rank, fabric.world_size

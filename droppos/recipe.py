@@ -11,7 +11,6 @@ from common.recipe import Protocol, Recipe, Stage, check_options
 from common.vit import ViT
 from droppos.method import DropPos
 
-
 # What benchmarks.speed times: the method's options that change its cost.
 VARIANTS = {"attentive": {}, "without attentive reconstruction": {"attentive": False}}
 

@@ -14,7 +14,14 @@ from common.masking import permutation_ranks
 BACKENDS = ["auto", "sdpa"]
 QUICK = settings(deadline=None, max_examples=40, derandomize=True)
 CASES = st.fixed_dictionaries(
-    {"B": st.integers(1, 3), "H": st.integers(1, 3), "Q": st.integers(1, 9), "K": st.integers(1, 9), "D": st.sampled_from([1, 4, 8]), "seed": st.integers(0, 999)}
+    {
+        "B": st.integers(1, 3),
+        "H": st.integers(1, 3),
+        "Q": st.integers(1, 9),
+        "K": st.integers(1, 9),
+        "D": st.sampled_from([1, 4, 8]),
+        "seed": st.integers(0, 999),
+    }
 )
 
 
@@ -37,7 +44,14 @@ def run(function, qkv: list[Tensor], gradient: Tensor, **options) -> tuple[Tenso
 def visible(time: Tensor, visible_from: Tensor, visible_until: Tensor) -> list[list[str]]:
     """The mask behind a window as rows of 0 and 1 per image, found by attending with equal scores to one-hot values."""
     (B, Q), K = time.shape, visible_from.shape[1]
-    out = attend(torch.zeros(B, 1, Q, K), torch.zeros(B, 1, K, K), torch.eye(K).expand(B, 1, K, K), time=time, visible_from=visible_from, visible_until=visible_until)
+    out = attend(
+        torch.zeros(B, 1, Q, K),
+        torch.zeros(B, 1, K, K),
+        torch.eye(K).expand(B, 1, K, K),
+        time=time,
+        visible_from=visible_from,
+        visible_until=visible_until,
+    )
     return [["".join(str(int(weight > 0)) for weight in row) for row in image[0]] for image in out]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,21 @@ class Harmful:
 def test_an_official_droppos_file_fills_the_encoder_and_leaves_exactly_its_decoder(tmp_path):
     source = droppos(seed=1)
     official = rename(source.state_dict(), TO_OFFICIAL)
-    content = {"epoch": 800, "state_dict": {f"module.{name}": tensor for name, tensor in official.items()}, "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}}  # fmt: skip
-    torch.save(content | {"model": "DropPos_mae_vit_base_patch16"}, tmp_path / "droppos.pth")
+    content = {
+        "epoch": 800,
+        "state_dict": {f"module.{name}": tensor for name, tensor in official.items()},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []},
+        "model": "DropPos_mae_vit_base_patch16",
+    }
+    torch.save(content, tmp_path / "droppos.pth")
     ours = encoder(position="sincos")
     coverage = load_encoder(ours, read_checkpoint(tmp_path / "droppos.pth"))
     assert same(ours.state_dict(), source.encoder.state_dict())
     assert set(coverage.loaded) == set(ours.state_dict()) and coverage.missing == coverage.reshaped == ()
     assert set(coverage.unexpected) == {name for name in official if name.startswith("decoder_")} | {"mask_pos_token"}
-    assert {"decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight", "decoder_norm.bias", "decoder_pred.bias"} <= set(coverage.unexpected)
+    assert {"decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight", "decoder_norm.bias", "decoder_pred.bias"} <= set(
+        coverage.unexpected
+    )
 
 
 def test_the_official_names_of_base_are_the_checkpoint_sheets():
@@ -66,11 +74,20 @@ def test_the_official_names_of_base_are_the_checkpoint_sheets():
         state = rename(DropPos(vit("base")).state_dict(), TO_OFFICIAL)
     assert len(state) == 181
     shapes = {
-        "cls_token": (1, 1, 768), "pos_embed": (1, 197, 768), "mask_pos_token": (1, 1, 768), "patch_embed.proj.weight": (768, 3, 16, 16),
-        "blocks.11.attn.qkv.weight": (2304, 768), "blocks.0.mlp.fc1.bias": (3072,), "norm.weight": (768,), "decoder_embed.weight": (512, 768),
-        "decoder_blocks.1.attn.qkv.weight": (1536, 512), "decoder_blocks.1.mlp.fc2.weight": (512, 2048), "decoder_norm.bias": (512,),
-        "decoder_pred.weight": (196, 512), "decoder_pred.bias": (196,),
-    }  # fmt: skip
+        "cls_token": (1, 1, 768),
+        "pos_embed": (1, 197, 768),
+        "mask_pos_token": (1, 1, 768),
+        "patch_embed.proj.weight": (768, 3, 16, 16),
+        "blocks.11.attn.qkv.weight": (2304, 768),
+        "blocks.0.mlp.fc1.bias": (3072,),
+        "norm.weight": (768,),
+        "decoder_embed.weight": (512, 768),
+        "decoder_blocks.1.attn.qkv.weight": (1536, 512),
+        "decoder_blocks.1.mlp.fc2.weight": (512, 2048),
+        "decoder_norm.bias": (512,),
+        "decoder_pred.weight": (196, 512),
+        "decoder_pred.bias": (196,),
+    }
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
 
 
@@ -209,7 +226,7 @@ def test_a_truncated_file_is_refused_by_path(suffix, kept, tmp_path):
     path = tmp_path / f"cut.{suffix}"
     save_file(copied(encoder()), path) if suffix == "safetensors" else torch.save(copied(encoder()), path)
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(ConversionError, match=f"{path}.*truncated"):
+    with pytest.raises(ConversionError, match=re.escape(str(path)) + ".*truncated"):
         read_checkpoint(path)
 
 
@@ -219,7 +236,9 @@ def test_a_file_that_is_absent_is_refused_by_path(tmp_path):
             read_checkpoint(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [{"epoch": 3}, torch.zeros(3), [torch.zeros(3)], 7], ids=["no tensors", "a tensor", "a list", "a number"])
+@pytest.mark.parametrize(
+    "content", [{"epoch": 3}, torch.zeros(3), [torch.zeros(3)], 7], ids=["no tensors", "a tensor", "a list", "a number"]
+)
 def test_a_file_without_named_tensors_is_refused_by_path(content, tmp_path):
     torch.save(content, tmp_path / "odd.pth")
     with pytest.raises(ConversionError, match=r"odd\.pth"):
@@ -249,7 +268,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
 def test_an_exported_encoder_is_timms_model_with_nothing_missing(options, tmp_path):
     ours = vit("tiny", image_size=32, **options).eval()
     export_encoder(ours, tmp_path / "encoder.safetensors")
-    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0).eval()
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, weight_init="skip").eval()
     theirs.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=True)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(theirs.forward_features(images), ours(images), atol=1e-5, rtol=0)

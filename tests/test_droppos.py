@@ -26,7 +26,11 @@ def build(**options) -> DropPos:
 def draw(seed: int = 0, visible: int = V) -> dict[str, Tensor]:
     """Images, and the noise that decides what is hidden and what is dropped."""
     g = torch.Generator().manual_seed(seed)
-    return {"images": torch.randn(B, 3, 16, 16, generator=g), "noise_patch": torch.rand(B, L, generator=g), "noise_position": torch.rand(B, visible, generator=g)}
+    return {
+        "images": torch.randn(B, 3, 16, 16, generator=g),
+        "noise_patch": torch.rand(B, L, generator=g),
+        "noise_position": torch.rand(B, visible, generator=g),
+    }
 
 
 class Says(nn.Module):
@@ -289,7 +293,14 @@ def test_released_smoothing_at_224_is_the_release_s_table_and_not_the_papers():
 
     released, paper = table("released"), table("paper")
     # Printed by the official code's engine at 224 px: it lays 14 x 14 cells out on a grid of 16 x 16.
-    for (row, column), figure in {(0, 0): 0.520324, (0, 1): 0.151274, (0, 14): 0, (0, 16): 0.151274, (77, 77): 0.318266, (77, 93): 0.117084}.items():
+    for (row, column), figure in {
+        (0, 0): 0.520324,
+        (0, 1): 0.151274,
+        (0, 14): 0,
+        (0, 16): 0.151274,
+        (77, 77): 0.318266,
+        (77, 93): 0.117084,
+    }.items():
         assert released[row, column].item() == pytest.approx(figure, abs=5e-7)
     assert released.sum(1)[[0, 195]].tolist() == pytest.approx([0.886331, 0.659234], abs=1e-6)
     assert torch.equal(paper, smoothed_targets((14, 14), 1.0)) and (paper - released).abs().max() > 0.1

@@ -83,7 +83,9 @@ def test_knn_equals_counting_votes_one_by_one(neighbours, temperature):
             votes[train_class[i]] += math.exp(similarity[i] / temperature)
         right += votes.index(max(votes)) == wanted
     tensors = [torch.from_numpy(array) for array in (train, train_class, test, test_class)]
-    found = knn_accuracy(tensors[0].float(), tensors[1], tensors[2].float(), tensors[3], classes=5, neighbours=neighbours, temperature=temperature)
+    found = knn_accuracy(
+        tensors[0].float(), tensors[1], tensors[2].float(), tensors[3], classes=5, neighbours=neighbours, temperature=temperature
+    )
     assert found == pytest.approx(100 * right / 40) and 0 < right < 40
 
 

@@ -116,7 +116,8 @@ def test_layer_decay_gives_each_depth_maes_share_of_the_rate():
     model = classifier(position="learned")
     optimizer = make_optimizer(model, FINETUNE)
     make_schedule(optimizer, FINETUNE, PER_EPOCH).step_update(5 * PER_EPOCH)  # the peak
-    share = {"encoder.cls_token": 0.274625, "encoder.pos_embed": 0.274625, "encoder.patch_embed": 0.274625, "encoder.blocks.0": 0.4225, "encoder.blocks.1": 0.65, "fc_norm": 1, "head": 1}  # fmt: skip
+    stem = dict.fromkeys(["encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed"], 0.274625)
+    share = {**stem, "encoder.blocks.0": 0.4225, "encoder.blocks.1": 0.65, "fc_norm": 1, "head": 1}
     seen = set()
     for name, group in names(model, optimizer).items():
         prefix = next(prefix for prefix in share if name.startswith(prefix))

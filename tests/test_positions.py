@@ -28,7 +28,7 @@ GOLDEN = """
 
 
 def printed(digits: str) -> object:
-    """A float32 (two units in its last place, for sums) of a number that rounds to the printed digits; a printed 0 or 1 is meant exactly."""
+    """What rounds to the printed digits, give or take two units of float32; a 0 or 1 without a point is meant exactly."""
     half_digit = 0.5 * 10 ** Decimal(digits).as_tuple().exponent if "." in digits else 0
     return pytest.approx(float(digits), rel=0, abs=half_digit + 2 * 2**-23 * float(digits))
 

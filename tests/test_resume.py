@@ -16,6 +16,12 @@ from PIL import Image
 from common.train import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+# One thread each: tests run side by side, and threads that wait for each other's cores make a run ten times longer.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def changes(*assignments: str) -> list[str]:
     return [word for assignment in assignments for word in ("--set", assignment)]
 
@@ -44,7 +50,7 @@ def folder(tmp_path: Path) -> list[str]:
 
 
 def finish(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -52,7 +58,9 @@ def kill_in(stage: str, arguments: list[str], out: Path, draw: random.Random) ->
     """Start, wait until the stage has logged something new, and kill at a random moment. False where it ended before that."""
     metrics = [path for path in out.glob(f"*/*/{stage}/metrics.jsonl")]
     before = metrics[0].stat().st_size if metrics else 0
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     while process.poll() is None:
         metrics = [path for path in out.glob(f"*/*/{stage}/metrics.jsonl")]
         if metrics and metrics[0].stat().st_size > before:
@@ -91,10 +99,10 @@ def test_a_run_killed_at_random_moments_logs_what_an_undisturbed_run_logs(data, 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_the_documented_code_and_a_second_run_in_the_directory_is_refused(tmp_path):
     arguments = command(tmp_path, "--epochs", "200")
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list(tmp_path.glob("*/*/pretrain/metrics.jsonl")) and process.poll() is None:
         time.sleep(0.05)
-    second = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    second = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert second.returncode == 2 and "in use by another run" in second.stdout
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)

@@ -178,7 +178,14 @@ def test_a_fresh_encoder_is_drawn_as_mae_draws_it():
 
 @pytest.mark.parametrize(
     ("size", "patch", "decoder_depth", "millions"),
-    [("small", 16, 2, 28.27), ("base", 16, 2, 92.60), ("base", 16, 8, 111.51), ("base", 32, 2, 94.18), ("large", 16, 2, 310.23), ("huge", 14, 8, 656.77)],
+    [
+        ("small", 16, 2, 28.27),
+        ("base", 16, 2, 92.60),
+        ("base", 16, 8, 111.51),
+        ("base", 32, 2, 94.18),
+        ("large", 16, 2, 310.23),
+        ("huge", 14, 8, 656.77),
+    ],
 )
 def test_droppos_has_the_official_number_of_parameters(size, patch, decoder_depth, millions):
     with torch.device("meta"):

@@ -1,0 +1,186 @@
+"""What a user gets wrong is named with its mend, exits with 2, and loses nothing."""
+
+import dataclasses
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.reproduce import main
+from common.data import Augmentation, loader, open_data
+from common.method import Output
+from common.recipe import Stage
+from common.run import Run, RunError
+from common.train import fit, make_fabric
+
+STAGE = Stage(epochs=2, batch_size=400, base_lr=1e-3, augmentation=Augmentation(crop="none", flip=0.0))
+
+
+class Tiny(nn.Module):
+    """A method that costs nothing: logistic regression on pixels, whose loss can be spoiled at a step."""
+
+    def __init__(self, spoiled_step: int | None = None):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.step, self.spoiled_step = 0, spoiled_step
+
+    def at_step(self, step: int, total_steps: int) -> None:
+        self.step = step
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> Output:
+        loss = nn.functional.cross_entropy(self.layer(images.flatten(1)), targets)
+        return Output(loss * float("nan") if self.step == self.spoiled_step else loss)
+
+
+def train(directory: Path, model: nn.Module, stage: Stage = STAGE, **options) -> Run:
+    data, fabric = open_data("digits"), make_fabric("cpu", "32-true")
+    batches = loader(
+        data.train,
+        data=data,
+        image_size=(8, 8),
+        batch_size=stage.batch_size,
+        augmentation=stage.augmentation,
+        seed=0,
+        device=torch.device("cpu"),
+        workers=0,
+    )
+    with Run(directory, {"stage": dataclasses.asdict(stage)["epochs"]}, torch.device("cpu")) as run:
+        fit(run, fabric, model, stage, batches, seed=0, **options)
+    return run
+
+
+def refused(capsys, *arguments: str) -> str:
+    """What the command says on its way out with code 2."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as stopped:  # the command line's own parser
+        code = stopped.code
+    said = capsys.readouterr()
+    assert code == 2, said.out + said.err
+    assert "Traceback" not in said.out + said.err
+    return " ".join((said.out + said.err).replace("│", " ").split())
+
+
+def test_unknown_names_are_answered_with_the_nearest(capsys):
+    assert "PAPER='drpopos' is not known; did you mean droppos?" in refused(capsys, "drpopos")
+    assert "RECIPE='digit' is not known for droppos; did you mean digits?" in refused(capsys, "droppos", "--recipe", "digit")
+    assert "did you mean cifar10" in refused(capsys, "droppos", "--data", "cifar1")
+    assert "did you mean sigma" in refused(capsys, "droppos", "--set", "method.sgima=1")
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1", "abc"])
+def test_epochs_that_are_no_number_from_1_up_are_refused_by_value(capsys, epochs):
+    said = refused(capsys, "droppos", "--epochs", epochs)
+    assert f"EPOCHS={epochs}" in said or f"'{epochs}'" in said
+
+
+def test_cuda_asked_for_and_absent_is_said_before_anything_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no CUDA GPU here; use DEVICE=cpu" in refused(capsys, "droppos", "--device", "cuda", "--out", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_and_ratios_that_leave_nothing_are_refused_with_their_values(capsys, tmp_path):
+    out = ("--device", "cpu", "--out", str(tmp_path))
+    assert "image size 8 x 8 is not a multiple of the patch size 3" in refused(capsys, "droppos", "--set", "patch_size=3", *out)
+    assert "mask_ratio=0.99 leaves none of the 16 tokens" in refused(capsys, "droppos", "--set", "method.mask_ratio=0.99", *out)
+    assert "position_mask_ratio=0 drops no position" in refused(capsys, "droppos", "--set", "method.position_mask_ratio=0", *out)
+    too_large = refused(capsys, "droppos", "--set", "pretrain.batch_size=4096", *out)
+    assert "1437" in too_large and "4096" in too_large
+
+
+def test_a_folder_is_refused_by_what_is_wrong_with_it(capsys, tmp_path):
+    assert "/nowhere/at/all" in refused(capsys, "droppos", "--data", "/nowhere/at/all")
+    images = tmp_path / "images"
+    images.mkdir()
+    assert "lacks train/ and val/" in refused(capsys, "droppos", "--data", str(images))
+    for split in ("train", "val"):
+        (images / split / "full").mkdir(parents=True)
+        (images / split / "empty").mkdir()
+        Image.new("RGB", (8, 8)).save(images / split / "full" / "0.png")
+    assert "empty" in refused(capsys, "droppos", "--data", str(images))
+
+
+def test_a_corrupt_image_stops_the_run_by_name_and_is_replaced_only_if_asked(capsys, tmp_path):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            directory = tmp_path / "images" / split / label
+            directory.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (16, 16), (40 * index, 0, 0)).save(directory / f"{index}.png")
+    broken = tmp_path / "images" / "train" / "a" / "2.png"
+    broken.write_bytes(b"")
+    small = [
+        f"size=micro image_size=16 patch_size=4 {' '.join(f'{s}batch_size=8' for s in ('pretrain.', 'finetune.stage.', 'linear.stage.'))}"
+    ]
+    changes = [word for change in small[0].split() for word in ("--set", change)]
+    epochs = ["--set", "finetune.stage.epochs=1", "--set", "linear.stage.epochs=1", "--epochs", "1"]
+    arguments = [
+        "droppos",
+        "--data",
+        str(tmp_path / "images"),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path / "runs"),
+        *changes,
+        *epochs,
+    ]
+    assert f"{broken} cannot be read as an image" in refused(capsys, *arguments)
+    assert main([*arguments, "--skip-corrupt"]) == 0
+
+
+def test_a_directory_with_a_run_of_other_settings_is_refused_and_kept(tmp_path):
+    train(tmp_path, Tiny())
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(RunError, match="other settings .stage: 2 there, 3 asked.*OUT="):
+        train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=3))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_truncated_checkpoint_is_named_and_not_overwritten(tmp_path):
+    train(tmp_path, Tiny())
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match="checkpoint.pt .1000 bytes. cannot be resumed from.*Delete it"):
+        train(tmp_path, Tiny())
+    assert path.stat().st_size == 1000
+
+
+def test_two_runs_in_one_directory_are_kept_apart(tmp_path):
+    with Run(tmp_path, {}, torch.device("cpu")):
+        with pytest.raises(RunError, match="in use by another run"):
+            Run(tmp_path, {}, torch.device("cpu")).__enter__()
+    with Run(tmp_path, {}, torch.device("cpu")):
+        pass  # the lock is gone with its holder
+
+
+def test_a_loss_that_is_not_finite_names_step_rate_and_checkpoint_and_leaves_the_checkpoint_good(tmp_path):
+    with pytest.raises(RunError, match=r"loss is nan at step 4 of 6 .*learning rate 0\.\d+.*last good checkpoint is .*checkpoint.pt"):
+        train(tmp_path, Tiny(spoiled_step=4), checkpoint_seconds=-1.0)
+    run = train(tmp_path, Tiny())  # goes on from step 4
+    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    assert steps == [3, 6]
+    assert "going on from step" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
+    train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=1))
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "recipe.json").unlink()  # so that more epochs are no other settings
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))  # writing past this fails as on a full disk
+    try:
+        with pytest.raises(RunError, match="could not be written .*the previous one is intact. Make room"):
+            train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == whole
+    assert not list(tmp_path.glob("*.partial"))
+    train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=2))

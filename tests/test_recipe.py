@@ -1,0 +1,270 @@
+"""Claims about recipes: what can be changed, what is refused, and what reaches the devices."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.papers import choose_recipe, paper_module, papers, recipes
+from common.data import Augmentation
+from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, check_options, nearest, override
+from common.train import device_batch
+from droppos.recipe import build
+
+STAGE = Stage(epochs=10, batch_size=64, base_lr=1e-3)
+RECIPE = Recipe(
+    data=("digits", "folder"),
+    size="micro",
+    image_size=8,
+    patch_size=2,
+    pretrain=STAGE,
+    protocols=(
+        Protocol("finetune", "finetune", STAGE),
+        Protocol("finetune_5_per_class", "finetune", STAGE, labels_per_class=5),
+        Protocol("knn", "knn"),
+    ),
+    method={"sigma": 1.0},
+)
+QUICK = settings(deadline=None, max_examples=100, derandomize=True)
+
+
+# ---- override
+
+
+@pytest.mark.parametrize(
+    ("assignment", "changed"),
+    [
+        ("image_size=16", replace(RECIPE, image_size=16)),
+        ("size=tiny", replace(RECIPE, size="tiny")),
+        ('size="tiny"', replace(RECIPE, size="tiny")),
+        ("pretrain.base_lr=3e-3", replace(RECIPE, pretrain=replace(STAGE, base_lr=3e-3))),
+        ("pretrain.base_lr=1", replace(RECIPE, pretrain=replace(STAGE, base_lr=1.0))),
+        ("pretrain.layer_decay=0.75", replace(RECIPE, pretrain=replace(STAGE, layer_decay=0.75))),
+        ("pretrain.clip_norm=null", RECIPE),
+        ("pretrain.betas=[0.8, 0.99]", replace(RECIPE, pretrain=replace(STAGE, betas=(0.8, 0.99)))),
+        ("pretrain.optimizer=lars", replace(RECIPE, pretrain=replace(STAGE, optimizer="lars"))),
+        ("pretrain.augmentation.flip=0", replace(RECIPE, pretrain=replace(STAGE, augmentation=Augmentation(flip=0.0)))),
+        ("method.sigma=2", replace(RECIPE, method={"sigma": 2})),
+        ("method.attentive=false", replace(RECIPE, method={"sigma": 1.0, "attentive": False})),
+        ("method.smoothing=released", replace(RECIPE, method={"sigma": 1.0, "smoothing": "released"})),
+        ("encoder.layer_scale=0.1", replace(RECIPE, encoder={"layer_scale": 0.1})),
+        ('data=["cifar10"]', replace(RECIPE, data=("cifar10",))),
+    ],
+)
+def test_an_assignment_changes_what_it_names_and_nothing_else(assignment, changed):
+    before = asdict(RECIPE)
+    assert override(RECIPE, [assignment]) == changed
+    assert asdict(RECIPE) == before
+
+
+def test_whole_numbers_become_floats_where_a_float_is_wanted():
+    assert isinstance(override(RECIPE, ["pretrain.base_lr=1"]).pretrain.base_lr, float)
+
+
+def test_a_protocol_is_changed_by_its_name_alone():
+    changed = override(RECIPE, ["finetune.stage.epochs=50", "finetune_5_per_class.pool=class", "knn.neighbours=10"])
+    finetune, few, knn = changed.protocols
+    assert (finetune.stage.epochs, few.stage.epochs) == (50, 10)
+    assert (finetune.pool, few.pool) == ("mean", "class")
+    assert knn == replace(RECIPE.protocols[2], neighbours=10)
+    assert changed.pretrain == STAGE
+
+
+def test_later_assignments_build_on_earlier_ones():
+    changed = override(RECIPE, ["pretrain.epochs=20", "pretrain.batch_size=32", "pretrain.epochs=30"])
+    assert (changed.pretrain.epochs, changed.pretrain.batch_size) == (30, 32)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "pretrain.epochs=1.5",
+        "pretrain.epochs=true",
+        "pretrain.epochs=many",
+        "pretrain.epochs=null",
+        "pretrain.base_lr=fast",
+        "pretrain.base_lr=true",
+        "pretrain.layer_decay=yes",
+        "pretrain.betas=0.9",
+        "pretrain.optimizer=sgd",
+        "pretrain.optimizer=[]",
+        "pretrain=5",
+        "size=3",
+        "method=5",
+        "finetune.train_positions=1",
+        "finetune.pool=max",
+        "data=digits",
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_path(assignment):
+    path = assignment.partition("=")[0]
+    with pytest.raises(RecipeError, match=f"^{path}=.* does not fit; expected"):
+        override(RECIPE, [assignment])
+
+
+@pytest.mark.parametrize(
+    "assignment", ["pretrain.betas=[0.9]", "pretrain.betas=[0.9, 0.95, 0.99]", 'pretrain.betas=["a", "b"]', "data=[3]"]
+)
+def test_a_list_of_another_length_or_with_other_members_is_refused(assignment):
+    with pytest.raises(RecipeError, match="does not fit"):
+        override(RECIPE, [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "suggestion"),
+    [
+        ("pretrain.epoch=3", "did you mean epochs"),
+        ("pretrain.batchsize=3", "did you mean batch_size"),
+        ("pretain.epochs=3", "did you mean pretrain"),
+        ("finetun.stage.epochs=3", "did you mean finetune"),
+        ("finetune.epochs=3", "there is no 'epochs' in a Protocol"),
+        ("pretrain.augmentation.flipp=1", "did you mean flip"),
+        ("qqqqq=1", "known: .*data.*finetune.*pretrain"),
+        ("=1", "known: .*pretrain"),
+    ],
+)
+def test_an_unknown_path_is_refused_with_the_nearest_name(assignment, suggestion):
+    path = assignment.partition("=")[0]
+    with pytest.raises(RecipeError, match=f"^{path}: .*{suggestion}"):
+        override(RECIPE, [assignment])
+
+
+@pytest.mark.parametrize("assignment", ["pretrain.epochs", "", "pretrain.epochs 3"])
+def test_what_is_no_assignment_is_refused_with_an_example(assignment):
+    with pytest.raises(RecipeError, match="no assignment; write path=value"):
+        override(RECIPE, [assignment])
+
+
+@pytest.mark.parametrize("assignment", ["pretrain.epochs.more=3", "knn.stage.epochs=3", "image_size.x=1"])
+def test_a_path_into_what_has_no_parts_is_refused(assignment):
+    with pytest.raises(RecipeError, match="has no parts"):
+        override(RECIPE, [assignment])
+
+
+@pytest.mark.parametrize("assignment", ["protocols.finetune.pool=class", 'protocols=["knn"]', "protocols=3"])
+def test_protocols_as_a_whole_are_refused_with_their_names(assignment):
+    with pytest.raises(RecipeError, match="one by one, by name: finetune, finetune_5_per_class, knn"):
+        override(RECIPE, [assignment])
+
+
+@pytest.mark.parametrize("assignment", ["finetune=5", "pretrain.=1", "finetune.stage.=1"])
+def test_a_path_that_ends_too_early_is_refused(assignment):
+    with pytest.raises(RecipeError):
+        override(RECIPE, [assignment])
+
+
+# ---- what is written down, what is built
+
+
+def test_the_recipe_as_json_survives_json_and_holds_every_setting():
+    written = as_json(RECIPE)
+    assert json.loads(json.dumps(written)) == written
+    assert written["data"] == ["digits", "folder"] and written["pretrain"]["betas"] == [0.9, 0.999]
+    assert written["pretrain"]["augmentation"]["crop"] == "resized" and written["method"] == {"sigma": 1.0}
+    assert [protocol["name"] for protocol in written["protocols"]] == ["finetune", "finetune_5_per_class", "knn"]
+    assert written["protocols"][2]["stage"] is None
+    assert as_json(STAGE) == written["pretrain"] and as_json(RECIPE.protocols[0]) == written["protocols"][0]
+
+
+def test_two_recipes_that_differ_anywhere_differ_as_json():
+    for assignment in (
+        "finetune_5_per_class.labels_per_class=6",
+        "pretrain.augmentation.flip=0.4",
+        "method.sigma=2",
+        "encoder.drop_path=0.1",
+    ):
+        assert as_json(override(RECIPE, [assignment])) != as_json(RECIPE), assignment
+
+
+def test_the_encoder_is_the_recipes_with_its_own_options_and_the_callers_changes_on_top():
+    encoder = override(RECIPE, ["encoder.layer_scale=0.1", "encoder.drop_path=0.3"]).build_encoder(1, drop_path=0.0)
+    assert (encoder.width, encoder.channels, encoder.grid) == (96, 1, (4, 4))
+    assert "blocks.0.ls1.gamma" in encoder.state_dict() and encoder.blocks[-1].drop_path.drop_prob == 0
+    assert RECIPE.backbone == "vit_micro_patch2_8"
+
+
+@pytest.mark.parametrize("assignment", ["encoder.widht=3", "encoder.layerscale=0.1"])
+def test_an_unknown_option_of_the_encoder_is_refused_with_the_nearest(assignment):
+    with pytest.raises(RecipeError, match="did you mean"):
+        override(RECIPE, [assignment]).build_encoder(1)
+
+
+def test_an_unknown_option_of_a_method_is_refused_with_the_nearest():
+    with pytest.raises(RecipeError, match="DropPos has no option 'sigmaa'.*did you mean.*sigma"):
+        build(override(RECIPE, ["method.sigmaa=2"]), RECIPE.build_encoder(1))
+
+
+@pytest.mark.parametrize("option", ["encoder", "sigma_epochs"])
+def test_an_option_that_the_recipe_itself_fills_in_is_refused(option):
+    with pytest.raises(RecipeError, match=option):
+        build(override(RECIPE, [f"method.{option}=3"]), RECIPE.build_encoder(1))
+
+
+def test_check_options_lets_known_options_pass_and_names_the_first_unknown():
+    def method(encoder, *, sigma=1.0, temperature=0.1): ...
+
+    check_options(method, {"sigma": 2, "temperature": 1})
+    with pytest.raises(RecipeError, match="method has no option 'temprature'; did you mean temperature"):
+        check_options(method, {"sigma": 2, "temprature": 1, "zzz": 0})
+
+
+def test_without_a_near_name_all_known_ones_are_offered():
+    assert nearest("zzzz", ["sigma", "mask_ratio"]) == "known: mask_ratio, sigma"
+
+
+# ---- sharing a batch
+
+
+@QUICK
+@given(st.integers(1, 300), st.integers(1, 16), st.integers(1, 200))
+def test_a_device_gets_the_largest_divisor_of_its_share_within_its_limit(share, devices, limit):
+    size = device_batch(replace(STAGE, batch_size=share * devices, device_batch=limit), devices)
+    assert size == max(d for d in range(1, share + 1) if share % d == 0 and d <= limit)
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "expected"), [(4096, 8, 512), (4096, 64, 64), (4096, 1, 512), (100, 1, 100), (1026, 2, 171), (521 * 2, 2, 1)]
+)
+def test_accumulation_makes_up_the_effective_batch(batch, devices, expected):
+    assert device_batch(replace(STAGE, batch_size=batch), devices) == expected
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(100, 8), (4, 8), (0, 1)])
+def test_a_batch_that_cannot_be_shared_out_is_refused(batch, devices):
+    with pytest.raises(RecipeError, match=f"a batch of {batch} cannot be shared out among {devices} devices"):
+        device_batch(replace(STAGE, batch_size=batch), devices)
+
+
+# ---- the papers' recipes
+
+
+@pytest.mark.parametrize("paper", papers())
+def test_every_paper_has_a_recipe_for_the_default_data_that_builds(paper):
+    module = paper_module(paper)
+    name, recipe = choose_recipe(module, "digits", None)
+    assert "digits" in recipe.data and name in recipes(module)
+    method = module.build(recipe, recipe.build_encoder(1))
+    assert method.encoder.grid[0] == recipe.image_size // recipe.patch_size
+
+
+@pytest.mark.parametrize("paper", papers())
+def test_every_recipe_has_a_docstring_and_protocols_that_can_be_named(paper):
+    for name, function in recipes(paper_module(paper)).items():
+        recipe = function()
+        assert function.__doc__, name
+        protocols = [protocol.name for protocol in recipe.protocols]
+        assert len(set(protocols)) == len(protocols) and not set(protocols) & set(asdict(recipe)), name
+        for protocol in recipe.protocols:
+            assert (protocol.stage is None) == (protocol.kind == "knn"), (name, protocol.name)
+
+
+def test_an_unknown_paper_recipe_or_data_offers_the_nearest():
+    with pytest.raises(RecipeError, match="PAPER='dropos'.*did you mean droppos"):
+        paper_module("dropos")
+    module = paper_module("droppos")
+    with pytest.raises(RecipeError, match="RECIPE='digit'.*did you mean digits"):
+        choose_recipe(module, "digits", "digit")
+    with pytest.raises(RecipeError, match="DATA='digit'.*did you mean digits"):
+        choose_recipe(module, "digit", None)
