@@ -110,7 +110,7 @@ class Reproduction:
                 found = self.measure(method, self.loader(self.data.val, stage, None))
                 if run.main:
                     export_encoder(method.encoder, run.directory / "encoder.safetensors")
-                    images = torch.stack([next(iter(self.loader(self.data.val.subset([i]), stage, None).epoch(0)))[0][0] for i in range(4)])
+                    images, _ = next(self.loader(self.data.val.subset(range(4)), stage, None, alone=True).epoch(0))
                     reseed(self.seed, 0)
                     self.module.illustrate(method, images, self.data, run.directory / "positions.png")
                 run.finish(found | {"hours": hours})
@@ -267,16 +267,19 @@ def reproduce(options: Options) -> list[results.Row]:
 
 def show(paper: str, rows: list[results.Row]) -> None:
     """The table on the screen: this run, training from scratch, and the published numbers."""
-    frame = comparison(paper, results.frame(rows))
-    first = rows[0]
+    frame, first = comparison(paper, results.frame(rows)), rows[0]
+    seeds = len({row.seed for row in rows})
+    heading = (
+        f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of pre-training, {seeds} seed{'s' if seeds > 1 else ''}"
+    )
     table = Table(
-        title=f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of pre-training, {first.device}, {first.precision}"
+        title=heading, caption="top-1 in percent; from scratch: the same training without pre-training, for linear and knn a random encoder"
     )
     for column in frame.columns:
         table.add_column(column, justify="left" if column in ("Protocol", "Published") else "right")
     for line in frame.itertuples(index=False):
         table.add_row(*line)
-    console.print(table)
+    console.print(table, soft_wrap=False)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -50,17 +50,22 @@ def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.
     table, own = [], list(claims(paper, root).itertuples())
     for line, others in pairs(summary(rows)):
         near = max((row for row in own if alike(row, line)), key=partial(closeness, line=line), default=None)
-        scratch = others[others["start"] != "pixels"]["mean"]
-        cells = {
-            "Protocol": protocol(line),
-            "Ours": number(line),
-            "From scratch": baselines(others),
-            "Ours - scratch": f"{line.mean - scratch.iloc[0]:+.2f}" if len(scratch) else "-",
-            "Published": "-",
-        }
-        if near:
-            cells["Published"] = f"{near.value} ({title(near.dataset)}, {title(near.backbone)}, {near.pretrain_epochs or '?'} ep)"
-        table.append(cells)
+        scratch = next(others[others["start"] != "pixels"].itertuples(), None)
+        table.append(
+            {
+                "Protocol": protocol(line),
+                "Ours": number(line, seeds=False),
+                "From scratch": number(scratch, seeds=False) if scratch else "-",
+                "Difference": f"{line.mean - scratch.mean:+.2f}" if scratch else "-",
+                "Published": f"{near.value} ({title(near.dataset)}, {title(near.backbone)}, {near.pretrain_epochs or '?'} ep)"
+                if near
+                else "-",
+            }
+        )
+        for pixels in others[others["start"] == "pixels"].itertuples():
+            table.append(
+                dict.fromkeys(table[-1], "-") | {"Protocol": f"{protocol(line)}, raw pixels", "From scratch": number(pixels, seeds=False)}
+            )
     return pandas.DataFrame(table)
 
 
@@ -173,10 +178,10 @@ def protocol(line: Any) -> str:
     return (line.protocol if line.metric == "top1" else f"{line.protocol} ({line.metric})").replace("_", " ")
 
 
-def number(line: Any) -> str:
+def number(line: Any, seeds: bool = True) -> str:
     """A mean with its spread and how many seeds it stands on."""
     spread = f" ± {line.sd:.2f}" if pandas.notna(line.sd) else ""
-    return f"{line.mean:.2f}{spread} ({line.seeds} seed{'s' if line.seeds > 1 else ''})"
+    return f"{line.mean:.2f}{spread}" + (f" ({line.seeds} seed{'s' if line.seeds > 1 else ''})" if seeds else "")
 
 
 def baselines(others: pandas.DataFrame) -> str:

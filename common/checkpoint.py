@@ -34,6 +34,7 @@ def save_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
             _sync_directory(path.parent)
+        fabric.barrier()
     except (OSError, RuntimeError) as error:  # torch reports a write that failed as a RuntimeError with no errno
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20

@@ -4,6 +4,7 @@ Everything random in a step is drawn from (seed, step, micro-batch, rank), and t
 step number is all there is to restore: a run killed at any moment goes on bit-identically from its last checkpoint.
 """
 
+import copy
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import FSDPStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -24,6 +26,7 @@ from common.optim import make_optimizer, make_schedule
 from common.randomness import reseed
 from common.recipe import RecipeError, Stage
 from common.run import Run, RunError, console
+from common.vit import Block
 
 EXIT_STOPPED = 75  # a signal stopped the run after a checkpoint; the same command goes on (sysexits' EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -51,6 +54,7 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
     """Lightning Fabric for one process or, under torchrun, for all of them; not yet launched.
 
     device: "auto", "cpu" or "cuda". precision: "auto" (bf16-mixed where the hardware has it), "bf16-mixed" or "32-true".
+    strategy, for several processes: "auto" and "ddp" copy the model to each, "fsdp" shares it out.
     Raises RunError for a device that is asked for and absent.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -68,7 +72,11 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
         devices=local,
         num_nodes=world // local,
         precision=precision,
-        strategy=strategy if world > 1 else "auto",
+        strategy="auto"
+        if world == 1
+        else FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full")
+        if strategy == "fsdp"
+        else strategy,
         plugins=[PlainCheckpointIO()],
     )
 
@@ -108,6 +116,7 @@ def fit(
     at_step = getattr(model, "at_step", lambda step, total: None)
     optimizer = make_optimizer(model, stage)
     schedule = make_schedule(optimizer, stage, steps_per_epoch)
+    blank = copy.deepcopy(model)  # setting a model up for several devices may change it for good
     trained, optimizer = fabric.setup(torch.compile(model) if compile else model, optimizer)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema)) if stage.ema else None
 
@@ -185,7 +194,11 @@ def fit(
             if stopped and step < total:
                 run.say(f"stopped by a signal after step {step} of {total}; saved, and the same command goes on from here")
                 raise Stopped
-    return (average.module if average is not None else model), (time.perf_counter() - started) / 3600
+    saved = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
+    if stage.ema:
+        saved["model"] = {name.removeprefix("module."): value for name, value in saved["average"].items() if name != "n_averaged"}
+    blank.load_state_dict(saved["model"])
+    return blank.to(fabric.device), state["progress"]["hours"]
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

@@ -169,7 +169,7 @@ def test_a_window_vector_that_does_not_fit_is_refused_by_name(name, spoil):
 )
 def test_values_that_do_not_fit_the_keys_are_refused(name, shape, dtype, windowed):
     (q, k, _), window, _ = draw(B=1, H=2, Q=3, K=6, D=4, seed=0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"\b(v|v_BHKD|values?)\b"):
         attend(q, k, torch.ones(shape, dtype=dtype), **(window if windowed else {}))
 
 
@@ -179,7 +179,7 @@ def test_keys_that_do_not_fit_the_queries_are_refused(shape, windowed):
     (q, _, _), window, _ = draw(B=1, H=2, Q=3, K=6, D=4, seed=0)
     if windowed:
         window = {name: vector if name == "time" else vector.expand(shape[0], -1) for name, vector in window.items()}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"\b(k|k_BHKD|keys?)\b"):
         attend(q, torch.ones(shape), torch.ones(shape), **(window if windowed else {}))
 
 

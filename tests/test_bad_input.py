@@ -3,54 +3,14 @@
 import dataclasses
 import json
 import resource
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from benchmarks.reproduce import main
-from common.data import Augmentation, loader, open_data
-from common.method import Output
-from common.recipe import Stage
 from common.run import Run, RunError
-from common.train import fit, make_fabric
-
-STAGE = Stage(epochs=2, batch_size=400, base_lr=1e-3, augmentation=Augmentation(crop="none", flip=0.0))
-
-
-class Tiny(nn.Module):
-    """A method that costs nothing: logistic regression on pixels, whose loss can be spoiled at a step."""
-
-    def __init__(self, spoiled_step: int | None = None):
-        super().__init__()
-        self.layer = nn.Linear(64, 10)
-        self.step, self.spoiled_step = 0, spoiled_step
-
-    def at_step(self, step: int, total_steps: int) -> None:
-        self.step = step
-
-    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> Output:
-        loss = nn.functional.cross_entropy(self.layer(images.flatten(1)), targets)
-        return Output(loss * float("nan") if self.step == self.spoiled_step else loss)
-
-
-def train(directory: Path, model: nn.Module, stage: Stage = STAGE, **options) -> Run:
-    data, fabric = open_data("digits"), make_fabric("cpu", "32-true")
-    batches = loader(
-        data.train,
-        data=data,
-        image_size=(8, 8),
-        batch_size=stage.batch_size,
-        augmentation=stage.augmentation,
-        seed=0,
-        device=torch.device("cpu"),
-        workers=0,
-    )
-    with Run(directory, {"stage": dataclasses.asdict(stage)["epochs"]}, torch.device("cpu")) as run:
-        fit(run, fabric, model, stage, batches, seed=0, **options)
-    return run
+from tests.tiny import STAGE, Tiny, train
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -139,7 +99,7 @@ def test_a_corrupt_image_stops_the_run_by_name_and_is_replaced_only_if_asked(cap
 def test_a_directory_with_a_run_of_other_settings_is_refused_and_kept(tmp_path):
     train(tmp_path, Tiny())
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(RunError, match="other settings .stage: 2 there, 3 asked.*OUT="):
+    with pytest.raises(RunError, match="other settings .epochs: 2 there, 3 asked.*OUT="):
         train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=3))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -164,7 +124,7 @@ def test_two_runs_in_one_directory_are_kept_apart(tmp_path):
 def test_a_loss_that_is_not_finite_names_step_rate_and_checkpoint_and_leaves_the_checkpoint_good(tmp_path):
     with pytest.raises(RunError, match=r"loss is nan at step 4 of 6 .*learning rate 0\.\d+.*last good checkpoint is .*checkpoint.pt"):
         train(tmp_path, Tiny(spoiled_step=4), checkpoint_seconds=-1.0)
-    run = train(tmp_path, Tiny())  # goes on from step 4
+    run, _ = train(tmp_path, Tiny())  # goes on from step 4
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == [3, 6]
     assert "going on from step" in (tmp_path / "log.txt").read_text()

@@ -1,0 +1,105 @@
+"""The training loop."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.run import Run
+from common.train import EXIT_STOPPED, Stopped, make_fabric
+from tests.tiny import STAGE, Tiny, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def lines(run: Run) -> list[dict]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def test_accumulation_gives_the_same_training_as_one_large_batch(tmp_path):
+    whole, trained = train(tmp_path / "whole", Tiny())
+    parts, accumulated = train(tmp_path / "parts", Tiny(), dataclasses.replace(STAGE, device_batch=100))
+    assert [line["loss"] for line in lines(parts)] == pytest.approx([line["loss"] for line in lines(whole)], abs=1e-6)
+    torch.testing.assert_close(accumulated.layer.weight, trained.layer.weight, atol=1e-6, rtol=1e-5)
+
+
+def test_a_line_of_metrics_holds_the_mean_over_its_steps_and_the_rate_of_the_last(tmp_path):
+    run, _ = train(tmp_path, Tiny())
+    assert [line["step"] for line in lines(run)] == [3, 6]
+    assert [line["epoch"] for line in lines(run)] == [1.0, 2.0]
+    lr = 1e-3 * 400 / 256
+    assert lines(run)[0]["lr"] == pytest.approx(lr * 0.75)  # half a cosine over six steps, at step 2
+
+
+def test_schedules_of_the_method_are_told_every_step(tmp_path):
+    model = Tiny()
+    train(tmp_path, model)
+    assert model.at == [(step, 6) for step in range(6)]
+
+
+def test_an_average_of_the_weights_is_what_comes_out_where_the_stage_asks_for_one(tmp_path):
+    plain = Tiny()
+    train(tmp_path / "plain", plain)
+    followed = Tiny()
+    _, averaged = train(tmp_path / "average", followed, dataclasses.replace(STAGE, ema=0.5))
+    torch.testing.assert_close(followed.layer.weight, plain.layer.weight)  # the average changes nothing in training
+    assert not torch.allclose(averaged.layer.weight, plain.layer.weight)
+    # Averaged over the last steps, it lies nearer to the end than to the start.
+    start, end = Tiny().layer.weight, plain.layer.weight
+    assert (averaged.layer.weight - end).norm() < (averaged.layer.weight - start).norm()
+
+
+def test_clipping_bounds_the_global_norm_of_the_gradients_and_logs_what_it_was(tmp_path):
+    run, trained = train(tmp_path / "clipped", Tiny(), dataclasses.replace(STAGE, epochs=1, clip_norm=1e-9, weight_decay=0.0))
+    assert all(line["gradient_norm"] > 1e-9 for line in lines(run))
+    # AdamW divides by the gradients' own size, down to its epsilon of 1e-8: gradients this small hardly move a weight.
+    assert (trained.layer.weight - Tiny().layer.weight).abs().max() < 0.2 * STAGE.lr
+
+
+def test_a_signal_finishes_the_step_saves_and_stops_with_the_documented_code(tmp_path):
+    class Interrupted(Tiny):
+        def at_step(self, step: int, total_steps: int) -> None:
+            super().at_step(step, total_steps)
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(Stopped) as stopped:
+        train(tmp_path / "stopped", Interrupted())
+    assert stopped.value.code == EXIT_STOPPED == 75
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    resumed, _ = train(tmp_path / "stopped", Tiny())
+    undisturbed, _ = train(tmp_path / "undisturbed", Tiny())
+    assert resumed.metrics.read_text() == undisturbed.metrics.read_text()
+    assert "going on from step 4 of 6" in (tmp_path / "stopped" / "log.txt").read_text()
+
+
+def test_bf16_is_the_default_only_where_the_hardware_computes_it(monkeypatch):
+    for found, expected in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr("common.train.has_fast_bf16", lambda device, found=found: found)
+        assert make_fabric("cpu")._precision.precision == expected
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_same_effective_batches_as_one(tmp_path):
+    """Fine-tuning without mixup and drop path draws nothing in a step, so what two devices log is what one logs."""
+    changes = [
+        "finetune.drop_path=0",
+        *(f"{name}.stage.epochs=1" for name in ("finetune", "finetune_5_per_class", "finetune_20_per_class", "linear")),
+    ]
+    options = ["droppos", "--device", "cpu", "--precision", "32-true", "--epochs", "1", *(word for c in changes for word in ("--set", c))]
+    launchers = {"one": [sys.executable, "-m"], "two": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]}
+    logged = {}
+    for name, launcher in launchers.items():
+        command = [*launcher, "benchmarks.reproduce", *options, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        path = next((tmp_path / name).glob("*/*/finetune-scratch/metrics.jsonl"))
+        logged[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in logged["two"]] == [line["step"] for line in logged["one"]]
+    assert [line["loss"] for line in logged["two"]] == pytest.approx([line["loss"] for line in logged["one"]], rel=1e-4)
