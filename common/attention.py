@@ -35,6 +35,7 @@ def attend(
     """
     if backend not in ("auto", "sdpa"):
         raise ValueError(f"attention backend {backend!r} is not known; choose 'auto' or 'sdpa'")
+    _check_fit(q_BHQD, k_BHKD, v_BHKD)
     mask = _window_mask(q_BHQD, k_BHKD, time, visible_from, visible_until)
     if q_BHQD.device.type == "cpu" and q_BHQD.dtype == torch.bfloat16:
         # torch's bfloat16 backward is 5 to 30 times slower than its float32 one on CPUs; casting both ways costs far less.
@@ -62,6 +63,14 @@ def attend_reference(
     if mask is not None:
         weight_BHQK = weight_BHQK.masked_fill(~mask, 0.0)  # also turns the NaN of a row that sees nothing into zero
     return weight_BHQK @ v_BHKD.double()
+
+
+def _check_fit(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> None:
+    B, H, _, D = q_BHQD.shape
+    fits = k_BHKD.shape == v_BHKD.shape == (B, H, k_BHKD.shape[2], D) and q_BHQD.dtype == k_BHKD.dtype == v_BHKD.dtype
+    if not fits:
+        found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in (("q", q_BHQD), ("k", k_BHKD), ("v", v_BHKD)))
+        raise ValueError(f"attention takes q (B, H, Q, D) with k and v (B, H, K, D) of one dtype, got {found}")
 
 
 def _window_mask(

@@ -12,6 +12,7 @@ from math import isqrt
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -55,10 +56,11 @@ def read_checkpoint(path: Path | str) -> State:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConversionError(f"there is no checkpoint at {path}") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise ConversionError(f"{path} cannot be read as a checkpoint (truncated, or not one): {error}") from error
+    content = content if isinstance(content, Mapping) else {}
     for container in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+        if isinstance(content.get(container), Mapping):
             content = content[container]
     tensors = {name.removeprefix("module."): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     if not tensors:
@@ -91,7 +93,8 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
     wanted = encoder.state_dict()
     found = {name: tensor for name, tensor in state.items() if name in wanted}
     reshaped = []
-    if "pos_embed" in found and (found["pos_embed"].shape != wanted["pos_embed"].shape):
+    same_width = "pos_embed" in found and found["pos_embed"].shape[-1] == encoder.width
+    if same_width and found["pos_embed"].shape != wanted["pos_embed"].shape:
         found["pos_embed"] = _fit_positions(found["pos_embed"], "cls_token" in state, encoder)
         reshaped.append("pos_embed")
     missing = tuple(sorted(set(wanted) - set(found)))
@@ -112,8 +115,10 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
     coverage = Coverage(
         tuple(sorted(set(state) & set(wanted))), tuple(sorted(set(wanted) - set(state))), tuple(sorted(set(state) - set(wanted)))
     )
-    if coverage.missing or coverage.unexpected:
-        raise ConversionError(f"the checkpoint is of another method or another configuration ({coverage})")
+    wrong = [name for name in coverage.loaded if state[name].shape != wanted[name].shape]
+    if coverage.missing or coverage.unexpected or wrong:
+        shapes = f"; other shapes: {', '.join(wrong)}" if wrong else ""
+        raise ConversionError(f"the checkpoint is of another method or another configuration ({coverage}{shapes})")
     method.load_state_dict(state)
     return coverage
 

@@ -51,7 +51,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
         """images (B, C, H, W) and, in training, class indices (B,). `named["logits"]` is (B, K)."""
-        smoothing = self.smoothing
+        smoothing = self.smoothing if self.training else 0.0
         if self.training and self.mixup is not None and len(images) % 2 == 0:  # timm pairs images, so it wants an even number
             images, targets = self.mixup(images.clone(), targets)
             smoothing = 0.0  # already in the blended targets
@@ -64,8 +64,7 @@ class Classifier(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer 0 is the stem, layer i + 1 is block i, what follows the blocks is the head (timm's layer decay asks for this)."""
-        stem, head = r"^encoder\.(?:cls_token|pos_embed|patch_embed)", r"^(?:encoder\.norm|fc_norm|head)"
-        return {"stem": stem, "blocks": [(r"^encoder\.blocks\.(\d+)", None), (head, (99999,))]}
+        return {"stem": r"^encoder\.(?:cls_token|pos_embed|patch_embed)", "blocks": [(r"^encoder\.blocks\.(\d+)", None)]}
 
 
 class LinearProbe(nn.Module):
@@ -124,12 +123,12 @@ def features(fabric: Fabric, encoder: ViT | None, loader: Loader, how: str) -> t
 def knn_accuracy(
     train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, neighbours: int = 20, temperature: float = 0.07
 ) -> float:
-    """top1 in percent of the weighted nearest-neighbour classifier: cosine similarity s, votes exp(s / temperature)."""
+    """top1 in percent of the weighted nearest-neighbour classifier: a neighbour of cosine similarity s has exp(s / temperature) votes."""
     train_ND, test_MD = F.normalize(train_ND, dim=1), F.normalize(test_MD, dim=1)
     hits = 0
     for block_BD, block_B in zip(test_MD.split(1024), test_M.split(1024), strict=True):
         similarity_BK, index_BK = (block_BD @ train_ND.T).topk(min(neighbours, len(train_ND)), dim=1)
         votes = torch.zeros(len(block_BD), classes, device=train_ND.device)
-        votes.scatter_add_(1, train_N[index_BK], (similarity_BK / temperature).exp())
+        votes.scatter_add_(1, train_N[index_BK], ((similarity_BK - 1) / temperature).exp())  # up to a factor; without the 1 it overflows
         hits += int((votes.argmax(1) == block_B).sum())
     return 100 * hits / len(test_M)

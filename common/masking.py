@@ -16,7 +16,7 @@ def kept_tokens(tokens: int, hidden_ratio: float, name: str) -> int:
         raise ValueError(f"{name}={hidden_ratio} is not a share between 0 and 1")
     kept = int(tokens * (1 - hidden_ratio))
     if kept == 0:
-        raise ValueError(f"{name}={hidden_ratio} leaves none of the {tokens} tokens; at most {1 - 1 / tokens:.4g} keeps one")
+        raise ValueError(f"{name}={hidden_ratio} leaves none of the {tokens} tokens; use a ratio below {1 - 1 / tokens:.4g}")
     return kept
 
 

@@ -17,14 +17,18 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """
     undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if stage.layer_decay is not None:
-        groups = param_groups_layer_decay(model, stage.weight_decay, undecayed, layer_decay=stage.layer_decay)
+        groups = param_groups_layer_decay(model, stage.weight_decay, no_weight_decay_list=undecayed, layer_decay=stage.layer_decay)
     else:
-        groups = param_groups_weight_decay(model, stage.weight_decay, undecayed)
+        groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=undecayed)
     if stage.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, fused=True)
-    for group in groups:
-        # MAE scales every matrix by its trust ratio even without weight decay, and never a bias; timm asks per group.
-        group["always_adapt"] = all(parameter.ndim > 1 for parameter in group["params"])
+    # MAE scales every matrix by its trust ratio even without weight decay, and never a bias; timm asks per group.
+    groups = [
+        {**group, "params": parameters, "always_adapt": matrices}
+        for group in groups
+        for matrices in (True, False)
+        if (parameters := [parameter for parameter in group["params"] if (parameter.ndim > 1) == matrices])
+    ]
     return Lars(groups, lr=stage.lr, momentum=stage.betas[0], trust_coeff=0.001)
 
 

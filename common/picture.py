@@ -29,7 +29,11 @@ def draw_positions(
         zip(pixels_BCHW, patches_BNP, cell_BV, predicted_BV, dropped_BV, strict=True)
     ):
         right = int(((cell == predicted) & dropped).sum())
-        titles = ("image", f"visible: {len(cell)} of {len(patches)}", f"placed by the model: {right} of {int(dropped.sum())} right")
+        titles = (
+            "image",
+            f"{len(cell)} of {len(patches)} visible (framed: position dropped)",
+            f"placed: {right} of {int(dropped.sum())} right",
+        )
         seen = _assemble(image, patch, zip(cell.tolist(), patches[cell], strict=True), columns)
         kept = [(int(c), patches[c]) for c, d in zip(cell, dropped, strict=True) if not d]
         moved = [(int(p), patches[c]) for c, p, d in zip(cell, predicted, dropped, strict=True) if d]

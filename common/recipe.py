@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -84,7 +85,9 @@ class Recipe:
 
     def build_encoder(self, channels: int, **changes) -> ViT:
         """The encoder for images of so many channels, with options changed by keyword."""
-        options = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels} | self.encoder | changes
+        own = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels}
+        check_options(ViT, self.encoder, taken=(*own, "width", "depth", "heads"))
+        options = own | self.encoder | changes
         return vit(self.size, **options)
 
 
@@ -100,9 +103,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
-def check_options(function: Any, options: Mapping[str, Any]) -> None:
-    """Raise RecipeError where `function` does not take one of the options by keyword."""
-    known = [name for name in inspect.signature(function).parameters]
+def check_options(function: Any, options: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
+    """Raise RecipeError where `function` does not take one of the options by keyword, or it is among those already `taken`."""
+    known = [name for name in inspect.signature(function).parameters if name not in taken]
     for name in options:
         if name not in known:
             raise RecipeError(f"{getattr(function, '__name__', function)} has no option {name!r}; {nearest(name, known)}")
@@ -127,18 +130,18 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 
 
 def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
-    if isinstance(node, tuple) and node and isinstance(node[0], Protocol):
-        raise RecipeError(f"{whole}: protocols are changed one by one, by name: {', '.join(p.name for p in node)}")
     if isinstance(node, Mapping):
         return {**node, ".".join(path): value}
     name, rest = path[0], path[1:]
     fields = {f.name for f in dataclasses.fields(node)}
-    if isinstance(node, Recipe) and name in (names := [p.name for p in node.protocols]):
+    names = [protocol.name for protocol in node.protocols] if isinstance(node, Recipe) else []
+    if (path[0] == "protocols" and names) or (name in names and not rest):
+        raise RecipeError(f"{whole}: protocols are changed field by field, such as {names[0]}.pool; they are {', '.join(names)}")
+    if name in names:
         changed = _replace(node.protocols[names.index(name)], rest, value, whole)
         return dataclasses.replace(node, protocols=tuple(changed if p.name == name else p for p in node.protocols))
     if name not in fields:
-        extra = [p.name for p in node.protocols] if isinstance(node, Recipe) else []
-        raise RecipeError(f"{whole}: there is no {name!r} in a {type(node).__name__}; {nearest(name, [*fields, *extra])}")
+        raise RecipeError(f"{whole}: there is no {name!r} in a {type(node).__name__}; {nearest(name, [*fields, *names])}")
     current = getattr(node, name)
     if rest:
         if not dataclasses.is_dataclass(current) and not isinstance(current, Mapping):
@@ -151,14 +154,15 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
     """The value as the field's type wants it. Raises RecipeError where it is of another."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
-        origin = typing.get_origin(option)
-        if origin is Literal:
-            if value in typing.get_args(option):
-                return value
-        elif origin is tuple and isinstance(value, list):
-            return tuple(value)
-        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        elif option in (int, str, bool, type(None)) and type(value) is option:
+        origin, parts = typing.get_origin(option), typing.get_args(option)
+        if origin is Literal and value in parts:
             return value
-    raise RecipeError(f"{path}={value!r} does not fit; expected {hint if len(options) > 1 or typing.get_origin(hint) else hint.__name__}")
+        if origin is tuple and isinstance(value, list):
+            parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+            if len(parts) == len(value) > 0:
+                return tuple(_typed(item, part, path) for item, part in zip(value, parts, strict=True))
+        if option is float and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        if option in (int, str, bool, type(None)) and type(value) is option:
+            return value
+    raise RecipeError(f"{path}={value!r} does not fit; expected {hint.__name__ if isinstance(hint, type) else hint}")

@@ -198,6 +198,7 @@ def fit(
     if stage.ema:
         saved["model"] = {name.removeprefix("module."): value for name, value in saved["average"].items() if name != "n_averaged"}
     blank.load_state_dict(saved["model"])
+    getattr(blank, "at_step", at_step)(total - 1, total)
     return blank.to(fabric.device), state["progress"]["hours"]
 
 

@@ -4,7 +4,7 @@ Shapes: B images, C channels, P patch side, N patches, M kept patches, T tokens 
 H heads.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,7 @@ class ViT(nn.Module):
             self.pos_embed = None
         else:
             raise ValueError(f"position={position!r} is not known; choose 'sincos', 'learned' or 'none'")
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialise(self)
@@ -155,7 +155,7 @@ class ViT(nn.Module):
         return self.encode(x)
 
 
-def vit(size: str, **options) -> ViT:
+def vit(size: str, **options: Any) -> ViT:
     """A ViT of a named size (micro, tiny, small, base, large, huge); options as in ViT. Raises ValueError for another name."""
     if size not in SIZES:
         raise ValueError(f"ViT size {size!r} is not known; choose one of {', '.join(SIZES)}")

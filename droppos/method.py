@@ -154,7 +154,7 @@ class DropPos(nn.Module):
 
     def _positions(self, cell_BV: Tensor, dropped_BV: Tensor) -> Tensor:
         """The position embedding of each visible patch, (B, V, D), with a stand-in where it is dropped."""
-        true_BVD = gather_tokens(self.encoder.patch_positions, cell_BV).detach()
+        true_BVD = gather_tokens(self.encoder.patch_positions, cell_BV)
         if self.position_token == "learned":
             return torch.where(dropped_BV[..., None], self.dropped_position, true_BVD)
         if self.position_token == "zeros":

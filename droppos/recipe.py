@@ -17,7 +17,7 @@ VARIANTS = {"attentive": {}, "without attentive reconstruction": {"attentive": F
 
 def build(recipe: Recipe, encoder: ViT) -> DropPos:
     """The method as the recipe wants it. Raises RecipeError for an option that DropPos does not have."""
-    check_options(DropPos, recipe.method)
+    check_options(DropPos, recipe.method, taken=("encoder", "sigma_epochs"))
     return DropPos(encoder, sigma_epochs=recipe.pretrain.epochs, **recipe.method)
 
 
