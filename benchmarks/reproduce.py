@@ -22,7 +22,7 @@ from benchmarks.papers import ROOT, choose_recipe, paper_module
 from benchmarks.table import comparison
 from common import results
 from common.checkpoint import export_encoder
-from common.convert import ConversionError
+from common.convert import ConversionError, load_encoder, read_checkpoint
 from common.data import Augmentation, Data, DataError, Loader, Split, loader, open_data
 from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy
 from common.randomness import reseed
@@ -46,6 +46,8 @@ class Options:
     """Which recipe of the paper; by default the one meant for the data."""
     epochs: int | None = None
     """Epochs of pre-training, in place of the recipe's."""
+    encoder: Path | None = None
+    """Evaluate the encoder in this file (official DropPos, MAE or timm names) instead of pre-training one."""
     seeds: int = 1
     """How many seeds: 0, 1, ..., of which the table shows mean and standard deviation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -84,15 +86,16 @@ class Reproduction:
     def __init__(self, options: Options, module: ModuleType, name: str, recipe: Recipe, data: Data, fabric: Fabric, seed: int):
         self.options, self.module, self.recipe, self.data, self.fabric, self.seed = options, module, recipe, data, fabric, seed
         label = name if data.name == name else f"{name}-{data.name}"
-        self.root = options.out / module.__package__ / f"{label}-{recipe.pretrain.epochs}ep-seed{seed}"
-        self.name = " ".join([name, *options.set])
+        source = f"{recipe.pretrain.epochs}ep" if options.encoder is None else options.encoder.stem
+        self.root = options.out / module.__package__ / f"{label}-{source}-seed{seed}"
+        self.name = " ".join([name, *options.set, *([f"encoder={options.encoder.name}"] if options.encoder else [])])
         self.precision = str(fabric._precision.precision)
         self.fitting = {"compile": options.compile, "checkpoint_seconds": options.checkpoint_seconds}
         self.size = (recipe.image_size, recipe.image_size)
 
     def run(self) -> list[results.Row]:
         """All stages in order; returns a row per number."""
-        rows = self.pretrain()
+        rows = self.pretrain() if self.options.encoder is None else self.convert(self.options.encoder)
         for protocol in self.recipe.protocols:
             starts = ("pretrained", "scratch") if protocol.kind == "finetune" else ("pretrained", "random")
             for start in (*starts, "pixels") if protocol.kind == "knn" else starts:
@@ -116,6 +119,17 @@ class Reproduction:
                 run.finish(found | {"hours": hours})
                 self.fabric.barrier()
             return self.rows(run, "pretrain", "pretrained", [name for name in run.result if name.endswith("top1")])
+
+    def convert(self, path: Path) -> list[results.Row]:
+        """Put somebody else's encoder where a pre-trained one would be; there is no number of ours to report on it."""
+        with self.open("pretrain") as run:
+            if run.main and run.result is None:
+                encoder = self.new_encoder()
+                run.say(f"{path.name}: {load_encoder(encoder, read_checkpoint(path))}")
+                export_encoder(encoder, run.directory / "encoder.safetensors")
+                run.finish({"hours": 0.0})
+            self.fabric.barrier()
+        return []
 
     def evaluate(self, protocol: Protocol, start: str) -> list[results.Row]:
         with self.open(f"{protocol.name}-{start}", protocol) as run:
@@ -195,7 +209,8 @@ class Reproduction:
             for name, value in {"loss": output.loss, **output.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(images)
             count += len(images)
-        totals = self.fabric.all_reduce(torch.tensor([*sums.values(), count], dtype=torch.float64), reduce_op="sum").tolist()
+        totals = torch.tensor([*sums.values(), count], dtype=torch.float64, device=self.fabric.device)
+        totals = self.fabric.all_reduce(totals, reduce_op="sum").tolist()
         return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
 
     def open(self, stage: str, protocol: Protocol | None = None) -> Run:

@@ -135,9 +135,15 @@ def fit(
     saved_at, save_seconds = time.perf_counter(), 0.0
     tensorboard = _tensorboard(run)
 
+    def advice() -> str:
+        kept = f"The last good checkpoint is {run.checkpoint}" if run.checkpoint.exists() else "No checkpoint was written yet"
+        return f"{kept}. Lower the learning rate, lengthen the warm-up, clip gradients (clip_norm), or use --precision 32-true"
+
     def save() -> None:
         nonlocal saved_at, save_seconds
         begun = time.perf_counter()
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise RunError(f"a weight is not finite after step {step} of {total}, so nothing was saved. {advice()}")
         state["progress"] = {"step": step, "hours": (begun - started) / 3600, "sums": sums, "count": count}
         save_checkpoint(fabric, run.checkpoint, state)
         saved_at, save_seconds = time.perf_counter(), time.perf_counter() - begun
@@ -164,14 +170,13 @@ def fit(
                     fabric.backward(output.loss / accumulate)
                 losses.append({"loss": output.loss.detach(), **output.metrics})
             values = _mean(fabric, losses, stop=float(bool(stop)))
-            if not math.isfinite(values["loss"]):
-                raise RunError(
-                    f"the loss is {values['loss']} at step {step} of {total} (epoch {epoch}, learning rate {_rate(optimizer):.3g}). "
-                    + (f"The last good checkpoint is {run.checkpoint}. " if run.checkpoint.exists() else "No checkpoint was written yet. ")
-                    + "Lower the learning rate, lengthen the warm-up, clip gradients (clip_norm), or use --precision 32-true"
-                )
             if stage.clip_norm is not None:
-                values["gradient_norm"] = float(fabric.clip_gradients(trained, optimizer, max_norm=stage.clip_norm))
+                norm = fabric.clip_gradients(trained, optimizer, max_norm=stage.clip_norm, error_if_nonfinite=False)
+                values["gradient_norm"] = float(norm)
+            for name in ("loss", "gradient_norm"):
+                if not math.isfinite(values.get(name, 0.0)):
+                    where = f"step {step} of {total} (epoch {epoch}, learning rate {_rate(optimizer):.3g})"
+                    raise RunError(f"the {name.replace('_', ' ')} is {values[name]} at {where}. {advice()}")
             learning_rate = _rate(optimizer)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

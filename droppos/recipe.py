@@ -33,7 +33,7 @@ def digits() -> Recipe:
     pretrain = Stage(
         epochs=200,
         batch_size=128,
-        base_lr=3e-3,
+        base_lr=6e-3,
         warmup_epochs=10,
         betas=(0.9, 0.95),
         augmentation=Augmentation(crop="padding", padding=1, flip=0.0),
@@ -51,7 +51,7 @@ def digits() -> Recipe:
             Protocol("finetune", stage=finetune, **common),
             Protocol("finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **common),
             Protocol("finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **common),
-            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=0.1, weight_decay=0.0, layer_decay=None)),
+            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0, layer_decay=None)),
             Protocol("knn", "knn"),
         ),
     )

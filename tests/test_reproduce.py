@@ -1,0 +1,102 @@
+"""The reproduce command, from the command line to the table and the ledger."""
+
+import json
+import subprocess
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import reproduce
+from benchmarks.papers import choose_recipe, paper_module
+from benchmarks.reproduce import main
+from common.convert import rename
+from common.results import load
+from droppos.method import OFFICIAL_NAMES
+
+SHORT = ["finetune", "finetune_20_per_class", "finetune_5_per_class", "linear"]
+CHANGES = [word for name in SHORT for word in ("--set", f"{name}.stage.epochs=1")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A directory with a finished run of few epochs."""
+    out = tmp_path_factory.mktemp("runs")
+    assert main(["droppos", "--device", "cpu", "--epochs", "2", "--out", str(out), *CHANGES]) == 0
+    return out
+
+
+def test_a_run_leaves_all_that_is_needed_to_doubt_it(finished):
+    directory = finished / "droppos" / "digits-2ep-seed0" / "pretrain"
+    for name in ("recipe.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "encoder.safetensors", "log.txt", "positions.png"):
+        assert (directory / name).stat().st_size > 0, name
+    recipe = json.loads((directory / "recipe.json").read_text())
+    assert recipe["recipe"]["pretrain"]["epochs"] == 2 and recipe["seed"] == 0
+    assert {"commit", "torch", "timm", "device"} <= json.loads((directory / "environment.json").read_text())[0].keys()
+    starts = {path.name for path in directory.parent.iterdir()}
+    assert {"finetune-pretrained", "finetune-scratch", "linear-random", "knn-pixels", "finetune_5_per_class-scratch"} <= starts
+
+
+def test_the_encoder_of_a_run_loads_into_timm_with_nothing_missing(finished):
+    state = load_file(finished / "droppos" / "digits-2ep-seed0" / "pretrain" / "encoder.safetensors")
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 6, "num_heads": 3}
+    encoder = timm.models.VisionTransformer(**shape, num_classes=0)
+    encoder.load_state_dict(state)
+    # and not the one that the run began with
+    fresh = choose_recipe(paper_module("droppos"), "digits", None)[1].build_encoder(1)
+    assert not torch.equal(encoder.blocks[0].attn.qkv.weight, fresh.blocks[0].attn.qkv.weight)
+
+
+def test_a_second_call_trains_nothing_and_prints_the_same_table(finished, capsys):
+    metrics = sorted(finished.glob("*/*/*/metrics.jsonl"))
+    before = [path.read_bytes() for path in metrics]
+    assert main(["droppos", "--device", "cpu", "--epochs", "2", "--out", str(finished), *CHANGES]) == 0
+    said = capsys.readouterr().out
+    assert " step " not in said and "finetune" in said and "raw pixels" in said
+    assert [path.read_bytes() for path in metrics] == before
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights_and_scratch_does_not(finished):
+    """In the first step the two differ in nothing but their encoders."""
+    directory = finished / "droppos" / "digits-2ep-seed0"
+    first = [
+        json.loads((directory / f"finetune-{start}" / "metrics.jsonl").read_text().splitlines()[0]) for start in ("pretrained", "scratch")
+    ]
+    assert first[0]["lr"] == first[1]["lr"] and first[0]["loss"] != first[1]["loss"]
+
+
+def test_recording_puts_every_number_and_its_log_into_the_papers_folder(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    (tmp_path / "droppos").mkdir()
+    assert main(["droppos", "--device", "cpu", "--epochs", "2", "--out", str(finished), "--record", *CHANGES]) == 0
+    ledger = load(tmp_path / "droppos" / "results.csv")
+    assert set(zip(ledger["protocol"], ledger["start"], strict=True)) == {
+        ("pretrain", "pretrained"),
+        *((name, start) for name in SHORT[:3] for start in ("pretrained", "scratch")),
+        *((name, start) for name in ("linear", "knn") for start in ("pretrained", "random")),
+        ("knn", "pixels"),
+    }
+    log = (tmp_path / ledger["log"][0]).read_text()
+    assert "# pretrain" in log and "# finetune-scratch" in log and "step 22/22" in log
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert set(ledger["commit"]) <= {head, head + "+dirty", "unknown"}
+    row = ledger[(ledger["protocol"] == "finetune") & (ledger["start"] == "pretrained")].iloc[0]
+    result = json.loads((finished / "droppos" / "digits-2ep-seed0" / "finetune-pretrained" / "result.json").read_text())
+    assert row["value"] == pytest.approx(result["top1"], abs=1e-4)
+
+
+def test_an_official_checkpoint_is_evaluated_in_the_place_of_pretraining(tmp_path, capsys):
+    module = paper_module("droppos")
+    recipe = choose_recipe(module, "digits", None)[1]
+    method = module.build(recipe, recipe.build_encoder(1))
+    official = rename(method.state_dict(), {ours: theirs for theirs, ours in OFFICIAL_NAMES.items()})
+    torch.save({"epoch": 800, "state_dict": {f"module.{name}": tensor for name, tensor in official.items()}}, tmp_path / "official.pth")
+    arguments = ["droppos", "--device", "cpu", "--out", str(tmp_path), *CHANGES]
+    assert main([*arguments, "--encoder", str(tmp_path / "official.pth")]) == 0
+    said = capsys.readouterr().out
+    assert "0 missing" in said and "mask_pos_token" in said
+    exported = load_file(tmp_path / "droppos" / "digits-official-seed0" / "pretrain" / "encoder.safetensors")
+    assert all(torch.equal(tensor, method.encoder.state_dict()[name]) for name, tensor in exported.items())
+    assert main([*arguments, "--encoder", str(tmp_path / "absent.pth")]) == 2
+    assert "there is no checkpoint at" in capsys.readouterr().out
