@@ -38,7 +38,7 @@ def digits() -> Recipe:
         betas=(0.9, 0.95),
         augmentation=Augmentation(crop="padding", padding=1, flip=0.0),
     )
-    finetune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), layer_decay=0.75, warmup_epochs=5)
+    finetune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
     common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     return Recipe(
         data=("digits",),
@@ -51,7 +51,7 @@ def digits() -> Recipe:
             Protocol("finetune", stage=finetune, **common),
             Protocol("finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **common),
             Protocol("finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **common),
-            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0, layer_decay=None)),
+            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
             Protocol("knn", "knn"),
         ),
     )
