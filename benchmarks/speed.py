@@ -144,8 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="how often each step is timed (default: 7)")
     options = parser.parse_args(arguments)
     frame = measure(torch.device(options.device), options.batch, options.rounds)
-    shown = frame.drop(columns=["device", "versions", "commit", "date"])
-    table = Table(*map(str, shown.columns), title=f"{frame['device'][0]}, {frame['versions'][0]}")
+    shown = frame[["step", "precision", "seconds", "ratio", "machine"]]
+    table = Table(*shown.columns, title=f"batch {options.batch}, {frame['device'][0]}\n{frame['versions'][0]}")
     for line in shown.itertuples(index=False):
         table.add_row(*map(str, line))
     console.print(table)

@@ -131,9 +131,12 @@ def measured_table(paper: str, root: Path) -> str:
 
 
 def speed_table(root: Path) -> str:
-    """The committed speed measurements as they are."""
+    """The committed speed measurements."""
     path = root / "benchmarks" / "speed.csv"
-    return markdown(pandas.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pandas.DataFrame())
+    if not path.exists():
+        return markdown(pandas.DataFrame())
+    frame = pandas.read_csv(path, dtype=str, keep_default_na=False).drop(columns=["GFLOP", "GEMM GFLOP/s"], errors="ignore")
+    return markdown(frame.rename(columns=str.capitalize))
 
 
 def claims(paper: str, root: Path) -> pandas.DataFrame:

@@ -61,8 +61,9 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json: what came out, and the day, code and machine that it came from (commit "+mixed" after a change of code)."""
+        """Log what came out and write it to result.json, with the day, code and machine (commit "+mixed" after a change of code)."""
         if self.main:
+            self.say(f"{self.directory.name} done: {', '.join(f'{name} {value:.6g}' for name, value in result.items())}")
             starts = json.loads((self.directory / "environment.json").read_text())
             came_from = starts[0]
             if len({start["commit"] for start in starts}) > 1:

@@ -32,7 +32,8 @@ EXIT_STOPPED = 75  # a signal stopped the run after a checkpoint; the same comma
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # what it says at INFO, the first line of a run says better
+for _name in ("lightning.fabric", "lightning.pytorch"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # what they say at INFO, the first line of a run says better
 
 
 class Stopped(SystemExit):

@@ -406,3 +406,20 @@ def test_nothing_larger_than_the_logits_the_images_and_the_mlp_is_ever_made(atte
         model(images).loss.backward()
     assert largest.elements <= max(needed.values()), largest.operation
     assert largest.elements >= needed["logits"]  # it does watch
+
+
+@pytest.mark.parametrize("attentive", [False, True])
+def test_bf16_trains_every_weight_and_follows_float32(attentive):
+    """The affinity pass shares autocast's copies of the weights; none of them may come out of it without a gradient."""
+    gradients = {}
+    for precision, enabled in (("float32", False), ("bf16", True)):
+        model = build(attentive=attentive)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(**draw())
+        assert output.loss.dtype == torch.float32
+        output.loss.backward()
+        gradients[precision] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, gradient in gradients["bf16"].items():
+        assert gradient is not None, name
+        likeness = F.cosine_similarity(gradient.flatten(), gradients["float32"][name].flatten(), dim=0)
+        assert likeness > 0.98 or gradients["float32"][name].norm() < 1e-6, (name, float(likeness))

@@ -177,7 +177,7 @@ def test_a_broken_ledger_is_named_and_stops_no_other_table(root: Path, capsys: p
     (root / "benchmarks" / "speed.csv").write_text("step,ratio to a|b\nDropPos,\n")
     assert table.main([], root) == 1
     assert "droppos/results.csv is not a run ledger" in capsys.readouterr().err
-    assert "| step | ratio to a\\|b |\n| --- | --- |\n| DropPos | - |\n" in (root / "benchmarks" / "README.md").read_text()
+    assert "| Step | Ratio to a\\|b |\n| --- | --- |\n| DropPos | - |\n" in (root / "benchmarks" / "README.md").read_text()
 
 
 def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> None:
