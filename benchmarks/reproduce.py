@@ -22,8 +22,8 @@ from benchmarks.papers import ROOT, choose_recipe, paper_module
 from benchmarks.table import comparison
 from common import results
 from common.checkpoint import export_encoder
-from common.convert import ConversionError, load_encoder, read_checkpoint
-from common.data import Augmentation, Data, DataError, Loader, Split, loader, open_data
+from common.convert import load_encoder, read_checkpoint
+from common.data import Augmentation, Data, Loader, Split, loader, open_data
 from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, override
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
         reproduce(tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config))
-    except (RecipeError, RunError, DataError, ConversionError, ValueError) as error:
+    except (ValueError, RunError, OSError) as error:  # RecipeError, DataError and ConversionError are ValueErrors
         console.print(f"error: {error}", style="bold red", markup=False)
         return 2
     return 0

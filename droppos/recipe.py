@@ -85,7 +85,7 @@ def cifar10() -> Recipe:
         layer_decay=0.75,
         augmentation=Augmentation(crop="padding", padding=4, randaugment="rand-m9-mstd0.5-inc1", erase=0.25),
     )
-    linear = replace(_LINEAR, batch_size=512, augmentation=Augmentation(crop="padding", padding=4))
+    linear = replace(_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
     return Recipe(
         data=("cifar10", "cifar100"),
         size="small",

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -268,3 +269,21 @@ def test_an_unknown_paper_recipe_or_data_offers_the_nearest():
         choose_recipe(module, "digits", "digit")
     with pytest.raises(RecipeError, match="DATA='digit'.*did you mean digits"):
         choose_recipe(module, "digit", None)
+
+
+EVERY = [(paper, name) for paper in papers() for name in recipes(paper_module(paper))]
+
+
+@pytest.mark.parametrize(("paper", "name"), EVERY)
+def test_every_recipe_builds_its_method_and_says_how_to_run_it(paper, name):
+    module = paper_module(paper)
+    function = recipes(module)[name]
+    assert "make reproduce" in function.__doc__
+    recipe = function()
+    with torch.device("meta"):
+        method = module.build(recipe, recipe.build_encoder(3))
+        images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
+        assert method.encoder.embed(images).shape == (2, method.encoder.grid[0] * method.encoder.grid[1], method.encoder.width)
+    assert 0 < recipe.pretrain.warmup_epochs < recipe.pretrain.epochs
+    for protocol in recipe.protocols:
+        assert (protocol.stage is None) == (protocol.kind == "knn")
