@@ -27,8 +27,9 @@ help:  ## this text
 setup: .venv/installed  ## make .venv; the other targets do it by themselves
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo 'making .venv: a minute or more, 1.5 GB (with a CUDA build of torch several)'
+	@$(PYTHON) -m venv .venv
+	@$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 reproduce: .venv/installed  ## pre-train, evaluate, and show the numbers beside the published ones

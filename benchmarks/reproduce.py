@@ -113,7 +113,8 @@ class Reproduction:
                 found = self.measure(method, self.loader(self.data.val, stage, None))
                 if run.main:
                     export_encoder(method.encoder, run.directory / "encoder.safetensors")
-                    images, _ = next(self.loader(self.data.val.subset(range(4)), stage, None, alone=True).epoch(0))
+                    spread = [index * len(self.data.val) // 4 for index in range(4)]  # folders are sorted by class
+                    images, _ = next(self.loader(self.data.val.subset(spread), stage, None, alone=True).epoch(0))
                     reseed(self.seed, 0)
                     self.module.illustrate(method, images, self.data, run.directory / "positions.png")
                 run.finish(found | {"hours": hours})
