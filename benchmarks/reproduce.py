@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from lightning.fabric import Fabric
 from rich.table import Table
@@ -24,7 +23,7 @@ from common import results
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split, loader, open_data
-from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy
+from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy, own_metrics
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, override
 from common.run import Run, RunError, console
@@ -110,7 +109,7 @@ class Reproduction:
                 method = self.module.build(self.recipe, encoder)
                 train = self.loader(self.data.train, stage, stage.augmentation)
                 method, hours = fit(run, self.fabric, method, stage, train, self.seed, **self.fitting)
-                found = self.measure(method, self.loader(self.data.val, stage, None))
+                found = own_metrics(self.fabric, method, self.loader(self.data.val, stage, None), self.seed)
                 if run.main:
                     export_encoder(method.encoder, run.directory / "encoder.safetensors")
                     spread = [index * len(self.data.val) // 4 for index in range(4)]  # folders are sorted by class
@@ -196,23 +195,6 @@ class Reproduction:
             world_size=1 if alone else world,
             accumulate=stage.batch_size // (batch * world),
         )
-
-    @torch.no_grad()
-    def measure(self, method: nn.Module, batches: Loader) -> dict[str, float]:
-        """The method's own metrics on validation images."""
-        method.eval()
-        sums: dict[str, float] = {}
-        count = 0
-        for index, (images, targets) in enumerate(batches.epoch(0)):
-            reseed(self.seed, index, self.fabric.global_rank, 1)
-            with self.fabric.autocast():
-                output = method(images, targets)
-            for name, value in {"loss": output.loss, **output.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(images)
-            count += len(images)
-        totals = torch.tensor([*sums.values(), count], dtype=torch.float64, device=self.fabric.device)
-        totals = self.fabric.all_reduce(totals, reduce_op="sum").tolist()
-        return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
 
     def open(self, stage: str, protocol: Protocol | None = None) -> Run:
         asked = as_json(self.recipe)

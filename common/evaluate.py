@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.data import Loader
 from common.method import Output
+from common.randomness import reseed
 from common.recipe import Protocol
 from common.vit import ViT
 
@@ -104,6 +105,24 @@ def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, floa
         hits += torch.stack([ranked_BK[:, 0].sum(), ranked_BK.sum(), torch.tensor(len(targets), device=fabric.device)])
     top1, top5, count = fabric.all_reduce(hits, reduce_op="sum").tolist()
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+@torch.no_grad()
+def own_metrics(fabric: Fabric, method: nn.Module, loader: Loader, seed: int) -> dict[str, float]:
+    """The loss and the metrics of a method itself, means over the images of all processes; its draws depend on the seed alone."""
+    method.eval()
+    sums: dict[str, float] = {}
+    count = 0
+    for index, (images, targets) in enumerate(loader.epoch(0)):
+        reseed(seed, index, fabric.global_rank, 1)
+        with fabric.autocast():
+            output = method(images, targets)
+        for name, value in {"loss": output.loss, **output.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(images)
+        count += len(images)
+    totals = torch.tensor([*sums.values(), count], dtype=torch.float64, device=fabric.device)
+    totals = fabric.all_reduce(totals, reduce_op="sum").tolist()
+    return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
 
 
 @torch.no_grad()

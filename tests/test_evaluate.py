@@ -9,10 +9,11 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy, pool
+from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy, own_metrics, pool
 from common.method import Output
 from common.optim import make_optimizer
 from common.recipe import Protocol, Stage
+from common.train import make_fabric
 from common.vit import ViT
 
 CPU = Fabric(accelerator="cpu", devices=1)
@@ -250,3 +251,21 @@ def test_with_fewer_than_five_classes_top5_is_everything():
     logits, targets = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 3
     found = accuracy(CPU, ImagesAreLogits(), Batches((logits, targets)))
     assert found == pytest.approx({"top1": 100 * (logits.argmax(1) == targets).float().mean().item(), "top5": 100})
+
+
+def test_a_methods_own_metrics_are_means_over_images_and_the_same_for_the_same_seed():
+    class Draws(nn.Module):
+        """Its metric is the brightness of the batch, its loss a random number."""
+
+        def forward(self, images, targets):
+            return Output(torch.rand(()), {"brightness": images.mean()})
+
+    images = torch.arange(5.0)[:, None, None, None].expand(5, 1, 2, 2)
+
+    class Batches:
+        def epoch(self, epoch):
+            yield from ((part, torch.zeros(len(part))) for part in images.split(2))  # the last one is smaller
+
+    first, again, other = (own_metrics(make_fabric("cpu", "32-true"), Draws(), Batches(), seed) for seed in (0, 0, 1))
+    assert first["brightness"] == pytest.approx(2.0)
+    assert first == again and first["loss"] != other["loss"]
