@@ -7,8 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from common.recipe import Recipe, RecipeError, nearest
-
-ROOT = Path(__file__).resolve().parents[1]
+from common.results import ROOT
 
 
 def papers(root: Path = ROOT) -> list[str]:

@@ -22,7 +22,7 @@ from benchmarks.table import comparison
 from common import results
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
-from common.data import Augmentation, Data, Loader, Split, loader, open_data
+from common.data import Augmentation, Data, Loader, Split, open_data
 from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy, own_metrics
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, override
@@ -182,7 +182,7 @@ class Reproduction:
         """Batches for this process; `alone` where every process must see all images."""
         world = self.fabric.world_size
         batch = device_batch(stage, world)
-        return loader(
+        return Loader(
             split,
             data=self.data,
             image_size=self.size,
@@ -198,9 +198,9 @@ class Reproduction:
 
     def open(self, stage: str, protocol: Protocol | None = None) -> Run:
         asked = as_json(self.recipe)
-        protocols = asked.pop("protocols")
+        del asked["protocols"]  # a change to one evaluation leaves the others as they are
         settings = {"paper": self.module.__package__, "data": self.data.name, "seed": self.seed, "precision": self.precision}
-        settings |= {"recipe": asked} | ({"protocol": next(p for p in protocols if p["name"] == protocol.name)} if protocol else {})
+        settings |= {"recipe": asked} | ({"protocol": as_json(protocol)} if protocol else {})
         return Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
 
     def rows(self, run: Run, protocol: str, start: str, metrics: list[str]) -> list[results.Row]:

@@ -82,7 +82,7 @@ def make_steps(device: torch.device) -> list[Step]:
     steps = []
     for paper in papers():
         module = paper_module(paper)
-        _, recipe = choose_recipe(module, ".", None)
+        _, recipe = choose_recipe(module, ".", None)  # any folder has the recipe for folders
         builds: dict[str, Callable[[], nn.Module]] = {}
         if not any(step.backbone == recipe.backbone for step in steps):
             builds["timm, supervised"] = lambda name=recipe.backbone: timm.create_model(name)

@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, safe to load, exactly resumable; and the encoder, exported under timm's names."""
 
-import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors.torch import save_file
 
+from common.files import partial, replacing
 from common.run import RunError
 from common.vit import ViT
 
@@ -22,21 +23,15 @@ class PlainCheckpointIO(TorchCheckpointIO):
 
 
 def save_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
-    """Write to a temporary file, force it to disk, rename: a crash at any moment leaves the previous checkpoint whole.
+    """Write a checkpoint, called by every process: a crash at any moment leaves the previous one whole.
 
     Raises RunError where that fails, as on a full disk, with the previous checkpoint intact.
     """
-    temporary = path.with_name(path.name + ".partial")
     try:
-        fabric.save(temporary, state)
-        if fabric.is_global_zero:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_directory(path.parent)
+        with replacing(path) if fabric.is_global_zero else nullcontext(partial(path)) as temporary:
+            fabric.save(temporary, state)
         fabric.barrier()
     except (OSError, RuntimeError) as error:  # torch reports a write that failed as a RuntimeError with no errno
-        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         kept = "the previous one is intact" if path.exists() else "there was none before"
         reason = str(error).strip().splitlines()[0]
@@ -57,14 +52,5 @@ def load_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
 
 def export_encoder(encoder: ViT, path: Path) -> None:
     """encoder.safetensors, which timm.create_model(..., num_classes=0) loads as it is."""
-    temporary = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}, temporary)
-    temporary.replace(path)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}, temporary)

@@ -62,14 +62,14 @@ def read_checkpoint(path: Path | str) -> State:
     for container in ("state_dict", "model"):
         if isinstance(content.get(container), Mapping):
             content = content[container]
-    tensors = {name.removeprefix("module."): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    tensors = rename({name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}, {})
     if not tensors:
         raise ConversionError(f"{path} holds no tensors under 'state_dict', 'model' or at its top")
     return tensors
 
 
 def rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> State:
-    """Replace the longest matching prefix of each name; names that match none stay."""
+    """Replace the longest matching prefix of each name, after `module.` is taken off; names that match none stay."""
     ordered = sorted(prefixes, key=len, reverse=True)
 
     def renamed(name: str) -> str:
@@ -87,9 +87,7 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
     Raises ConversionError, and changes nothing, where a tensor of the encoder is missing (unless named in `allow_missing`)
     or has another shape.
     """
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if any(name.startswith("encoder.") for name in state):
-        state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
+    state = rename(state, {"encoder.": ""})
     wanted = encoder.state_dict()
     found = {name: tensor for name, tensor in state.items() if name in wanted}
     reshaped = []
@@ -97,12 +95,11 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
     if same_width and found["pos_embed"].shape != wanted["pos_embed"].shape:
         found["pos_embed"] = _fit_positions(found["pos_embed"], "cls_token" in state, encoder)
         reshaped.append("pos_embed")
-    missing = tuple(sorted(set(wanted) - set(found)))
     wrong = [f"{n}: {tuple(t.shape)} in the file, {tuple(wanted[n].shape)} here" for n, t in found.items() if t.shape != wanted[n].shape]
     if wrong:
         raise ConversionError(f"the checkpoint is of another architecture: {'; '.join(wrong[:5])}")
-    coverage = Coverage(tuple(sorted(found)), missing, tuple(sorted(set(state) - set(wanted))), tuple(reshaped))
-    refused = [name for name in missing if name not in allow_missing]
+    coverage = _coverage(state, wanted, reshaped)
+    refused = [name for name in coverage.missing if name not in allow_missing]
     if refused:
         raise ConversionError(f"the checkpoint does not cover the encoder ({coverage}); to go on all the same, name what may be missing")
     encoder.load_state_dict(found, strict=False)
@@ -112,15 +109,18 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
 def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> Coverage:
     """Load a whole method from its official names. Raises ConversionError unless every tensor finds its place."""
     state, wanted = rename(state, prefixes), method.state_dict()
-    coverage = Coverage(
-        tuple(sorted(set(state) & set(wanted))), tuple(sorted(set(wanted) - set(state))), tuple(sorted(set(state) - set(wanted)))
-    )
+    coverage = _coverage(state, wanted)
     wrong = [name for name in coverage.loaded if state[name].shape != wanted[name].shape]
     if coverage.missing or coverage.unexpected or wrong:
         shapes = f"; other shapes: {', '.join(wrong)}" if wrong else ""
         raise ConversionError(f"the checkpoint is of another method or another configuration ({coverage}{shapes})")
     method.load_state_dict(state)
     return coverage
+
+
+def _coverage(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], reshaped: Sequence[str] = ()) -> Coverage:
+    file, module = set(state), set(wanted)
+    return Coverage(tuple(sorted(file & module)), tuple(sorted(module - file)), tuple(sorted(file - module)), tuple(reshaped))
 
 
 def _fit_positions(embedding_1TD: Tensor, class_token: bool, encoder: ViT) -> Tensor:

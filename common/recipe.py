@@ -114,8 +114,8 @@ def check_options(function: Any, options: Mapping[str, Any], taken: Iterable[str
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """The recipe with values changed by "path=value", such as "pretrain.base_lr=1e-3" or "method.sigma=2".
 
-    Protocols are reached by name ("finetune.epochs=50" is protocols -> finetune -> stage -> epochs when written
-    "finetune.stage.epochs=50"). Values are JSON, or text. Raises RecipeError naming the path and the nearest field.
+    Protocols are reached by name, such as "finetune.stage.epochs=50". Values are JSON, or text.
+    Raises RecipeError naming the path and the nearest field.
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")

@@ -17,6 +17,8 @@ from typing import get_type_hints
 import pandas
 import torch
 
+from common.files import replacing
+
 
 @dataclass(frozen=True)
 class Row:
@@ -38,7 +40,7 @@ class Row:
     precision: str  # Fabric's name: 32-true, bf16-mixed
     hours: float  # wall-clock hours of the stage that gave the number
     versions: str  # see versions(): torch 2.13.0, timm 1.0.31, python 3.11.7
-    log: str  # committed log of the run, relative to the repository's root: droppos/logs/2026-11-20-digits-seed0.txt
+    log: str  # committed log of the run, relative to the repository's root: droppos/logs/digits-200ep-seed0.txt
 
 
 TYPES = get_type_hints(Row)
@@ -85,15 +87,8 @@ def append(path: Path, rows: Sequence[Row]) -> None:
             raise ValueError(f"a result must be a finite number: {row}")
     ledger = pandas.concat([load(path), frame(rows)]).drop_duplicates(RUN, keep="last")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            ledger.to_csv(file, index=False, lineterminator="\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        ledger.to_csv(temporary, index=False, lineterminator="\n")
 
 
 def summary(ledger: pandas.DataFrame) -> pandas.DataFrame:

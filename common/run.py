@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from common.files import replacing
 from common.results import environment
 
 console = Console(highlight=False, soft_wrap=True)
@@ -109,9 +110,8 @@ class Run:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def _step_of(line: str) -> float:

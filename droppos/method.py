@@ -3,7 +3,7 @@
 A ViT sees a random quarter of the patches. Most of those lose their position embedding. A light decoder says, for each
 that lost it, which of the L cells of the grid it came from.
 
-Shapes: B images, L cells of the grid, V visible patches, T tokens (class token first), D width, P pixels of a patch.
+Shapes: B images, L cells of the grid, V visible patches, T tokens (class token first), D width.
 """
 
 from typing import Literal

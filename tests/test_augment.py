@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.data import Augmentation, Data, Split, loader
+from common.data import Augmentation, Data, Loader, Split
 from common.data.augment import (
     BOX,
     DRAWS,
@@ -178,7 +178,7 @@ def test_impossible_options_are_refused(options):
 def test_randaugment_serves_images_in_memory_too(crop, channels):
     data = in_memory(pictures(16, channels=channels))
     augmentation = Augmentation(crop=crop, randaugment="rand-m9-mstd0.5-inc1", erase=0.25, color_jitter=0.1)
-    batches = loader(data.train, data=data, image_size=(16, 16), batch_size=8, augmentation=augmentation, seed=0, device=CPU, workers=0)
+    batches = Loader(data.train, data=data, image_size=(16, 16), batch_size=8, augmentation=augmentation, seed=0, device=CPU, workers=0)
     images, labels = next(batches.epoch(0))
     assert images.shape == (8, channels, 16, 16) and images.dtype == torch.float32 and labels.dtype == torch.int64
 
@@ -213,6 +213,6 @@ def test_a_gpu_sees_what_the_cpu_sees():
         "seed": 0,
         "workers": 0,
     }
-    here, there = (next(loader(data.train, device=torch.device(name), **options).epoch(0)) for name in ("cpu", "cuda"))
+    here, there = (next(Loader(data.train, device=torch.device(name), **options).epoch(0)) for name in ("cpu", "cuda"))
     torch.testing.assert_close(there[0].cpu(), here[0], atol=1e-3, rtol=0)
     assert torch.equal(there[1].cpu(), here[1])

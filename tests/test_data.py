@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import Augmentation, Data, DataError, Split, loader, open_data
+from common.data import Augmentation, Data, DataError, Loader, Split, open_data
 from common.data.sets import read_image
 
 IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette"
@@ -40,7 +40,7 @@ def digits() -> Data:
 
 def batches(split: Split, data: Data, augmentation: Augmentation | None = STRONG, size: int = 16, **options):
     defaults = {"batch_size": 4, "seed": 0, "device": CPU, "workers": 0}
-    return loader(split, data=data, image_size=(size, size), augmentation=augmentation, **defaults | options)
+    return Loader(split, data=data, image_size=(size, size), augmentation=augmentation, **defaults | options)
 
 
 def same(ours, theirs) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.data import Augmentation, loader, open_data
+from common.data import Augmentation, Loader, open_data
 from common.method import Output
 from common.recipe import Stage
 from common.run import Run
@@ -36,7 +36,7 @@ class Tiny(nn.Module):
 def train(directory: Path, model: nn.Module, stage: Stage = STAGE, **options) -> tuple[Run, nn.Module]:
     """Train in a run directory whose settings are the number of epochs."""
     data, fabric, batch = open_data("digits"), make_fabric("cpu", "32-true"), device_batch(stage, 1)
-    batches = loader(
+    batches = Loader(
         data.train,
         data=data,
         image_size=(8, 8),

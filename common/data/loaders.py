@@ -137,9 +137,6 @@ class Loader:
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 
-loader = Loader  # `loader(...)` where one is made, `Loader` where one is named
-
-
 class _Schedule:
     """The batches that the DataLoader asks for next. Workers outlive an epoch, so its number travels with every index."""
 
