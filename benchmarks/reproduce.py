@@ -199,7 +199,8 @@ class Reproduction:
     def open(self, stage: str, protocol: Protocol | None = None) -> Run:
         asked = as_json(self.recipe)
         del asked["protocols"]  # a change to one evaluation leaves the others as they are
-        settings = {"paper": self.module.__package__, "data": self.data.name, "seed": self.seed, "precision": self.precision}
+        settings = {"encoder": str(self.options.encoder.resolve())} if self.options.encoder else {}
+        settings |= {"paper": self.module.__package__, "data": self.data.name, "seed": self.seed, "precision": self.precision}
         settings |= {"recipe": asked} | ({"protocol": as_json(protocol)} if protocol else {})
         return Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
 
@@ -214,7 +215,7 @@ class Reproduction:
             "recipe": self.name,
             "data": self.data.name,
             "backbone": self.recipe.backbone,
-            "pretrain_epochs": self.recipe.pretrain.epochs,
+            "pretrain_epochs": self.recipe.pretrain.epochs if self.options.encoder is None else 0,
             "seed": self.seed,
             "protocol": protocol,
             "start": start,

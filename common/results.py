@@ -30,7 +30,7 @@ class Row:
     recipe: str  # name of the recipe: digits
     data: str  # name of the data set, as published.csv calls it: digits, cifar10, imagenet1k
     backbone: str  # timm's name where it has one: vit_base_patch16_224
-    pretrain_epochs: int  # epochs of pre-training behind the number; for a baseline those of the run beside it, or 0
+    pretrain_epochs: int  # epochs that the run pre-trained for, 0 where it was given an encoder; for a baseline those of the run beside it
     seed: int  # seed of the run
     protocol: str  # what was done to get the number: pretrain, finetune, finetune_5_per_class, finetune_20_per_class, linear, knn
     start: str  # pretrained, or a baseline: scratch, random (frozen untrained encoder), pixels (no encoder at all)

@@ -1,7 +1,7 @@
 """The directory of one training: what it was asked, where it ran, what it logged, and a lock so that it runs once.
 
 recipe.json        every setting; a directory with other settings is refused
-environment.json   commit, versions and device, one entry per start
+environment.json   commit, versions and device, one entry per start that the run goes back to
 metrics.jsonl      a line per logged step, bit-identical however often the run was stopped
 log.txt            what was said on the screen
 checkpoint.pt      where to go on from
@@ -47,8 +47,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"{self.directory} is in use by another run; wait for it, or name another folder with OUT=") from None
-        self._check_settings()
-        self._append_environment()
+        self._start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -92,20 +91,17 @@ class Run:
         kept = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
-    def _check_settings(self) -> None:
-        path = self.directory / "recipe.json"
+    def _start(self) -> None:
+        """Note settings and environment; what stands there from starts that left nothing to go on from does not count."""
+        recipe, starts = self.directory / "recipe.json", self.directory / "environment.json"
         begun = self.checkpoint.exists() or self.result is not None
-        if begun and path.exists() and (held := json.loads(path.read_text())) != self.settings:
+        if begun and recipe.exists() and (held := json.loads(recipe.read_text())) != self.settings:
             differing = ", ".join(_differences(held, self.settings))
             raise RunError(f"{self.directory} holds a run with other settings ({differing}); name another folder with OUT=, or delete it")
-        write_text(path, json.dumps(self.settings, indent=1) + "\n")
-
-    def _append_environment(self) -> None:
-        path = self.directory / "environment.json"
-        starts = json.loads(path.read_text()) if path.exists() else []
-        if self.result is not None:
-            return
-        write_text(path, json.dumps([*starts, environment(self.device)], indent=1) + "\n")
+        write_text(recipe, json.dumps(self.settings, indent=1) + "\n")
+        if self.result is None:
+            earlier = json.loads(starts.read_text()) if begun and starts.exists() else []
+            write_text(starts, json.dumps([*earlier, environment(self.device)], indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -96,7 +96,12 @@ def test_an_official_checkpoint_is_evaluated_in_the_place_of_pretraining(tmp_pat
     assert main([*arguments, "--encoder", str(tmp_path / "official.pth")]) == 0
     said = capsys.readouterr().out
     assert "0 missing" in said and "mask_pos_token" in said
+    assert ", 0 epochs of pre-training" in said  # somebody else's epochs are not ours to claim
     exported = load_file(tmp_path / "droppos" / "digits-official-seed0" / "pretrain" / "encoder.safetensors")
     assert all(torch.equal(tensor, method.encoder.state_dict()[name]) for name, tensor in exported.items())
     assert main([*arguments, "--encoder", str(tmp_path / "absent.pth")]) == 2
     assert "there is no checkpoint at" in capsys.readouterr().out
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "official.pth").rename(tmp_path / "elsewhere" / "official.pth")
+    assert main([*arguments, "--encoder", str(tmp_path / "elsewhere" / "official.pth")]) == 2  # of the same name, but another file
+    assert "holds a run with other settings (encoder:" in " ".join(capsys.readouterr().out.split())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.run import Run
+from common.run import Run, RunError
 from common.train import EXIT_STOPPED, Stopped, make_fabric
 from tests.tiny import STAGE, Tiny, train
 
@@ -77,6 +77,27 @@ def test_a_signal_finishes_the_step_saves_and_stops_with_the_documented_code(tmp
     undisturbed, _ = train(tmp_path / "undisturbed", Tiny())
     assert resumed.metrics.read_text() == undisturbed.metrics.read_text()
     assert "going on from step 4 of 6" in (tmp_path / "stopped" / "log.txt").read_text()
+
+
+def test_a_run_is_filed_under_the_commits_that_it_came_from(tmp_path, monkeypatch):
+    """A start that left no checkpoint gave nothing to the result; one that did is not forgotten."""
+
+    def starts(*commits: str) -> str:
+        for commit, spoiled_step in zip(commits, (*[3] * (len(commits) - 1), None), strict=True):
+            monkeypatch.setattr("common.run.environment", lambda device, commit=commit: {"commit": commit})
+            try:
+                run, _ = train(tmp_path / "-".join(commits), Tiny(spoiled_step), checkpoint_seconds=seconds)
+            except RunError:
+                continue
+        with run:
+            run.finish({"top1": 1.0})
+        return run.result["environment"]["commit"]
+
+    seconds = 1000.0  # no checkpoint before the end
+    assert starts("old", "new") == "new"
+    seconds = -1.0  # one after every step
+    assert starts("first", "second") == "first+mixed"
+    assert starts("same", "same") == "same"
 
 
 def test_bf16_is_the_default_only_where_the_hardware_computes_it(monkeypatch):
