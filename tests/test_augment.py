@@ -167,7 +167,9 @@ def test_resizing_to_the_same_size_changes_nothing():
     assert resize(images, (24, 16)).shape == (2, 3, 24, 16)
 
 
-@pytest.mark.parametrize("options", [{"crop": "resize"}, {"scale": (0.5, 0.2)}, {"scale": (0.0, 1.0)}, {"randaugment": "9"}])
+@pytest.mark.parametrize(
+    "options", [{"crop": "resize"}, {"scale": (0.5, 0.2)}, {"scale": (0.0, 1.0)}, {"randaugment": "9"}, {"repeats": 0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Augmentation(**options)

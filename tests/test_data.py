@@ -1,6 +1,7 @@
 """Claims about where images come from and in which order they arrive."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -10,11 +11,14 @@ import torch
 from PIL import Image
 
 from common.data import Augmentation, Data, DataError, Loader, Split, open_data
+from common.data.augment import DRAWS, augment, erase, normalize, worker_transform
 from common.data.sets import read_image
+from common.randomness import generator, reseed
 
 IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette"
 CPU = torch.device("cpu")
 STRONG = Augmentation(randaugment="rand-m9-mstd0.5-inc1", color_jitter=0.2, erase=0.5)
+PLAIN = replace(STRONG, randaugment=None)  # what images in memory can get without workers
 
 
 def draw(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0) -> None:
@@ -291,8 +295,7 @@ def test_photos_do_not_depend_on_the_number_of_workers():
 
 
 def test_order_depends_on_seed_and_epoch_alone(folder, digits):
-    plain = Augmentation(color_jitter=0.2, erase=0.5)
-    for data, augmentation, workers in ((open_data(str(folder)), STRONG, 2), (digits, STRONG, 2), (digits, plain, 0)):
+    for data, augmentation, workers in ((open_data(str(folder)), STRONG, 2), (digits, STRONG, 2), (digits, PLAIN, 0)):
         split = data.train.subset(range(12))
         undisturbed, other = batches(split, data, augmentation), batches(split, data, augmentation, workers=workers)
         next(other.epoch(0))  # an epoch that was begun and left leaves no trace
@@ -303,11 +306,11 @@ def test_order_depends_on_seed_and_epoch_alone(folder, digits):
         assert not torch.equal(undisturbed.indices(3)[0], batches(split, data, augmentation, seed=1).indices(3)[0])
 
 
-@pytest.mark.parametrize("augmentation", [STRONG, None])
+@pytest.mark.parametrize("augmentation", [STRONG, replace(STRONG, repeats=3), None])
 @pytest.mark.parametrize("source", ["files", "memory"])
 def test_starting_in_the_middle_gives_the_same_batches(source, augmentation, folder, digits):
     data = open_data(str(folder)) if source == "files" else digits
-    plain = Augmentation(color_jitter=0.2, erase=0.5) if source == "memory" and augmentation else augmentation
+    plain = replace(augmentation, randaugment=None) if source == "memory" and augmentation else augmentation
     split = data.train.subset(range(12))
     whole = list(batches(split, data, plain).epoch(2))
     assert len(whole) == 3
@@ -318,12 +321,12 @@ def test_starting_in_the_middle_gives_the_same_batches(source, augmentation, fol
         batches(split, data, plain).epoch(2, 4)
 
 
-def test_effective_batches_do_not_depend_on_accumulation_or_world_size(digits):
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_effective_batches_do_not_depend_on_accumulation_or_world_size(repeats, digits):
     def effective(batch_size, accumulate, world_size):
-        ranks = [
-            batches(digits.train, digits, batch_size=batch_size, accumulate=accumulate, world_size=world_size, rank=rank).indices(5)
-            for rank in range(world_size)
-        ]
+        options = {"batch_size": batch_size, "accumulate": accumulate, "world_size": world_size}
+        repeated = replace(PLAIN, repeats=repeats)
+        ranks = [batches(digits.train, digits, repeated, **options, rank=rank).indices(5) for rank in range(world_size)]
         steps = len(ranks[0]) // accumulate
         parts = [[rank[step * accumulate : (step + 1) * accumulate] for rank in ranks] for step in range(steps)]
         return [sorted(torch.cat([micro for rank in step for micro in rank]).tolist()) for step in parts]
@@ -332,20 +335,77 @@ def test_effective_batches_do_not_depend_on_accumulation_or_world_size(digits):
     assert len(reference) == 1437 // 48
     for division in ((24, 2, 1), (24, 1, 2), (6, 4, 2), (2, 3, 8)):
         assert effective(*division) == reference
+    # an effective batch is a multiple of the repeats, so it holds all copies of its images and no others
+    assert all(len({row % 1437 for row in rows}) == 48 // repeats for rows in reference)
 
 
-def test_what_an_image_looks_like_does_not_depend_on_accumulation_or_world_size(digits):
-    def by_label(**division):
-        split = Split(torch.arange(48), digits.train.images[:48])
-        plain = Augmentation(color_jitter=0.2, erase=0.5)
-        pairs = batches(split, digits, plain, size=8, **division).epoch(0)
-        return {int(label): image for images, labels in pairs for image, label in zip(images, labels, strict=True)}
+@pytest.mark.parametrize("augmentation", [PLAIN, replace(PLAIN, repeats=3), replace(STRONG, repeats=3)])
+def test_what_an_image_looks_like_does_not_depend_on_accumulation_or_world_size(augmentation, digits):
+    split = Split(torch.arange(48), digits.train.images[:48])
 
-    whole = by_label(batch_size=48)
-    halves = by_label(batch_size=4, accumulate=6, world_size=2, rank=0) | by_label(batch_size=4, accumulate=6, world_size=2, rank=1)
-    assert whole.keys() == halves.keys()
-    for label, image in whole.items():
-        torch.testing.assert_close(halves[label], image, atol=1e-5, rtol=0)
+    def by_row(used=augmentation, **division):
+        batch = batches(split, digits, used, size=8, **division)
+        seen = {}
+        for rows, (images, labels) in zip(batch.indices(0), batch.epoch(0), strict=True):
+            assert labels.tolist() == [row % 48 for row in rows.tolist()]
+            seen |= dict(zip(rows.tolist(), images, strict=True))
+        return seen
+
+    whole = by_row(batch_size=48)
+    halves = by_row(batch_size=4, accumulate=6, world_size=2, rank=0) | by_row(batch_size=4, accumulate=6, world_size=2, rank=1)
+    assert whole.keys() == halves.keys() and len(whole) == 48
+    for row, image in whole.items():
+        torch.testing.assert_close(halves[row], image, atol=1e-5, rtol=0)
+    once = by_row(replace(augmentation, repeats=1), batch_size=48)  # the first copy is what an image is that has no other
+    for row in whole.keys() & once.keys():
+        torch.testing.assert_close(once[row], whole[row], atol=1e-5, rtol=0)
+
+
+def test_an_epoch_draws_each_of_its_images_as_often_as_asked_but_for_the_cut_end(digits):
+    once, repeated = (batches(digits.train, digits, replace(PLAIN, repeats=repeats), batch_size=50) for repeats in (1, 3))
+    assert len(repeated) == len(repeated.indices(0)) == len(once) == 28
+    images, copies = torch.cat(repeated.indices(0)) % 1437, torch.cat(repeated.indices(0)) // 1437
+    assert torch.equal(images, torch.cat(once.indices(0))[:467].repeat_interleave(3)[:1400])  # 466 images three times and one twice
+    assert torch.equal(copies, torch.arange(1400) % 3)
+    others = set((torch.cat(repeated.indices(1)) % 1437).tolist())
+    assert len(others) == 467 and len(others & set(images.tolist())) < 467 / 2  # the shuffle decides who is seen: a third on average
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["files", "memory", "memory by workers"])
+def test_copies_of_an_image_are_augmented_differently(source, workers, folder, digits):
+    data = open_data(str(folder)) if source == "files" else digits
+    split = replace(data.train.subset(range(12)), labels=torch.arange(12))
+    repeated = replace(PLAIN if source == "memory" else STRONG, repeats=3)
+    for images, labels in batches(split, data, repeated, batch_size=6, workers=workers).epoch(0):
+        assert (labels.unique(return_counts=True)[1] == 3).all()
+        assert len(images.flatten(1).unique(dim=0)) == 6
+
+
+def test_one_repeat_in_memory_is_what_it_was_before_there_were_repeats(digits):
+    order = torch.randperm(1437, generator=generator(7, 4, 1))
+    draws = torch.rand(1437, DRAWS, generator=generator(7, 4, 2))
+    batch = batches(digits.train, digits, PLAIN, seed=7, batch_size=100)
+    assert len(batch) == 14
+    for chosen, (images, labels) in zip(order[:1400].split(100), batch.epoch(4), strict=True):
+        expected = normalize(augment(digits.train.images[chosen], draws[chosen], PLAIN, (16, 16)), digits.mean, digits.std)
+        assert torch.equal(images, erase(expected, draws[chosen], PLAIN.erase))
+        assert torch.equal(labels, digits.train.labels[chosen])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_repeat_by_workers_is_what_it_was_before_there_were_repeats(workers, folder):
+    data = open_data(str(folder))
+    transform = worker_transform(STRONG, data, (16, 16))
+    order = torch.randperm(12, generator=generator(7, 4, 1))
+    for chosen, (images, labels) in zip(order.split(4), batches(data.train, data, seed=7, workers=workers).epoch(4), strict=True):
+        for index, image, label in zip(chosen.tolist(), images, labels, strict=True):
+            reseed(7, 4, index, 2)
+            pixels = transform(read_image(data.train.paths[index]))
+            # contiguous, as a batch is: noise is written in the order in which pixels lie in memory
+            expected = normalize(pixels[None].contiguous(), data.mean, data.std)
+            assert torch.equal(image, erase(expected, torch.rand(1, DRAWS), STRONG.erase)[0])
+            assert label == data.train.labels[index]
 
 
 def test_training_drops_the_incomplete_effective_batch_and_repeats_nothing(digits):

@@ -31,7 +31,7 @@ ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image, in this order. Raises ValueError where an option makes no sense."""
+    """What happens to a training image, in this order, and how often. Raises ValueError where an option makes no sense."""
 
     crop: Literal["none", "padding", "resized"] = "resized"  # whole image | shifted inside a black border | random part, resized
     padding: int = 4  # width of that border in pixels, for crop="padding"
@@ -42,6 +42,7 @@ class Augmentation:
     randaugment: str | None = None  # timm's string, e.g. "rand-m9-mstd0.5-inc1"; such images go through workers even from memory
     color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation; applied beside randaugment too
     erase: float = 0.0  # probability that a box is replaced by noise (random erasing, pixel mode)
+    repeats: int = 1  # times an image is drawn in an epoch, each augmented differently (repeated augmentation); the epoch keeps its length
 
     def __post_init__(self) -> None:
         if self.crop not in ("none", "padding", "resized"):
@@ -50,6 +51,8 @@ class Augmentation:
             raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area share at most 1")
         if self.randaugment is not None and not self.randaugment.startswith("rand-"):
             raise ValueError(f"randaugment={self.randaugment!r}: it reads like rand-m9-mstd0.5-inc1, or is None")
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats}: an image is drawn at least once")
 
 
 def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, image_size: tuple[int, int]) -> Tensor:

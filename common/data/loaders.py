@@ -1,9 +1,12 @@
-"""Batches of a split, in an order and with an augmentation that are functions of (seed, epoch, image) alone.
+"""Batches of a split, in an order and with an augmentation that are functions of (seed, epoch, image, copy) alone.
 
 No history, no worker count and no batch size enters a random number, so a loader has no state: to resume is to start the epoch at a later
 micro-batch, bit for bit what an undisturbed run would have seen.
 
-Shapes: N images of the split, B of a micro-batch, C channels, H x W pixels, K uniform numbers.
+Repeated augmentation (Hoffer et al. 2020) draws an image several times in an epoch. It is as if the split lay there so many times over:
+row r of that is copy r // N of image r % N, and the rows of copy 0 are the images themselves.
+
+Shapes: N images of the split, R rows, E of an epoch, B of a micro-batch, C channels, H x W pixels, K uniform numbers.
 """
 
 import itertools
@@ -20,7 +23,8 @@ from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, 
 from common.data.sets import Data, DataError, Split, read_image
 from common.randomness import generator, reseed
 
-# last in their keys and never 0: SeedSequence takes (1, 2) and (1, 2, 0) for the same key
+# last in their keys and never 0: SeedSequence takes (1, 2) and (1, 2, 0) for the same key.
+# AUGMENTATION is the largest, because copy c of an image has AUGMENTATION + c in its place.
 ORDER, AUGMENTATION = 1, 2
 
 log = logging.getLogger(__name__)
@@ -83,17 +87,19 @@ class Loader:
         return -(-len(range(self.rank, len(self.split), self.world_size)) // self.batch_size)
 
     def indices(self, epoch: int) -> list[Tensor]:
-        """Which images this rank's micro-batches hold: (B,) int64 each.
+        """Which rows this rank's micro-batches hold, images where nothing is repeated: (B,) int64 each.
 
         Training: a permutation, cut into effective batches, the incomplete last one dropped; each effective batch is cut into accumulation
-        steps and those into ranks. Evaluation: every world_size-th image, in order, all of them.
+        steps and those into ranks. Copies follow each other, so that one effective batch holds them all unless its end falls among them;
+        the images that the epoch then has no room for are others each time. Evaluation: every world_size-th image, in order, all of them.
         """
         if self.augmentation is None:
             mine = torch.arange(len(self.split))[self.rank :: self.world_size]
             return list(mine.split(self.batch_size))[: len(self)]
         order_N = torch.randperm(len(self.split), generator=generator(self.seed, epoch, ORDER))
-        used = len(order_N) // self.effective * self.effective
-        return list(order_N[:used].view(-1, self.world_size, self.batch_size)[:, self.rank])
+        place_E = torch.arange(len(order_N) // self.effective * self.effective)
+        row_E = order_N[place_E // self.augmentation.repeats] + place_E % self.augmentation.repeats * len(order_N)
+        return list(row_E.view(-1, self.world_size, self.batch_size)[:, self.rank])
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised images (B, C, H, W) float32 and labels (B,) int64 on the device, from micro-batch `start` of the epoch on.
@@ -107,17 +113,19 @@ class Loader:
 
     def _from_memory(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if self.augmentation is not None:
-            # one row for every image of the set, so that what an image gets does not depend on the batch that it is in
-            draws_NK = torch.rand(len(self.labels), DRAWS, generator=generator(self.seed, epoch, AUGMENTATION))
+            # for every image of the set and every copy, so that what one gets does not depend on the batch that it is in
+            draws_RK = torch.empty(self.augmentation.repeats * len(self.split), DRAWS)
+            for copy, draws_NK in enumerate(draws_RK.split(len(self.split))):
+                draws_NK.uniform_(generator=generator(self.seed, epoch, AUGMENTATION + copy))
         for chosen_B in batches:
-            on_device_B = chosen_B.to(self.device)
+            on_device_B = (chosen_B % len(self.split)).to(self.device)
             images_BCHW, labels_B = self.images[on_device_B], self.labels[on_device_B]
             if self.augmentation is None:
                 yield normalize(resize(images_BCHW, self.image_size), self.data.mean, self.data.std), labels_B
             else:
-                images_BCHW = augment(images_BCHW, draws_NK[chosen_B], self.augmentation, self.image_size)
+                images_BCHW = augment(images_BCHW, draws_RK[chosen_B], self.augmentation, self.image_size)
                 images_BCHW = normalize(images_BCHW, self.data.mean, self.data.std)
-                yield erase(images_BCHW, draws_NK[chosen_B], self.augmentation.erase), labels_B
+                yield erase(images_BCHW, draws_RK[chosen_B], self.augmentation.erase), labels_B
 
     def _from_workers(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         self.schedule.epoch, self.schedule.batches = epoch, batches
@@ -148,22 +156,22 @@ class _Schedule:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for chosen_B in self.batches:
-            yield [(self.epoch, index) for index in chosen_B.tolist()]
+            yield [(self.epoch, row) for row in chosen_B.tolist()]
 
 
 class _Images(Dataset):
-    """(epoch, index) -> uint8 image (C, H, W), label, its uniform numbers (K,), and the files skipped on the way, one a line."""
+    """(epoch, row) -> uint8 image (C, H, W), label, its uniform numbers (K,), and the files skipped on the way, one a line."""
 
     def __init__(self, split: Split, data: Data, image_size: tuple[int, int], augmentation: Augmentation | None, seed: int) -> None:
         self.split, self.channels, self.seed, self.random = split, data.channels, seed, augmentation is not None
         self.transform = worker_transform(augmentation, data, image_size)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, str]:
-        epoch, index = key
+        epoch, (copy, index) = key[0], divmod(key[1], len(self.split))
         if self.random:
             # Python's, NumPy's and torch's global generators, because the transforms draw from all three. Without workers that happens in
             # the caller's process; nothing is restored, as the training loop reseeds before each step. Evaluation leaves them alone.
-            reseed(self.seed, epoch, index, AUGMENTATION)
+            reseed(self.seed, epoch, index, AUGMENTATION + copy)
         image, index, skipped = self._read(index)
         image_CHW = self.transform(image)[: self.channels]
         return image_CHW, self.split.labels[index], torch.rand(DRAWS) if self.random else torch.zeros(DRAWS), skipped
