@@ -1,4 +1,4 @@
-"""Which papers there are: every top-level folder with a recipe.py is one."""
+"""Which papers there are: every top-level folder with a recipe.py, and as baselines the files in benchmarks/baselines."""
 
 import importlib
 import inspect
@@ -9,17 +9,35 @@ from types import ModuleType
 from common.recipe import Recipe, RecipeError, nearest
 from common.results import ROOT
 
+BASELINES = Path("benchmarks/baselines")
+
 
 def papers(root: Path = ROOT) -> list[str]:
     """Names of the papers, sorted."""
     return sorted(path.parent.name for path in root.glob("*/recipe.py") if path.parent.name != "common")
 
 
+def baselines(root: Path = ROOT) -> list[str]:
+    """Names of the baselines, sorted."""
+    return sorted(path.stem for path in (root / BASELINES).glob("*.py") if path.stem != "__init__")
+
+
+def folder(name: str, root: Path = ROOT) -> Path:
+    """Where the README, the published and the measured numbers of a paper or a baseline are, relative to the root."""
+    return BASELINES if name in baselines(root) else Path(name)
+
+
 def paper_module(name: str) -> ModuleType:
-    """The recipe module of a paper. Raises RecipeError for a name that is none, offering the nearest."""
-    if name not in papers():
-        raise RecipeError(f"PAPER={name!r} is not known; {nearest(name, papers())}")
-    return importlib.import_module(f"{name}.recipe")
+    """The module with the recipes of a paper or a baseline. Raises RecipeError for a name that is none, offering the nearest."""
+    known = [*papers(), *baselines()]
+    if name not in known:
+        raise RecipeError(f"PAPER={name!r} is not known; {nearest(name, known)}")
+    return importlib.import_module(f"benchmarks.baselines.{name}" if name in baselines() else f"{name}.recipe")
+
+
+def paper_name(module: ModuleType) -> str:
+    """The name under which `paper_module` finds a module."""
+    return module.__name__.removesuffix(".recipe").rpartition(".")[2]
 
 
 def recipes(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
@@ -35,7 +53,7 @@ def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str,
     known = recipes(module)
     if name is not None:
         if name not in known:
-            raise RecipeError(f"RECIPE={name!r} is not known for {module.__package__}; {nearest(name, known)}")
+            raise RecipeError(f"RECIPE={name!r} is not known for {paper_name(module)}; {nearest(name, known)}")
         return name, known[name]()
     wanted = "folder" if Path(data).is_dir() else data
     made = {name: function() for name, function in known.items()}
@@ -43,7 +61,7 @@ def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str,
         if wanted in recipe.data:
             return name, recipe
     datasets = sorted({d for recipe in made.values() for d in recipe.data})
-    raise RecipeError(f"DATA={data!r} is no folder and has no recipe in {module.__package__}; {nearest(data, datasets)}")
+    raise RecipeError(f"DATA={data!r} is no folder and has no recipe in {paper_name(module)}; {nearest(data, datasets)}")
 
 
 def _makes_recipe(value: object, module: ModuleType) -> bool:

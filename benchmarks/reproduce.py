@@ -17,7 +17,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.papers import ROOT, choose_recipe, paper_module
+from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
 from benchmarks.table import comparison
 from common import results
 from common.checkpoint import export_encoder
@@ -84,9 +84,10 @@ class Reproduction:
 
     def __init__(self, options: Options, module: ModuleType, name: str, recipe: Recipe, data: Data, fabric: Fabric, seed: int):
         self.options, self.module, self.recipe, self.data, self.fabric, self.seed = options, module, recipe, data, fabric, seed
+        self.paper = paper_name(module)
         label = name if data.name == name else f"{name}-{data.name}"
         source = f"{recipe.pretrain.epochs}ep" if options.encoder is None else options.encoder.stem
-        self.root = options.out / module.__package__ / f"{label}-{source}-seed{seed}"
+        self.root = options.out / self.paper / f"{label}-{source}-seed{seed}"
         self.name = " ".join([name, *options.set, *([f"encoder={options.encoder.name}"] if options.encoder else [])])
         self.precision = str(fabric._precision.precision)
         self.fitting = {"compile": options.compile, "checkpoint_seconds": options.checkpoint_seconds}
@@ -106,19 +107,21 @@ class Reproduction:
         with self.open("pretrain") as run:
             if run.result is None:
                 encoder = self.new_encoder()
-                method = self.module.build(self.recipe, encoder)
+                method = self.module.build(self.recipe, encoder, self.data.classes)
                 train = self.loader(self.data.train, stage, stage.augmentation)
                 method, hours = fit(run, self.fabric, method, stage, train, self.seed, **self.fitting)
                 found = own_metrics(self.fabric, method, self.loader(self.data.val, stage, None), self.seed)
                 if run.main:
                     export_encoder(method.encoder, run.directory / "encoder.safetensors")
-                    spread = [index * len(self.data.val) // 4 for index in range(4)]  # folders are sorted by class
-                    images, _ = next(self.loader(self.data.val.subset(spread), stage, None, alone=True).epoch(0))
-                    reseed(self.seed, 0)
-                    self.module.illustrate(method, images, self.data, run.directory / "positions.png")
+                    if hasattr(self.module, "illustrate"):
+                        spread = [index * len(self.data.val) // 4 for index in range(4)]  # folders are sorted by class
+                        images, _ = next(self.loader(self.data.val.subset(spread), stage, None, alone=True).epoch(0))
+                        reseed(self.seed, 0)
+                        self.module.illustrate(method, images, self.data, run.directory)
                 run.finish(found | {"hours": hours})
                 self.fabric.barrier()
-            return self.rows(run, "pretrain", "pretrained", [name for name in run.result if name.endswith("top1")])
+            what = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
+            return self.rows(run, *what, [name for name in run.result if name.endswith("top1")])
 
     def convert(self, path: Path) -> list[results.Row]:
         """Put somebody else's encoder where a pre-trained one would be; there is no number of ours to report on it."""
@@ -170,12 +173,11 @@ class Reproduction:
 
     def start_encoder(self, start: str, protocol: Protocol) -> ViT:
         """The encoder that an evaluation starts from: pre-trained, or fresh."""
-        changes = {"drop_path": protocol.drop_path} | ({"position": "learned"} if protocol.train_positions else {})
-        encoder = self.new_encoder(**changes)
+        encoder = self.new_encoder(drop_path=protocol.drop_path, **({"position": protocol.position} if protocol.position else {}))
         if start == "pretrained":
-            encoder.load_state_dict(load_file(self.root / "pretrain" / "encoder.safetensors"))
-        elif protocol.train_positions:
-            encoder.pos_embed.data.copy_(self.recipe.build_encoder(self.data.channels).pos_embed)
+            own = self.recipe.build_encoder(self.data.channels).state_dict()
+            added = [name for name in encoder.state_dict() if name not in own]  # positions that pre-training had none of
+            load_encoder(encoder, load_file(self.root / "pretrain" / "encoder.safetensors"), allow_missing=added)
         return encoder
 
     def loader(self, split: Split, stage: Stage, augmentation: Augmentation | None, alone: bool = False) -> Loader:
@@ -200,18 +202,18 @@ class Reproduction:
         asked = as_json(self.recipe)
         del asked["protocols"]  # a change to one evaluation leaves the others as they are
         settings = {"encoder": str(self.options.encoder.resolve())} if self.options.encoder else {}
-        settings |= {"paper": self.module.__package__, "data": self.data.name, "seed": self.seed, "precision": self.precision}
+        settings |= {"paper": self.paper, "data": self.data.name, "seed": self.seed, "precision": self.precision}
         settings |= {"recipe": asked} | ({"protocol": as_json(protocol)} if protocol else {})
         return Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
 
     def rows(self, run: Run, protocol: str, start: str, metrics: list[str]) -> list[results.Row]:
         """The ledger's rows of a finished stage, with the facts of when it ran, which may be before this call."""
         result = run.result
-        environment = result["environment"]
+        environment, home = result["environment"], folder(self.paper)
         facts = {
             "date": result["date"],
             "commit": environment["commit"],
-            "paper": self.module.__package__,
+            "paper": self.paper,
             "recipe": self.name,
             "data": self.data.name,
             "backbone": self.recipe.backbone,
@@ -223,7 +225,7 @@ class Reproduction:
             "precision": self.precision,
             "hours": round(result["hours"], 5),
             "versions": environment["versions"],
-            "log": f"{self.module.__package__}/logs/{self.root.name}.txt",
+            "log": (home / "logs" / f"{'' if home.name == self.paper else self.paper + '-'}{self.root.name}.txt").as_posix(),
         }
         return [results.Row(metric=metric, value=round(result[metric], 4), **facts) for metric in metrics]
 
@@ -233,7 +235,7 @@ class Reproduction:
         log.parent.mkdir(exist_ok=True)
         stages = sorted(self.root.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
         log.write_text("".join(f"# {path.parent.name}\n{path.read_text()}" for path in stages))
-        results.append(ROOT / self.module.__package__ / "results.csv", rows)
+        results.append(ROOT / folder(self.paper) / "results.csv", rows)
         console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` brings the READMEs up to date")
 
 

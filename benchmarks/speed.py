@@ -168,7 +168,7 @@ def _pretraining(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def _method(module: ModuleType, recipe: Recipe, options: dict) -> nn.Module:
     recipe = replace(recipe, method=recipe.method | options)
-    return module.build(recipe, recipe.build_encoder(channels=3))
+    return module.build(recipe, recipe.build_encoder(channels=3), classes=1000)
 
 
 def _gemm_rate(device: torch.device, precision: str) -> float:

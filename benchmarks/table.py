@@ -15,21 +15,23 @@ from typing import Any
 
 import pandas
 
-from benchmarks.papers import ROOT, papers
+from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
 from common.results import load, summary
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
 OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
 PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting protocol metric value source confidence".split()
 BESIDE = ["paper", "data", "recipe", "backbone", "protocol", "metric", "device"]  # what a run shares with its baselines
-BASELINES = {"scratch": "", "random": ", random encoder", "pixels": ", raw pixels"}
+STARTS = {"scratch": "", "random": ", random encoder", "pixels": ", raw pixels"}  # of the baselines of a run
 NOT_YET = "not measured yet"
 
 
 def published(paper: str, root: Path = ROOT) -> pandas.DataFrame:
     """The published numbers of a paper, every cell as it was printed; an empty frame where there is no `published.csv`."""
-    path = root / paper / "published.csv"
-    return pandas.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pandas.DataFrame(columns=PUBLISHED, dtype=str)
+    path = root / folder(paper, root) / "published.csv"
+    if not path.exists():
+        return pandas.DataFrame(columns=PUBLISHED, dtype=str)
+    return pandas.read_csv(path, dtype=str, keep_default_na=False).query("paper == @paper")
 
 
 def measured(paper: str, root: Path = ROOT) -> pandas.DataFrame:
@@ -37,7 +39,7 @@ def measured(paper: str, root: Path = ROOT) -> pandas.DataFrame:
 
     Raises ValueError where `results.csv` is not a ledger.
     """
-    ledger = load(root / paper / "results.csv")
+    ledger = load(root / folder(paper, root) / "results.csv").query("paper == @paper")
     return summary(ledger.loc[[(root / log).is_file() for log in ledger["log"]]])
 
 
@@ -72,10 +74,11 @@ def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.
 def results_table(root: Path) -> str:
     """The root README's table: every fine-tuning number that a paper prints with ours beside it, then what only we measured."""
     table = []
-    for paper in papers(root):
+    wanted = "task == 'classification' and protocol in ('finetune', 'scratch') and metric == 'top1'"
+    for paper in [*papers(root), *baselines(root)]:
         ours = list(pairs(measured(paper, root)))
         entries: list[tuple[Any, Any, Any]] = []  # published row, our line, its baselines
-        for row in claims(paper, root).query("task == 'classification' and protocol == 'finetune' and metric == 'top1'").itertuples():
+        for row in claims(paper, root).query(wanted).itertuples():
             equals = [(row, *pair) for pair in ours if alike(row, pair[0]) and all(closeness(row, pair[0]))]
             entries += equals or [(row, None, None)]
         matched = [line for _, line, _ in entries]
@@ -90,7 +93,7 @@ def results_table(root: Path) -> str:
                     "Protocol": protocol(row or line),
                     "Published": " ".join(filter(None, [row.value, row.setting and f"({row.setting})"])) if row else "",
                     "Ours": number(line) if line else NOT_YET,
-                    "From scratch": baselines(others) if line else "",
+                    "From scratch": beside(others) if line else "",
                     "Difference": f"{line.mean - float(row.value):+.2f}" if row and line else "",
                     "Log": links(" ".join([line.log, *others["log"]]), root, root) if line else "",
                 }
@@ -123,7 +126,7 @@ def measured_table(paper: str, root: Path) -> str:
             "Device": f"{line.device}, {line.precision}",
             "Hours": f"{line.hours:.2g}" if line.hours < 10 else f"{line.hours:.0f}",
             "Commit": line.commit,
-            "Log": links(line.log, root, root / paper),
+            "Log": links(line.log, root, root / folder(paper, root)),
         }
         for line in measured(paper, root).itertuples()
     ]
@@ -146,21 +149,23 @@ def claims(paper: str, root: Path) -> pandas.DataFrame:
 
 
 def pairs(lines: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
-    """Each summary line of a pre-trained start, with its baselines: scratch first, raw pixels last."""
-    for line in lines[lines["start"] == "pretrained"].itertuples():
-        same = (lines[BESIDE] == [getattr(line, name) for name in BESIDE]).all(axis=1)
-        others = lines[same & lines["start"].isin(BASELINES) & lines["pretrain_epochs"].isin([line.pretrain_epochs, 0])]
+    """Each summary line of a pre-trained start, or of a supervised method, with its baselines: scratch first, raw pixels last."""
+    for line in lines[(lines["start"] == "pretrained") | (lines["protocol"] == "scratch")].itertuples():
+        same = (lines[BESIDE] == [getattr(line, name) for name in BESIDE]).all(axis=1) & (lines.index != line.Index)
+        others = lines[same & lines["start"].isin(STARTS) & lines["pretrain_epochs"].isin([line.pretrain_epochs, 0])]
         yield line, others.sort_values("start", ascending=False)
 
 
 def alike(row: Any, line: Any) -> bool:
-    """Whether a published row and a summary line are the same kind of number."""
-    return row.protocol == line.protocol and row.metric == line.metric
+    """Whether a published row and a summary line are the same kind of number: `finetune_none` is also finetune with position=none."""
+    protocols = {plain(row.protocol), plain(row.protocol + row.setting.rpartition("=")[2])}
+    return plain(line.protocol) in protocols and row.metric == line.metric
 
 
 def closeness(row: Any, line: Any) -> tuple[bool, bool, bool]:
-    """Whether a published row and a summary line agree in data, backbone and epochs."""
-    return plain(row.dataset) == plain(line.data), row.backbone == line.backbone, row.pretrain_epochs == str(line.pretrain_epochs)
+    """Whether a published row and a summary line agree in data, backbone (a bare ViT-S is one of any patch) and epochs."""
+    backbone = row.backbone in (line.backbone, title(line.backbone).partition("/")[0])
+    return plain(row.dataset) == plain(line.data), backbone, row.pretrain_epochs == str(line.pretrain_epochs)
 
 
 def plain(name: str) -> str:
@@ -187,9 +192,9 @@ def number(line: Any, seeds: bool = True) -> str:
     return f"{line.mean:.2f}{spread}" + (f" ({line.seeds} seed{'s' if line.seeds > 1 else ''})" if seeds else "")
 
 
-def baselines(others: pandas.DataFrame) -> str:
+def beside(others: pandas.DataFrame) -> str:
     """All baselines of a line in one cell, each that is not training from scratch with its name."""
-    return "; ".join(number(other) + BASELINES[other.start] for other in others.itertuples()) or "-"
+    return "; ".join(number(other) + STARTS[other.start] for other in others.itertuples()) or "-"
 
 
 def links(logs: str, root: Path, folder: Path) -> str:
@@ -241,6 +246,13 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
             "published": partial(published_table, paper, root),
             "measured": partial(measured_table, paper, root),
         }
+    for name in baselines(root):
+        readmes.setdefault(f"{BASELINES}/README.md", {}).update(
+            {
+                f"published {name}": partial(published_table, name, root),
+                f"measured {name}": partial(measured_table, name, root),
+            }
+        )
     stale, faults = [], []
     for where, tables in readmes.items():
         readme = root / where
@@ -252,7 +264,7 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
             if old and not check:
                 readme.write_text(filled, encoding="utf-8")
             stale += old
-            if "measured" in tables:
+            if any(name.startswith("measured") for name in tables):
                 logs = load(readme.parent / "results.csv")["log"].unique()
                 lost = [log for log in logs if not (root / log).is_file()]
                 faults += [f"{readme.parent.name}/results.csv: the log {log!r} is missing, so no number of it is shown" for log in lost]

@@ -106,8 +106,12 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
     return coverage
 
 
-def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> Coverage:
-    """Load a whole method from its official names. Raises ConversionError unless every tensor finds its place."""
+def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mapping[str, str], unused: Sequence[str] = ()) -> Coverage:
+    """Load a whole method from its official names, of which those in `unused` are known to mean nothing.
+
+    Raises ConversionError unless every other tensor finds its place.
+    """
+    state = {name: tensor for name, tensor in state.items() if name.removeprefix("module.") not in unused}
     state, wanted = rename(state, prefixes), method.state_dict()
     coverage = _coverage(state, wanted)
     wrong = [name for name in coverage.loaded if state[name].shape != wanted[name].shape]

@@ -30,38 +30,60 @@ def pool(tokens_BTD: Tensor, encoder: ViT, how: str) -> Tensor:
     return tokens_BTD[:, 0]
 
 
-class Classifier(nn.Module):
-    """A whole network that learns to classify: MAE's and DeiT's fine-tuning, as DropPos uses it.
+def position_parameters(model: nn.Module) -> set[str]:
+    """Names of class tokens and position embeddings, which supervised training does not decay (DeiT, Swin)."""
+    ends = ("_token", "pos_embed", "relative_position_bias_table")
+    return {name for name, _ in model.named_parameters() if name.endswith(ends)}
 
-    With mean pooling the encoder's final norm gives way to a fresh one after pooling. The head starts near zero
-    (std 2e-5). Mixup and CutMix (timm's) blend each micro-batch; they and label smoothing apply to training only.
+
+class Supervision:
+    """How labels teach: Mixup and CutMix (timm's) of each micro-batch, with probability 1, and label smoothing. For training only."""
+
+    def __init__(self, classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, smoothing: float = 0.0):
+        self.smoothing = smoothing
+        self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
+
+    def blend(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and classes (B,) to blended images and soft targets (B, K); as they are where nothing is blended."""
+        if self.mixup is None or len(images) % 2:  # timm pairs images, so it wants an even number
+            return images, targets
+        return self.mixup(images.clone(), targets)
+
+    def loss(self, logits_BK: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy with classes, smoothed, or with soft targets, which are smoothed already."""
+        smoothing = 0.0 if targets.is_floating_point() else self.smoothing
+        return F.cross_entropy(logits_BK.float(), targets, label_smoothing=smoothing)
+
+
+class Classifier(nn.Module):
+    """A whole network that learns to classify: MAE's and DeiT's fine-tuning.
+
+    With mean pooling the encoder's final norm gives way to a fresh one after pooling. The head starts near zero (std 2e-5).
     """
 
     def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
         super().__init__()
-        self.encoder, self.how, self.smoothing = encoder, protocol.pool, protocol.smoothing
+        self.encoder, self.how = encoder, protocol.pool
         if protocol.pool == "mean":
             encoder.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6) if protocol.pool == "mean" else nn.Identity()
         self.head = nn.Linear(encoder.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
-        self.mixup = None
-        if protocol.mixup or protocol.cutmix:
-            self.mixup = Mixup(protocol.mixup, protocol.cutmix, label_smoothing=protocol.smoothing, num_classes=classes)
+        self.supervision = Supervision(classes, mixup=protocol.mixup, cutmix=protocol.cutmix, smoothing=protocol.smoothing)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
         """images (B, C, H, W) and, in training, class indices (B,). `named["logits"]` is (B, K)."""
-        smoothing = self.smoothing if self.training else 0.0
-        if self.training and self.mixup is not None and len(images) % 2 == 0:  # timm pairs images, so it wants an even number
-            images, targets = self.mixup(images.clone(), targets)
-            smoothing = 0.0  # already in the blended targets
+        if self.training:
+            images, targets = self.supervision.blend(images, targets)
         logits_BK = self.head(self.fc_norm(pool(self.encoder(images), self.encoder, self.how))).float()
-        loss = logits_BK.new_zeros(()) if targets is None else F.cross_entropy(logits_BK, targets, label_smoothing=smoothing)
+        if self.training:
+            return Output(self.supervision.loss(logits_BK, targets), named={"logits": logits_BK})
+        loss = logits_BK.new_zeros(()) if targets is None else F.cross_entropy(logits_BK, targets)
         return Output(loss, named={"logits": logits_BK})
 
     def no_weight_decay(self) -> set[str]:
-        return {"encoder.cls_token", "encoder.pos_embed"}
+        return position_parameters(self)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer 0 is the stem, layer i + 1 is block i, what follows the blocks is the head (timm's layer decay asks for this)."""

@@ -13,27 +13,32 @@ from common.vit import patchify
 
 
 def draw_positions(
-    images_BCHW: Tensor, patch: int, cell_BV: Tensor, predicted_BV: Tensor, dropped_BV: Tensor, data: Data, path: Path
+    images_BCHW: Tensor,
+    patch: int,
+    cell_BV: Tensor,
+    predicted_BV: Tensor,
+    dropped_BV: Tensor,
+    framed_BV: Tensor,
+    caption: str,
+    data: Data,
+    path: Path,
 ) -> None:
     """Write a picture with a row per image: the image, what the model saw, and its dropped patches where the model puts them.
 
     cell (B, V) is the true cell of each visible patch, predicted (B, V) the model's, dropped (B, V) tells whose position was
-    dropped. Green frames are right, red ones wrong; where several patches are put into one cell the last is drawn.
+    dropped, framed (B, V) which have a white frame in the middle, under the caption. Green frames are right, red ones wrong;
+    where several patches are put into one cell the last is drawn.
     """
     pixels_BCHW = _as_pixels(images_BCHW, data)
     patches_BNP = patchify(pixels_BCHW, patch)
     columns = images_BCHW.shape[-1] // patch
     figure = Figure(figsize=(8.4, 2.6 * len(images_BCHW)), layout="constrained")
     axes = figure.subplots(len(images_BCHW), 3, squeeze=False)
-    for row, (image, patches, cell, predicted, dropped) in enumerate(
-        zip(pixels_BCHW, patches_BNP, cell_BV, predicted_BV, dropped_BV, strict=True)
+    for row, (image, patches, cell, predicted, dropped, framed) in enumerate(
+        zip(pixels_BCHW, patches_BNP, cell_BV, predicted_BV, dropped_BV, framed_BV, strict=True)
     ):
         right = int(((cell == predicted) & dropped).sum())
-        titles = (
-            "image",
-            f"{len(cell)} of {len(patches)} visible (framed: position dropped)",
-            f"placed: {right} of {int(dropped.sum())} right",
-        )
+        titles = ("image", caption, f"placed: {right} of {int(dropped.sum())} right")
         seen = _assemble(image, patch, zip(cell.tolist(), patches[cell], strict=True), columns)
         kept = [(int(c), patches[c]) for c, d in zip(cell, dropped, strict=True) if not d]
         moved = [(int(p), patches[c]) for c, p, d in zip(cell, predicted, dropped, strict=True) if d]
@@ -43,9 +48,10 @@ def draw_positions(
             axis.set_axis_off()
             if row == 0 or title != "image":
                 axis.set_title(title, fontsize=10)
-        for c, p, d in zip(cell.tolist(), predicted.tolist(), dropped.tolist(), strict=True):
-            if d:
+        for c, p, d, f in zip(cell.tolist(), predicted.tolist(), dropped.tolist(), framed.tolist(), strict=True):
+            if f:
                 _frame(axes[row][1], c, columns, patch, "white")
+            if d:
                 _frame(axes[row][2], p, columns, patch, "limegreen" if c == p else "red")
     figure.savefig(path, dpi=100)
 

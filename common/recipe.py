@@ -47,6 +47,22 @@ class Stage:
         return self.base_lr * self.batch_size / self.lr_batch
 
 
+# DeiT's supervised training (Touvron et al. 2021, Table 9; AdamW, as in its code without clipping), by which others fine-tune too.
+# Its ten epochs of cool-down at the lowest rate are left out, and its warm-up starts at 0, not 1e-6.
+DEIT = Stage(
+    epochs=300,
+    batch_size=1024,
+    base_lr=5e-4,
+    lr_batch=512,
+    warmup_epochs=5,
+    min_lr=1e-5,
+    device_batch=128,
+    augmentation=Augmentation(scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erase=0.25, repeats=3),
+)
+DEIT_LABELS = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+DEIT_DROP_PATH = 0.1
+
+
 @dataclass(frozen=True)
 class Protocol:
     """One way to judge an encoder; its name stands in the results."""
@@ -56,7 +72,7 @@ class Protocol:
     stage: Stage | None = None  # how to train; k-NN has none
     labels_per_class: int | None = None  # train on so many labels per class, drawn with the run's seed; None = all
     pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
-    train_positions: bool = False  # fine-tuning: train the position embedding (MAE) or keep it (DropPos)
+    position: Literal["sincos", "learned", "relative", "none"] | None = None  # fine-tuning: see common.vit.ViT; None = as pre-trained
     drop_path: float = 0.0  # fine-tuning: stochastic depth of the last block
     mixup: float = 0.0  # fine-tuning: mixup alpha
     cutmix: float = 0.0  # fine-tuning: cutmix alpha
@@ -77,6 +93,7 @@ class Recipe:
     protocols: tuple[Protocol, ...]
     method: dict[str, Any] = field(default_factory=dict)  # options of the paper's method
     encoder: dict[str, Any] = field(default_factory=dict)  # options of common.vit.ViT
+    supervised: bool = False  # the method learns from the labels, so its own top-1 counts as training from scratch
 
     @property
     def backbone(self) -> str:

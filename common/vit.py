@@ -1,14 +1,14 @@
 """Vision Transformer that runs on all tokens or on a kept subset. Its state dict has timm's names.
 
 Shapes: B images, C channels, P patch side, N patches, M kept patches, T tokens (the class token, if any, first), D width,
-H heads.
+H heads, K keys.
 """
 
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp, RelPosBias
 from torch import Tensor, nn
 
 from common.attention import attend
@@ -46,43 +46,62 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention, with a bias per head and offset of two cells where `relative` is given (timm's RelPosBias)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, relative: nn.Module | None = None):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.rel_pos = relative
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, keys: int | None = None) -> Tensor:
+        """Every token asks the first `keys` tokens, or all. Keys and values are computed for those only."""
         B, T, D = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+        if keys is None:
+            q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        else:
+            weights, biases = (parameter.split([D, 2 * D]) for parameter in (self.qkv.weight, self.qkv.bias))
+            q = F.linear(x_BTD, weights[0], biases[0]).view(B, T, self.heads, D // self.heads).transpose(1, 2)
+            kv_BKD = F.linear(x_BTD[:, :keys], weights[1], biases[1])
+            k, v = kv_BKD.view(B, keys, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        bias = None if self.rel_pos is None else self.rel_pos.get_bias()[0]
+        return self.proj(attend(q, k, v, **({} if bias is None else {"bias_HQK": bias})).transpose(1, 2).reshape(B, T, D))
 
 
 class Block(nn.Module):
     """Pre-norm Transformer block with optional LayerScale and stochastic depth."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None, drop_path: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        relative: nn.Module | None = None,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, relative)
         self.ls1 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.drop_path(self.ls1(self.attn(self.norm1(x_BTD))))
+    def forward(self, x_BTD: Tensor, keys: int | None = None) -> Tensor:
+        """`keys` as in Attention."""
+        x_BTD = x_BTD + self.drop_path(self.ls1(self.attn(self.norm1(x_BTD), keys)))
         return x_BTD + self.drop_path(self.ls2(self.mlp(self.norm2(x_BTD))))
 
 
 class ViT(nn.Module):
     """Vision Transformer encoder.
 
-    image_size and patch_size in pixels; position is "sincos" (fixed, saved, never trained), "learned" or "none";
-    layer_scale is LayerScale's initial value; drop_path the last block's stochastic-depth rate (linear from 0).
+    image_size and patch_size in pixels; position is "sincos" (fixed, saved, never trained), "learned" (both added to the
+    tokens), "relative" (added to the attention scores, a table per block, zero at first) or "none"; layer_scale is
+    LayerScale's initial value; drop_path the last block's stochastic-depth rate (linear from 0).
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -97,7 +116,7 @@ class ViT(nn.Module):
         heads: int = 12,
         mlp_ratio: float = 4.0,
         class_token: bool = True,
-        position: Literal["sincos", "learned", "none"] = "sincos",
+        position: Literal["sincos", "learned", "relative", "none"] = "sincos",
         layer_scale: float | None = None,
         drop_path: float = 0.0,
     ):
@@ -108,8 +127,10 @@ class ViT(nn.Module):
             raise ValueError(f"image size {self.image_size[0]} x {self.image_size[1]} is not a multiple of the patch size {patch_size}")
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
+        if position not in ("sincos", "learned", "relative", "none"):
+            raise ValueError(f"position={position!r} is not known; choose 'sincos', 'learned', 'relative' or 'none'")
         self.grid: Grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
-        self.prefix_tokens = int(class_token)
+        self.prefix_tokens, self.relative = int(class_token), position == "relative"
         tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
 
         self.patch_embed = PatchEmbed(channels, patch_size, width)
@@ -119,12 +140,12 @@ class ViT(nn.Module):
             self.register_buffer("pos_embed", table[None])
         elif position == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
-        elif position == "none":
-            self.pos_embed = None
         else:
-            raise ValueError(f"position={position!r} is not known; choose 'sincos', 'learned' or 'none'")
+            self.pos_embed = None
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
-        self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates))
+        relative = [RelPosBias(self.grid, heads, self.prefix_tokens) if self.relative else None for _ in rates]
+        blocks = (Block(width, heads, mlp_ratio, layer_scale, *options) for options in zip(rates, relative, strict=True))
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialise(self)
 
@@ -140,12 +161,23 @@ class ViT(nn.Module):
         """The position embedding of the patches, (1, N, D)."""
         return self.pos_embed[:, self.prefix_tokens :]
 
-    def encode(self, x_BMD: Tensor) -> Tensor:
-        """Prepend the class token, run the blocks and the final norm: (B, M, D) to (B, T, D)."""
+    def encode(self, x_BMD: Tensor, context: int | None = None) -> Tensor:
+        """Prepend the class token, run the blocks and the final norm: (B, M, D) to (B, T, D).
+
+        Where `context` is given, only the class token and the first `context` of the M tokens are keys, in every block (MP3).
+        Raises ValueError for a context of more tokens than there are or none, and for a subset under relative positions.
+        """
+        if context is not None and not 0 < context <= x_BMD.shape[1]:
+            raise ValueError(f"context={context}: it takes 1 to {x_BMD.shape[1]} of the {x_BMD.shape[1]} tokens {tuple(x_BMD.shape)}")
+        if self.relative and (context is not None or x_BMD.shape[1] != self.grid[0] * self.grid[1]):
+            raise ValueError(f"relative positions need all {self.grid[0]} x {self.grid[1]} patches, each a key, in row-major order")
         if self.cls_token is not None:
             first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
             x_BMD = torch.cat([first.to(x_BMD.dtype).expand(x_BMD.shape[0], -1, -1), x_BMD], dim=1)
-        return self.norm(self.blocks(x_BMD))
+        keys = None if context is None else self.prefix_tokens + context
+        for block in self.blocks:
+            x_BMD = block(x_BMD, keys)
+        return self.norm(x_BMD)
 
     def forward(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
         """Images to normed tokens (B, T, D), of all patches or of those at the indices `keep`."""
@@ -166,7 +198,7 @@ def vit(size: str, **options: Any) -> ViT:
 def initialise(module: nn.Module) -> None:
     """MAE's initialisation, which DropPos shares: Xavier-uniform matrices, zero biases, tokens and learned positions N(0, 0.02).
 
-    The patch convolution is drawn as a matrix, and its bias keeps torch's default.
+    The patch convolution is drawn as a matrix, and its bias keeps torch's default. Relative positions start at zero.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -174,6 +206,8 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
         elif isinstance(layer, PatchEmbed):
             nn.init.xavier_uniform_(layer.proj.weight.view(layer.proj.weight.shape[0], -1))
+        elif isinstance(layer, RelPosBias):
+            nn.init.zeros_(layer.relative_position_bias_table)
     for name, parameter in module.named_parameters(recurse=False):
         if name.endswith(("token", "pos_embed")):
             nn.init.normal_(parameter, std=0.02)

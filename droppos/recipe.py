@@ -15,17 +15,19 @@ from droppos.method import DropPos
 VARIANTS = {"attentive": {}, "without attentive reconstruction": {"attentive": False}}
 
 
-def build(recipe: Recipe, encoder: ViT) -> DropPos:
-    """The method as the recipe wants it. Raises RecipeError for an option that DropPos does not have."""
+def build(recipe: Recipe, encoder: ViT, classes: int) -> DropPos:
+    """The method as the recipe wants it, without the labels. Raises RecipeError for an option that DropPos does not have."""
     check_options(DropPos, recipe.method, taken=("encoder", "sigma_epochs"))
     return DropPos(encoder, sigma_epochs=recipe.pretrain.epochs, **recipe.method)
 
 
 @torch.no_grad()
-def illustrate(method: DropPos, images: torch.Tensor, data: Data, path: Path) -> None:
-    """positions.png: the dropped patches of a few images (B, C, H, W) where the model puts them, beside the truth."""
+def illustrate(method: DropPos, images: torch.Tensor, data: Data, directory: Path) -> None:
+    """positions.png in the directory: the dropped patches of a few images (B, C, H, W) where the model puts them, beside the truth."""
     named = method.eval()(images).named
-    draw_positions(images, method.encoder.patch_size, named["cells"], named["predicted"], named["dropped"], data, path)
+    caption = f"{method.visible} of {method.cells} visible (framed: position dropped)"
+    told = named["cells"], named["predicted"], named["dropped"], named["dropped"]
+    draw_positions(images, method.encoder.patch_size, *told, caption, data, directory / "positions.png")
 
 
 def digits() -> Recipe:

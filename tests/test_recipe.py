@@ -94,7 +94,7 @@ def test_later_assignments_build_on_earlier_ones():
         "pretrain=5",
         "size=3",
         "method=5",
-        "finetune.train_positions=1",
+        "finetune.position=absolute",
         "finetune.pool=max",
         "data=digits",
     ],
@@ -194,13 +194,13 @@ def test_an_unknown_option_of_the_encoder_is_refused_by_name(assignment):
 
 def test_an_unknown_option_of_a_method_is_refused_with_the_nearest():
     with pytest.raises(RecipeError, match="DropPos has no option 'sigmaa'.*did you mean.*sigma"):
-        build(override(RECIPE, ["method.sigmaa=2"]), RECIPE.build_encoder(1))
+        build(override(RECIPE, ["method.sigmaa=2"]), RECIPE.build_encoder(1), 10)
 
 
 @pytest.mark.parametrize("option", ["encoder", "sigma_epochs"])
 def test_an_option_that_the_recipe_itself_fills_in_is_refused(option):
     with pytest.raises(RecipeError, match=option):
-        build(override(RECIPE, [f"method.{option}=3"]), RECIPE.build_encoder(1))
+        build(override(RECIPE, [f"method.{option}=3"]), RECIPE.build_encoder(1), 10)
 
 
 def test_check_options_lets_known_options_pass_and_names_the_first_unknown():
@@ -246,7 +246,7 @@ def test_every_paper_has_a_recipe_for_the_default_data_that_builds(paper):
     module = paper_module(paper)
     name, recipe = choose_recipe(module, "digits", None)
     assert "digits" in recipe.data and name in recipes(module)
-    method = module.build(recipe, recipe.build_encoder(1))
+    method = module.build(recipe, recipe.build_encoder(1), 10)
     assert method.encoder.grid[0] == recipe.image_size // recipe.patch_size
 
 
@@ -281,7 +281,7 @@ def test_every_recipe_builds_its_method_and_says_how_to_run_it(paper, name):
     assert "make reproduce" in function.__doc__
     recipe = function()
     with torch.device("meta"):
-        method = module.build(recipe, recipe.build_encoder(3))
+        method = module.build(recipe, recipe.build_encoder(3), 10)
         images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
         assert method.encoder.embed(images).shape == (2, method.encoder.grid[0] * method.encoder.grid[1], method.encoder.width)
     assert 0 < recipe.pretrain.warmup_epochs < recipe.pretrain.epochs

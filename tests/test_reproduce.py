@@ -89,7 +89,7 @@ def test_recording_puts_every_number_and_its_log_into_the_papers_folder(finished
 def test_an_official_checkpoint_is_evaluated_in_the_place_of_pretraining(tmp_path, capsys):
     module = paper_module("droppos")
     recipe = choose_recipe(module, "digits", None)[1]
-    method = module.build(recipe, recipe.build_encoder(1))
+    method = module.build(recipe, recipe.build_encoder(1), 10)
     official = rename(method.state_dict(), {ours: theirs for theirs, ours in OFFICIAL_NAMES.items()})
     torch.save({"epoch": 800, "state_dict": {f"module.{name}": tensor for name, tensor in official.items()}}, tmp_path / "official.pth")
     arguments = ["droppos", "--device", "cpu", "--out", str(tmp_path), *CHANGES]
