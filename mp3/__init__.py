@@ -1,0 +1,1 @@
+"""MP3: position prediction as pre-training."""
