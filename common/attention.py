@@ -9,11 +9,21 @@ so a mask costs three integer vectors instead of a tokens x tokens matrix.
 Shapes: B images, H heads, Q queries, K keys, D head width.
 """
 
+import csv
 import math
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from common.kernels import DTYPES, WIDTHS
+
+BACKENDS = ("auto", "sdpa", "flex", "triton")
+HAS_TRITON = find_spec("triton") is not None
+CHOICES_FILE = Path(__file__).parent / "kernels" / "choices.csv"
 
 
 def attend(
@@ -24,25 +34,33 @@ def attend(
     time: Tensor | None = None,
     visible_from: Tensor | None = None,
     visible_until: Tensor | None = None,
+    bias_HQK: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the keys that each query may see.
+    """softmax(q k^T / sqrt(D) + bias) v over the keys that each query may see.
 
-    time (B, Q) and visible_from, visible_until (B, K) are integer tensors, given all three or not at all; without
-    them every query sees every key. A query that sees no key gives zeros, and zero gradients.
-    Backends: "sdpa" (torch's scaled_dot_product_attention), "auto" (the same today).
-    Returns (B, H, Q, D). Raises ValueError for a backend, shape or dtype that does not fit.
+    time (B, Q), visible_from and visible_until (B, K) are integer tensors, and each may be absent: a query's time is then its
+    index, and a key is visible from the beginning or never hidden again. So `visible_from` = 0, 1, 2, ... alone is causal
+    attention, and nothing at all is attention over every key. A query that sees no key gives zeros, and zero gradients.
+    bias_HQK (H, Q, K) is added to the scores, and gets a gradient.
+
+    Backends: "sdpa" (torch's scaled_dot_product_attention; a window becomes a mask, and only here can there be a bias), "flex"
+    (torch's FlexAttention; compiled on CUDA, without gradients elsewhere), "triton" (common/kernels, for CUDA), and "auto": what
+    was measured to be fastest for the nearest shape on this device (common/kernels/choices.csv), otherwise "sdpa".
+    Returns (B, H, Q, D). Raises ValueError for a backend, shape, dtype or device that does not fit, ImportError without Triton.
     """
-    if backend not in ("auto", "sdpa"):
-        raise ValueError(f"attention backend {backend!r} is not known; choose 'auto' or 'sdpa'")
-    _check_fit(q_BHQD, k_BHKD, v_BHKD)
-    mask = _window_mask(q_BHQD, k_BHKD, time, visible_from, visible_until)
-    if q_BHQD.device.type == "cpu" and q_BHQD.dtype == torch.bfloat16:
-        # torch's bfloat16 backward is 5 to 30 times slower than its float32 one on CPUs; casting both ways costs far less.
-        with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q_BHQD.float(), k_BHKD.float(), v_BHKD.float(), attn_mask=mask)
-        return out.to(q_BHQD.dtype)
-    return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask)
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not known; choose one of {', '.join(map(repr, BACKENDS))}")
+    _check_fit(q_BHQD, k_BHKD, v_BHKD, time, visible_from, visible_until, bias_HQK)
+    windowed = visible_from is not None or visible_until is not None
+    window = {"time": time, "visible_from": visible_from, "visible_until": visible_until} if windowed else {}
+    if backend == "auto":
+        backend = "sdpa" if bias_HQK is not None else _measured_choice(q_BHQD, k_BHKD, windowed)
+    if backend == "sdpa":
+        return _attend_sdpa(q_BHQD, k_BHKD, v_BHKD, bias_HQK, **window)
+    if bias_HQK is not None:
+        raise ValueError(f"the {backend} backend takes no bias; choose 'sdpa' or 'auto'")
+    return (_attend_flex if backend == "flex" else _attend_triton)(q_BHQD, k_BHKD, v_BHKD, **window)
 
 
 def attend_reference(
@@ -53,10 +71,14 @@ def attend_reference(
     time: Tensor | None = None,
     visible_from: Tensor | None = None,
     visible_until: Tensor | None = None,
+    bias_HQK: Tensor | None = None,
 ) -> Tensor:
     """`attend` in float64 and in the plainest way: what every backend is tested against."""
-    mask = _window_mask(q_BHQD, k_BHKD, time, visible_from, visible_until)
+    _check_fit(q_BHQD, k_BHKD, v_BHKD, time, visible_from, visible_until, bias_HQK)
     score_BHQK = q_BHQD.double() @ k_BHKD.double().transpose(-1, -2) / math.sqrt(q_BHQD.shape[-1])
+    if bias_HQK is not None:
+        score_BHQK = score_BHQK + bias_HQK.double()
+    mask = _window_mask(q_BHQD, time, visible_from, visible_until)
     if mask is not None:
         score_BHQK = score_BHQK.masked_fill(~mask, -math.inf)
     weight_BHQK = score_BHQK.softmax(dim=-1)
@@ -65,29 +87,107 @@ def attend_reference(
     return weight_BHQK @ v_BHKD.double()
 
 
-def _check_fit(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> None:
-    B, H, _, D = q_BHQD.shape
-    fits = k_BHKD.shape == v_BHKD.shape == (B, H, k_BHKD.shape[2], D) and q_BHQD.dtype == k_BHKD.dtype == v_BHKD.dtype
-    if not fits:
-        found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in (("q", q_BHQD), ("k", k_BHKD), ("v", v_BHKD)))
-        raise ValueError(f"attention takes q (B, H, Q, D) with k and v (B, H, K, D) of one dtype, got {found}")
+def _attend_sdpa(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias_HQK: Tensor | None, **window: Tensor | None) -> Tensor:
+    if q_BHQD.device.type == "cpu" and q_BHQD.dtype == torch.bfloat16:
+        # torch's bfloat16 backward is 5 to 30 times slower than its float32 one on CPUs; casting both ways costs far less.
+        with torch.autocast("cpu", enabled=False):
+            return _attend_sdpa(q_BHQD.float(), k_BHKD.float(), v_BHKD.float(), bias_HQK, **window).to(q_BHQD.dtype)
+    mask = _window_mask(q_BHQD, **window)
+    if bias_HQK is not None:
+        bias_HQK = bias_HQK.to(q_BHQD.dtype)[None]
+        mask = bias_HQK if mask is None else bias_HQK.masked_fill(~mask, -math.inf)
+    return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask)
+
+
+def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tensor | None) -> Tensor:
+    make_mask, flex = _compiled_block_mask, _compiled_flex
+    if q_BHQD.device.type != "cuda":
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHQD, k_BHKD, v_BHKD)):
+            raise ValueError(f"the flex backend has no gradients on {q_BHQD.device}; choose 'sdpa', or attend under torch.no_grad()")
+        q_BHQD, k_BHKD, v_BHKD = q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach()
+        make_mask, flex = create_block_mask, flex_attention
+
+    def visible(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        now = query if window["time"] is None else window["time"][image, query]
+        return _within(now, *(None if x is None else x[image, key] for x in (window["visible_from"], window["visible_until"])))
+
+    (B, _, Q, _), K = q_BHQD.shape, k_BHKD.shape[2]
+    blocks = make_mask(visible, B, None, Q, K, device=q_BHQD.device) if window else None
+    return flex(q_BHQD, k_BHKD, v_BHKD, block_mask=blocks)
+
+
+_compiled_flex, _compiled_block_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+def _attend_triton(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tensor | None) -> Tensor:
+    if not HAS_TRITON:
+        raise ImportError("the triton backend needs Triton; install the extra: pip install -e '.[gpu]'")
+    from common.kernels.window_attention import window_attention  # imports triton, which not every machine has
+
+    return window_attention(q_BHQD, k_BHKD, v_BHKD, **window)
+
+
+def _read_choices(file: Path) -> dict[tuple[str, bool], dict[tuple[int, ...], str]]:
+    """The backend measured to be fastest, by device and whether there is a window, then by (queries, keys, width)."""
+    choices = {}
+    for row in csv.DictReader(file.read_text().splitlines()):
+        shapes = choices.setdefault((row["device"], row["windowed"] == "True"), {})
+        shapes[tuple(int(row[name]) for name in ("queries", "keys", "width"))] = row["backend"]
+    return choices
+
+
+CHOICES = _read_choices(CHOICES_FILE)
+
+
+@torch.compiler.assume_constant_result
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _measured_choice(q_BHQD: Tensor, k_BHKD: Tensor, windowed: bool) -> str:
+    """The backend of the nearest measured shape, if there is one for the device and our kernel takes q's width and dtype."""
+    measured = CHOICES.get((_device_name(q_BHQD.device), windowed))
+    if not measured or q_BHQD.shape[3] not in WIDTHS or q_BHQD.dtype not in DTYPES:
+        return "sdpa"
+    here, nearest, backend = (q_BHQD.shape[2], k_BHKD.shape[2], q_BHQD.shape[3]), math.inf, "sdpa"
+    for shape, choice in measured.items():  # written out, because torch.compile does not know min(key=...) for dynamic shapes
+        distance = sum(abs(math.log2(a / b)) for a, b in zip(here, shape, strict=True))
+        if distance < nearest:
+            nearest, backend = distance, choice
+    return backend
+
+
+def _within(now: Tensor, begin: Tensor | None, end: Tensor | None) -> Tensor:
+    """begin <= now < end, of which one side may be open."""
+    if begin is None or end is None:
+        return now < end if begin is None else begin <= now
+    return (begin <= now) & (now < end)
 
 
 def _window_mask(
-    q_BHQD: Tensor, k_BHKD: Tensor, time: Tensor | None, visible_from: Tensor | None, visible_until: Tensor | None
+    q_BHQD: Tensor, time: Tensor | None = None, visible_from: Tensor | None = None, visible_until: Tensor | None = None
 ) -> Tensor | None:
-    """The window as a boolean (B, 1, Q, K) mask, True = visible; None where there is no window."""
-    window = {"time": time, "visible_from": visible_from, "visible_until": visible_until}
-    missing = [name for name, vector in window.items() if vector is None]
-    if len(missing) == 3:
+    """The window as a boolean mask that broadcasts to (B, H, Q, K), True = visible; None where every key is visible."""
+    if visible_from is None and visible_until is None:
         return None
-    if missing:
-        raise ValueError(f"a visibility window takes time, visible_from and visible_until together; missing: {', '.join(missing)}")
-    for name, vector in window.items():
-        expected = (q_BHQD.shape[0], q_BHQD.shape[2] if name == "time" else k_BHKD.shape[2])
-        if tuple(vector.shape) != expected or vector.is_floating_point() or vector.dtype == torch.bool:
-            raise ValueError(f"{name} must be an integer tensor of shape {expected}, got {vector.dtype} {tuple(vector.shape)}")
-        if vector.device != q_BHQD.device:
-            raise ValueError(f"{name} is on {vector.device}, the queries are on {q_BHQD.device}")
-    time_BQ1 = time[:, :, None]
-    return ((visible_from[:, None, :] <= time_BQ1) & (time_BQ1 < visible_until[:, None, :]))[:, None]
+    now = torch.arange(q_BHQD.shape[2], device=q_BHQD.device)[:, None] if time is None else time[:, None, :, None]
+    return _within(now, *(None if x is None else x[:, None, None, :] for x in (visible_from, visible_until)))
+
+
+def _check_fit(q: Tensor, k: Tensor, v: Tensor, time: Tensor | None, begin: Tensor | None, end: Tensor | None, bias: Tensor | None) -> None:
+    """Raises ValueError, with what was given and what is taken, unless all arguments of `attend` fit together."""
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
+    if not (fits and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"attention takes q (B, H, Q, D) with k and v (B, H, K, D) of one dtype on one device, got {found}")
+    (B, H, Q, _), K = q.shape, k.shape[2]
+    integers = (torch.int16, torch.int32, torch.int64)
+    for name, tensor, shape, dtypes in (
+        ("time", time, (B, Q), integers),
+        ("visible_from", begin, (B, K), integers),
+        ("visible_until", end, (B, K), integers),
+        ("bias_HQK", bias, (H, Q, K), (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != q.device):
+            wanted = f"a tensor of shape {shape} on {q.device}, {', '.join(str(dtype)[6:] for dtype in dtypes)}"
+            raise ValueError(f"{name} must be {wanted}; got {tuple(tensor.shape)} on {tensor.device}, {tensor.dtype}")

@@ -51,6 +51,6 @@ def load_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
 
 
 def export_encoder(encoder: ViT, path: Path) -> None:
-    """encoder.safetensors, which timm.create_model(..., num_classes=0) loads as it is."""
+    """encoder.safetensors, which timm.create_model(..., num_classes=0) loads as it is (pos_embed="none" where there are no positions)."""
     with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}, temporary)

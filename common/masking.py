@@ -12,8 +12,8 @@ def kept_tokens(tokens: int, hidden_ratio: float, name: str) -> int:
 
     Raises ValueError, with the argument's `name`, for a ratio outside [0, 1] and for one that leaves nothing.
     """
-    if not 0 <= hidden_ratio <= 1:
-        raise ValueError(f"{name}={hidden_ratio} is not a share between 0 and 1")
+    if type(hidden_ratio) not in (int, float) or not 0 <= hidden_ratio <= 1:
+        raise ValueError(f"{name}={hidden_ratio!r} is not a share between 0 and 1")
     kept = int(tokens * (1 - hidden_ratio))
     if kept == 0:
         raise ValueError(f"{name}={hidden_ratio} leaves none of the {tokens} tokens; use a ratio below {1 - 1 / tokens:.4g}")

@@ -66,7 +66,7 @@ class Attention(nn.Module):
             kv_BKD = F.linear(x_BTD[:, :keys], weights[1], biases[1])
             k, v = kv_BKD.view(B, keys, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if self.rel_pos is None else self.rel_pos.get_bias()[0]
-        return self.proj(attend(q, k, v, **({} if bias is None else {"bias_HQK": bias})).transpose(1, 2).reshape(B, T, D))
+        return self.proj(attend(q, k, v, bias_HQK=bias).transpose(1, 2).reshape(B, T, D))
 
 
 class Block(nn.Module):

@@ -125,8 +125,8 @@ def tiny_imagenet() -> Recipe:
 def imagenet_vitb16() -> Recipe:
     """ImageNet-1k with a ViT-B/16: `make reproduce PAPER=mp3 DATA=/datasets/imagenet`, eight GPUs.
 
-    100 epochs of pre-training (a reading note); fine-tuned by DeiT's recipe with absolute and with 2-D relative positions. The
-    paper's table could not be read, so there is no published number to meet. eta is the one of Table 2 at which MP3 and MAE cost the
+    100 epochs of pre-training (a reading note); fine-tuned by DeiT's recipe without positions, with absolute and with 2-D relative
+    ones. The paper's table could not be read, so there is no published number to meet. eta is the one of Table 2 at which MP3 and MAE cost the
     same; learning rate, batch and augmentation are chosen. Expected of ours: not measured yet.
     """
     pretrain = Stage(

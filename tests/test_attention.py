@@ -1,5 +1,7 @@
 """Claims about attention through visibility windows: every backend gives what the plain float64 reference gives."""
 
+import csv
+import itertools
 import math
 
 import pytest
@@ -8,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from common import attention
+from common.attention import BACKENDS as KNOWN
 from common.attention import attend, attend_reference
+from common.kernels import WIDTHS
 from common.masking import permutation_ranks
 
-BACKENDS = ["auto", "sdpa"]
+BACKENDS = ["auto", "sdpa"]  # these have gradients everywhere; flex has them on CUDA only, triton is in test_kernels.py
 QUICK = settings(deadline=None, max_examples=40, derandomize=True)
 CASES = st.fixed_dictionaries(
     {
@@ -65,6 +70,32 @@ def test_output_and_gradients_under_any_window_equal_the_reference(backend, case
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(grads, expected_grads, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(QUICK, max_examples=15)
+@given(CASES, st.sets(st.sampled_from(["time", "visible_from", "visible_until"])))
+def test_flex_gives_what_the_reference_gives(case, absent):
+    qkv, window, _ = draw(**case)
+    window = {name: vector for name, vector in window.items() if name not in absent}
+    expected = attend_reference(*qkv, **window)
+    torch.testing.assert_close(attend(*qkv, backend="flex", **window).double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@QUICK
+@given(CASES, st.sets(st.sampled_from(["time", "visible_from", "visible_until"])), st.booleans())
+def test_a_bias_is_added_to_the_scores_and_gets_its_gradient_under_any_window(backend, case, absent, bfloat16):
+    qkv, window, gradient = draw(**case)
+    window = {name: vector for name, vector in window.items() if name not in absent}
+    bias = torch.randn(case["H"], case["Q"], case["K"], generator=torch.Generator().manual_seed(case["seed"]))
+    if bfloat16:
+        bias = bias.bfloat16()
+    out, grads = run(lambda q, k, v, bias: attend(q, k, v, bias_HQK=bias, backend=backend, **window), [*qkv, bias], gradient)
+    expected, expected_grads = run(lambda q, k, v, bias: attend_reference(q, k, v, bias_HQK=bias, **window), [*qkv, bias], gradient)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=2**-7 if bfloat16 else 0)
 
 
 def test_the_reference_is_attention_over_the_keys_of_the_definition():
@@ -136,13 +167,19 @@ def test_windows_reproduce_mapets_worked_example():
     assert rows[3:] == [targets.get(token, seen_by_context) for token in range(9)] + [seen_by_context] * 3
 
 
-@pytest.mark.parametrize("absent", [{"time"}, {"visible_from"}, {"visible_until"}, {"time", "visible_until"}])
-def test_part_of_a_window_is_refused_and_the_missing_part_is_named(absent):
-    qkv, window, _ = draw(B=1, H=1, Q=2, K=3, D=4, seed=0)
-    part = {name: vector for name, vector in window.items() if name not in absent}
-    for function in (attend, attend_reference):
-        with pytest.raises(ValueError, match=f"together; missing: {', '.join(name for name in window if name in absent)}$"):
-            function(*qkv, **part)
+@pytest.mark.parametrize("function", [attend, attend_reference], ids=["attend", "reference"])
+def test_an_absent_vector_means_own_index_from_the_beginning_and_never_hidden(function):
+    qkv, window, _ = draw(B=2, H=2, Q=5, K=6, D=4, seed=3)
+    whole = {"time": torch.arange(5).expand(2, 5), "visible_from": torch.full((2, 6), -99), "visible_until": torch.full((2, 6), 99)}
+    for names in itertools.chain.from_iterable(itertools.combinations(window, size) for size in range(4)):
+        given_part = {name: window[name] for name in names}
+        torch.testing.assert_close(function(*qkv, **given_part), function(*qkv, **(whole | given_part)))
+
+
+def test_visible_from_alone_can_say_causal_attention():
+    qkv, _, _ = draw(B=2, H=2, Q=7, K=7, D=4, seed=4)
+    expected = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+    torch.testing.assert_close(attend(*qkv, visible_from=torch.arange(7).expand(2, 7)), expected)
 
 
 @pytest.mark.parametrize("name", ["time", "visible_from", "visible_until"])
@@ -185,5 +222,103 @@ def test_keys_that_do_not_fit_the_queries_are_refused(shape, windowed):
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
     qkv, _, _ = draw(B=1, H=1, Q=2, K=3, D=4, seed=0)
-    with pytest.raises(ValueError, match="'flash3'.*'auto'.*'sdpa'"):
+    with pytest.raises(ValueError, match="'flash3'.*'auto', 'sdpa', 'flex', 'triton'"):
         attend(*qkv, backend="flash3")
+
+
+def test_a_bias_that_does_not_fit_is_refused_by_name():
+    qkv, _, _ = draw(B=1, H=2, Q=3, K=4, D=4, seed=0)
+    for bias in (torch.zeros(2, 4, 3), torch.zeros(1, 3, 4), torch.zeros(2, 3, 4).int(), torch.zeros(2, 3, 4, device="meta")):
+        with pytest.raises(ValueError, match=r"^bias_HQK must be a tensor of shape \(2, 3, 4\) on cpu, float"):
+            attend(*qkv, bias_HQK=bias)
+
+
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+def test_a_bias_is_refused_by_the_backends_that_have_none(backend):
+    qkv, _, _ = draw(B=1, H=2, Q=3, K=4, D=4, seed=0)
+    with pytest.raises(ValueError, match=f"{backend} backend takes no bias; choose 'sdpa' or 'auto'"):
+        attend(*qkv, bias_HQK=torch.zeros(2, 3, 4), backend=backend)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_tensors_on_two_devices_or_without_four_axes_are_refused(name):
+    qkv, _, _ = draw(B=1, H=2, Q=4, K=4, D=4, seed=0)
+    position = "qkv".index(name)
+    for spoilt in (qkv[position].to("meta"), qkv[position][0]):
+        with pytest.raises(ValueError, match=rf"one dtype on one device, got .*{name} \({'1, 2' if spoilt.ndim == 4 else 2}, 4, 4\)"):
+            attend(*qkv[:position], spoilt, *qkv[position + 1 :])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_on_the_cpu_refuses_gradients_and_names_what_has_them():
+    qkv, window, _ = draw(B=1, H=2, Q=4, K=4, D=4, seed=0)
+    qkv[1].requires_grad_()
+    with pytest.raises(ValueError, match="flex backend has no gradients on cpu; choose 'sdpa'"):
+        attend(*qkv, backend="flex", **window)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(*qkv, backend="flex", **window), attend(*qkv, **window))
+
+
+def test_without_triton_the_error_names_the_extra_to_install(monkeypatch):
+    monkeypatch.setattr(attention, "HAS_TRITON", False)
+    qkv, _, _ = draw(B=1, H=1, Q=2, K=3, D=32, seed=0)
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[gpu\]'"):
+        attend(*qkv, backend="triton")
+
+
+MEASURED = """device,windowed,queries,keys,width,backend
+cpu,True,100,100,64,triton
+cpu,True,400,400,64,flex
+cpu,True,400,50,64,sdpa
+other,False,400,400,64,flex
+"""
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "windowed", "expected"),
+    [
+        ((400, 400, 64), torch.float32, True, "flex"),
+        ((201, 201, 64), torch.float32, True, "flex"),
+        ((199, 199, 64), torch.float32, True, "triton"),
+        ((400, 60, 64), torch.bfloat16, True, "sdpa"),
+        ((400, 400, 64), torch.float32, False, "sdpa"),
+        ((100, 100, 48), torch.float32, True, "sdpa"),
+        ((100, 100, 64), torch.float64, True, "sdpa"),
+    ],
+    ids=["as measured", "nearer to the larger", "nearer to the smaller", "fewer keys", "other device", "width", "dtype"],
+)
+def test_auto_takes_the_choice_of_the_nearest_measured_shape(tmp_path, monkeypatch, shape, dtype, windowed, expected):
+    (tmp_path / "choices.csv").write_text(MEASURED)
+    monkeypatch.setattr(attention, "CHOICES", attention._read_choices(tmp_path / "choices.csv"))
+    Q, K, D = shape
+    assert attention._measured_choice(torch.zeros(1, 1, Q, D, dtype=dtype), torch.zeros(1, 1, K, D, dtype=dtype), windowed) == expected
+
+
+def test_auto_runs_the_measured_choice(monkeypatch):
+    qkv, window, _ = draw(B=1, H=1, Q=4, K=4, D=32, seed=0)
+    qkv[0].requires_grad_()
+    monkeypatch.setattr(attention, "CHOICES", {("cpu", True): {(4, 4, 32): "flex"}})
+    with pytest.raises(ValueError, match="flex backend"):
+        attend(*qkv, **window)
+    attend(*qkv)
+
+
+def test_the_committed_choices_are_known_backends_each_shape_once():
+    rows = list(csv.DictReader(attention.CHOICES_FILE.read_text().splitlines()))
+    assert all(row["backend"] in KNOWN[1:] and row["windowed"] in ("True", "False") and int(row["width"]) in WIDTHS for row in rows)
+    shapes = [tuple(value for name, value in row.items() if name != "backend") for row in rows]
+    assert len(shapes) == len(set(shapes))
+
+
+@pytest.mark.parametrize("measured", [{}, {("cpu", True): {(4, 8, 32): "sdpa", (64, 64, 32): "triton"}}], ids=["no table", "table"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_compiles_into_one_graph(backend, measured, monkeypatch):
+    monkeypatch.setattr(attention, "CHOICES", measured)
+    torch._dynamo.reset()
+    qkv, window, gradient = draw(B=2, H=2, Q=5, K=6, D=32, seed=6)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for options in ({}, window, {"bias_HQK": torch.randn(2, 5, 6)}):
+        out, grads = run(compiled, qkv, gradient, backend=backend, **options)
+        expected, expected_grads = run(attend, qkv, gradient, backend=backend, **options)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(grads, expected_grads)
