@@ -49,7 +49,7 @@ def positions_given(model: DropPos, **inputs) -> tuple[Tensor, Tensor, Tensor]:
     nn.init.zeros_(model.encoder.patch_embed.proj.weight)
     nn.init.zeros_(model.encoder.patch_embed.proj.bias)
     seen = []
-    hook = model.encoder.blocks.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 1:].detach()))
+    hook = model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 1:].detach()))
     named = model(**inputs).named
     hook.remove()
     return seen[0], named["cells"], named["dropped"]
@@ -142,7 +142,7 @@ def test_shuffling_the_visible_tokens_changes_nothing_but_rounding():
     inputs = draw()
     seen = []
     for model in (plain, shuffled):
-        model.encoder.blocks.register_forward_pre_hook(lambda _, args: seen.append(args[0]) if args[0].shape[1] == 1 + V else None)
+        model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]) if args[0].shape[1] == 1 + V else None)
     expected = plain(**inputs)
     for seed in range(3):
         noise = torch.rand(B, V, generator=torch.Generator().manual_seed(seed))
@@ -360,7 +360,7 @@ def test_without_attentive_reconstruction_the_whole_image_is_never_encoded():
     lengths = []
     for attentive in (False, True):
         model = build(attentive=attentive)
-        model.encoder.blocks.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+        model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
         assert (model(**draw()).named["affinity"] is None) == (not attentive)
     assert lengths == [1 + V, 1 + V, 1 + L]
 

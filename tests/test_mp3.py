@@ -313,7 +313,7 @@ class Draws(TorchDispatchMode):
 def test_a_forward_draws_once_for_all_layers_and_anew_for_every_image_and_forward(monkeypatch):
     model, (images, noise) = build(), draw().values()
     keys = []
-    monkeypatch.setattr(common.vit, "attend", lambda q, k, v: keys.append(k) or attend(q, k, v))
+    monkeypatch.setattr(common.vit, "attend", lambda q, k, v, **_: keys.append(k) or attend(q, k, v))
     with Draws() as draws:
         first = model(images).named["cells"]
     assert draws.count == 1 and len(keys) == len(model.encoder.blocks)
@@ -426,7 +426,7 @@ def test_eta_changes_no_weight():
 @pytest.mark.parametrize(("eta", "context"), [(0, 16), (0.3, 11), (0.5, 8), (0.75, 4), (0.9, 1)])
 def test_in_every_layer_all_tokens_ask_the_class_token_and_the_context(eta, context, monkeypatch):
     model, shapes = build(eta), []
-    monkeypatch.setattr(common.vit, "attend", lambda q, k, v: shapes.append((q.shape[2], k.shape[2], v.shape[2])) or attend(q, k, v))
+    monkeypatch.setattr(common.vit, "attend", lambda q, k, v, **_: shapes.append((q.shape[2], k.shape[2], v.shape[2])) or attend(q, k, v))
     model(**draw())
     assert model.context == context and shapes == [(T, 1 + context, 1 + context)] * 3
 
