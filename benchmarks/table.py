@@ -1,4 +1,4 @@
-"""Every table of numbers in the READMEs, made from `results.csv`, `published.csv` and `speed.csv`.
+"""Every table of numbers in the READMEs, made from the CSV files of results, published numbers and speed.
 
 A README asks for a table with the line `<!-- table: NAME -->` and ends it with `<!-- /table -->`; what stands between is replaced.
 `python -m benchmarks.table` writes, `--check` only says what is stale.
@@ -16,6 +16,7 @@ from typing import Any
 import pandas
 
 from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
+from benchmarks.speed_attention import wide
 from common.results import load, summary
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
@@ -142,6 +143,16 @@ def speed_table(root: Path) -> str:
     return markdown(frame.rename(columns=str.capitalize))
 
 
+def attention_table(root: Path) -> str:
+    """The committed attention measurements: milliseconds, and how many times the floor of moved bytes that is."""
+    path = root / "benchmarks" / "speed_attention.csv"
+    if not path.exists():
+        return markdown(pandas.DataFrame())
+    frame = pandas.read_csv(path)
+    parts = [wide(lines).assign(device=device) for device, lines in frame.groupby("device", sort=False)]
+    return markdown(pandas.concat(parts).astype(str).rename(columns=str.capitalize))
+
+
 def claims(paper: str, root: Path) -> pandas.DataFrame:
     """The numbers that the paper's authors print for their own method."""
     frame = published(paper, root).query("confidence == 'first_hand'")
@@ -239,7 +250,7 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
     """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot mend."""
     readmes: dict[str, dict[str, Callable[[], str]]] = {
         "README.md": {"results": lambda: results_table(root), "speed": lambda: speed_table(root)},
-        "benchmarks/README.md": {"speed": lambda: speed_table(root)},
+        "benchmarks/README.md": {"speed": lambda: speed_table(root), "attention": lambda: attention_table(root)},
     }
     for paper in papers(root):
         readmes[f"{paper}/README.md"] = {
@@ -257,7 +268,7 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
     for where, tables in readmes.items():
         readme = root / where
         text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-        absent = tables.keys() - {"speed"} - {marker[1] for marker in MARKER.finditer(text)}
+        absent = tables.keys() - {"speed", "attention"} - {marker[1] for marker in MARKER.finditer(text)}
         faults += [f"{where}: table {name!r} is missing: add the lines {OPEN.format(name)} and {CLOSE}" for name in sorted(absent)]
         try:
             filled, old = fill(text, tables, where)

@@ -4,7 +4,7 @@ import pandas
 import pytest
 import torch
 
-from benchmarks import speed
+from benchmarks import measure, speed, speed_attention
 from benchmarks.speed import Step, main, make_steps
 
 
@@ -14,7 +14,7 @@ def giga_multiply_adds() -> dict[str, float]:
     images = torch.zeros(1, 3, 224, 224)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "has_fast_bf16", lambda device: False)  # one precision is enough to count in
-        return {step.name: step.flops(images) / 2e9 for step in make_steps(torch.device("cpu"))}
+        return {step.name: step.flops(images) / 2e9 for step in make_steps(torch.device("cpu"), ["droppos", "mp3"])}
 
 
 def test_useful_flops_are_those_of_the_analytic_table(giga_multiply_adds):
@@ -22,6 +22,8 @@ def test_useful_flops_are_those_of_the_analytic_table(giga_multiply_adds):
     assert giga_multiply_adds["timm, supervised"] == pytest.approx(52.7, rel=0.01)
     assert giga_multiply_adds["droppos, attentive"] == pytest.approx(31.8, rel=0.02)
     assert giga_multiply_adds["droppos, without attentive reconstruction"] == pytest.approx(14.3, rel=0.03)
+    for eta, forward in {0.3: 16.54, 0.5: 15.85, 0.75: 14.98, 0.9: 14.44}.items():  # README of MP3, section Cost
+        assert giga_multiply_adds[f"mp3, eta {eta}"] == pytest.approx(3 * forward, rel=0.01)
 
 
 def test_attentive_reconstruction_costs_one_forward_of_the_whole_image(giga_multiply_adds):
@@ -29,8 +31,20 @@ def test_attentive_reconstruction_costs_one_forward_of_the_whole_image(giga_mult
     assert extra == pytest.approx(17.56, rel=0.01)
 
 
+def test_a_step_holds_at_most_what_its_largest_tensors_need():
+    """Images (B, 3, 224, 224) through one layer of 1,000 outputs: its gradient is the largest thing that a step makes."""
+
+    def loss(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return model(images[:, 0].flatten(1)).sum()
+
+    step = Step("ours", "vit", torch.nn.Linear(224 * 224, 1000), loss, "32-true")
+    images, optimizer = torch.randn(2, 3, 224, 224), torch.optim.SGD(step.model.parameters(), lr=0.1)
+    step.run(images, optimizer)
+    assert step.memory(images, optimizer) == pytest.approx(4 * 224 * 224 * 1000 / 1e9, rel=0.05)
+
+
 def test_the_table_keeps_other_devices_and_replaces_its_own(tmp_path, monkeypatch, capsys):
-    def steps(device: torch.device) -> list[Step]:
+    def steps(device: torch.device, names: list[str], size: str | None) -> list[Step]:
         def loss(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
             return model(images[:, :, :8, :8].flatten(1)).sum()
 
@@ -40,9 +54,58 @@ def test_the_table_keeps_other_devices_and_replaces_its_own(tmp_path, monkeypatc
     monkeypatch.setattr(speed, "make_steps", steps)
     (tmp_path / "benchmarks").mkdir()
     for device in ("a GPU", "this CPU", "this CPU"):
-        monkeypatch.setattr(speed, "device_name", lambda _, name=device: name)
-        assert main(["--device", "cpu", "--batch", "2", "--rounds", "3"]) == 0
+        monkeypatch.setattr(measure, "device_name", lambda _, name=device: name)
+        monkeypatch.setattr(speed, "gemm_rate", lambda *_: 1e11)
+        assert main(["--device", "cpu", "--batch", "2", "--rounds", "3", "--paper", "mp3"]) == 0
     table = pandas.read_csv(tmp_path / "benchmarks" / "speed.csv")
     assert table["device"].tolist() == ["a GPU"] * 2 + ["this CPU"] * 2
     assert (table[table["step"] == "timm, supervised"]["ratio"] == 1).all()
     assert "this CPU" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def few_images() -> list[speed_attention.Case]:
+    """The cases of the attention table, one image of each, in float32."""
+    cases = speed_attention.cases(torch.device("cpu"), torch.float32)
+    for case in cases:
+        case.q, case.k, case.v = case.q[:1], case.k[:1], case.v[:1]
+        case.window = {name: vector[:1] for name, vector in case.window.items()}
+        case.context_BM = None if case.context_BM is None else case.context_BM[:1]
+    return cases
+
+
+def test_every_way_to_attend_is_right_and_a_wrong_one_is_found(few_images):
+    for case in few_images:
+        gradient = torch.randn(case.q.shape)
+        for name, (way, context) in speed_attention.ways(case).items():
+            leaves = speed_attention._leaves(case, context)
+            speed_attention._check(name, way, leaves, case, gradient)
+            with pytest.raises(RuntimeError, match=f"{case.shape}: {name} is off by"):
+                speed_attention._check(name, lambda q, k, v, way=way: way(1.01 * q, k, v), leaves, case, gradient)
+
+
+def test_mapets_queries_see_each_position_once_in_either_order(few_images):
+    for case in few_images[3:]:
+        assert case.k.shape[2] == 344 and case.q.shape[2] in (344, 147)
+        assert (speed_attention._dense(case).sum(-1) == 197).all()
+
+
+def test_mp3s_queries_see_the_context_and_the_class_token(few_images):
+    for case, keys in zip(few_images, (99, 50, 33), strict=False):
+        mask = speed_attention._dense(case)
+        assert (mask.sum(-1) == keys).all() and mask[..., 0].all()
+
+
+def test_the_fastest_backend_of_each_shape_becomes_attends_choice():
+    line = {"pass": "training", "queries": 197, "keys": 197, "width": 64}
+    frame = pandas.DataFrame(
+        [
+            {**line, "way": "dense mask, SDPA", "milliseconds": 2.0},
+            {**line, "way": "ours", "milliseconds": 1.0},
+            {**line, "way": "ours", "milliseconds": 0.1, "pass": "forward"},
+            {**line, "way": "FlexAttention, mask cached", "milliseconds": 0.5},  # nothing that attend could choose
+            {**line, "way": "context first, SDPA", "milliseconds": 0.7, "keys": 50},
+        ]
+    )
+    chosen = speed_attention.choose(frame, torch.device("cpu"))
+    assert [(row["windowed"], row["keys"], row["backend"]) for row in chosen] == [(True, 197, "triton"), (False, 50, "sdpa")]

@@ -1,0 +1,56 @@
+"""What the speed measurements share: waiting for the device, its matrix products, and how a measurement is shown and kept."""
+
+import datetime
+import time
+from pathlib import Path
+
+import pandas
+import torch
+from rich.table import Table
+
+from common.results import commit, device_name, versions
+from common.run import console
+
+
+def wait(device: torch.device) -> None:
+    """Let everything that was asked of the device end."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gemm_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of the fastest of a few large matrix products, of which a ViT-B step at batch 16 has the first two."""
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    rates = []
+    for m, k, n in ((3152, 768, 3072), (3152, 3072, 768), (4096, 4096, 4096)):
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        for _ in range(6):
+            wait(device)
+            begun = time.perf_counter()
+            a @ b
+            wait(device)
+            rates.append(2 * m * k * n / (time.perf_counter() - begun))
+    return max(rates)
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """What stands in every line of a measurement: device, versions, commit and date."""
+    date = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
+    return {"device": device_name(device), "versions": versions(), "commit": commit(), "date": date}
+
+
+def show(frame: pandas.DataFrame, title: str, device: torch.device) -> None:
+    """Print a measurement as a table."""
+    table = Table(*frame.columns, title=f"{title}, {device_name(device)}\n{versions()}")
+    for line in frame.itertuples(index=False):
+        table.add_row(*("-" if pandas.isna(cell) else str(cell) for cell in line))
+    console.print(table)
+
+
+def keep(frame: pandas.DataFrame, path: Path, same: list[str]) -> None:
+    """Put lines into a CSV file, in the place of those that agree with them in the columns `same`."""
+    if path.exists():
+        held = pandas.read_csv(path)
+        new = set(frame[same].itertuples(index=False, name=None))
+        frame = pandas.concat([held[[line not in new for line in held[same].itertuples(index=False, name=None)]], frame])
+    frame.to_csv(path, index=False)

@@ -1,0 +1,313 @@
+"""Attention through visibility windows, timed in every way it can be computed, and the choices of `attend` that follow.
+
+    python -m benchmarks.speed_attention
+
+All ways get the same queries, keys and values, and each is checked against float64 before it is timed. They are timed in turns, with the
+second-level cache flushed before each; the median counts. The floor is the time in which a copy moves the bytes that must be moved:
+queries, the keys and values of the context, and the output, once forward; these, the output's gradient and three gradients backward.
+
+On a CPU the batches are smaller and ways that exist for GPUs only are left out.
+
+Shapes: B images, H heads, Q queries, K keys, N tokens, M context tokens, T targets, D head width.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import pandas
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks.measure import facts, keep, show, wait
+from benchmarks.papers import ROOT
+from common.attention import CHOICES_FILE, attend, attend_reference
+from common.masking import gather_tokens, permutation_ranks, random_order
+from common.randomness import generator
+from common.run import console
+
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+PASSES = ("forward", "training")  # the second with its backward
+SAME = ["device", "shape", "batch", "way", "pass", "precision"]  # what a new measurement of replaces an old one
+# Ways that are a backend of `attend`, with a window and without.
+BACKENDS = {
+    True: {"dense mask, SDPA": "sdpa", "key mask, SDPA": "sdpa", "FlexAttention, mask rebuilt": "flex", "ours": "triton"},
+    False: {"context first, SDPA": "sdpa", "context first, ours": "triton"},
+}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest difference from float64, of output and gradients
+
+
+@dataclass
+class Case:
+    """Queries (B, H, Q, D), keys and values (B, H, K, D), the window, and the context (B, M) where the keys are one."""
+
+    shape: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    window: dict[str, Tensor]
+    context_BM: Tensor | None = None
+
+    def bytes(self, backward: bool) -> int:
+        """What must be moved at least: each needed number once forward, and all but the output's gradient twice backward."""
+        keys = self.k.shape[2] if self.context_BM is None else self.context_BM.shape[1]
+        rows, columns = (self.q.shape[0] * self.q.shape[1] * self.q.shape[3] * length for length in (self.q.shape[2], keys))
+        forward = 2 * rows + 2 * columns
+        # backward: q, k, v, output and its gradient are read, three gradients written
+        return self.q.element_size() * (forward + (4 * rows + 4 * columns if backward else 0))
+
+
+def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """MP3 at ViT-B/16 and on CIFAR, MaPeT's two streams; on a CPU with a thirty-second of the images."""
+    share = 1 if device.type == "cuda" else 32
+    made = []
+    for shape, images, H, N, M in (
+        ("MP3 ViT-B/16, eta .5", 256, 12, 197, 99),
+        ("MP3 ViT-B/16, eta .75", 256, 12, 197, 50),
+        ("MP3 ViT-S/4 at 32 px, eta .5", 1024, 6, 65, 33),
+    ):
+        B = images // share
+        rank_BN = _ranks(B, N)
+        until_BK = torch.where(rank_BN < M, N, 0)
+        made.append(_case(shape, (B, H, N, N), {"visible_until": until_BK}, device, dtype, rank_BN.argsort(1)[:, :M]))
+    B, N, M = 128 // share, 197, 50
+    for order, rank_BN in (("raster", _ranks(B, N)), ("visiting", torch.arange(N).expand(B, N))):
+        # Keys are all tokens, then a placeholder of each target; papers/mapet calls `entry` the time at which a token shows itself.
+        target_BT = (rank_BN < M).int().argsort(dim=1, stable=True)[:, : N - M]
+        entry_BN, rank_BT = rank_BN.clamp(min=M - 1), rank_BN.gather(1, target_BT)
+        key = {
+            "visible_from": torch.cat([entry_BN, torch.full_like(rank_BT, -1)], 1),
+            "visible_until": torch.cat([torch.full_like(rank_BN, N), rank_BT], 1),
+        }
+        content_BQ = torch.cat([entry_BN, torch.full_like(rank_BT, M - 1)], 1)
+        for stream, time_BQ in (("content", content_BQ), ("query", rank_BT - 1)):
+            size = (B, 12, time_BQ.shape[1], 2 * N - M)
+            made.append(_case(f"MaPeT {stream} stream, {order} order", size, {"time": time_BQ, **key}, device, dtype))
+    return made
+
+
+def ways(case: Case) -> dict[str, tuple[Way, bool]]:
+    """Each way to compute a case, and whether it takes keys and values of the context alone."""
+    window, on_gpu = case.window, case.q.device.type == "cuda"
+    mask, found = _dense(case), dict[str, tuple[Way, bool]]()
+    found["dense mask, SDPA"] = (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), False)
+    if case.context_BM is not None:
+
+        def gathered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, _context(k, case.context_BM), _context(v, case.context_BM), backend="sdpa")
+
+        found["key mask, SDPA"] = (lambda q, k, v: attend(q, k, v, backend="sdpa", **window), False)
+        found["gather per layer, SDPA"] = (gathered, False)
+        found["context first, SDPA"] = (lambda q, k, v: attend(q, k, v, backend="sdpa"), True)
+    if on_gpu:
+        blocks = create_block_mask(lambda b, h, i, j: mask[b, 0, i, j], len(mask), None, *mask.shape[2:], device=mask.device)
+        compiled = torch.compile(flex_attention)
+        found["FlexAttention, mask cached"] = (lambda q, k, v: compiled(q, k, v, block_mask=blocks), False)
+        found["FlexAttention, mask rebuilt"] = (lambda q, k, v: attend(q, k, v, backend="flex", **window), False)
+        found["ours"] = (lambda q, k, v: attend(q, k, v, backend="triton", **window), False)
+        if case.context_BM is not None:
+            for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+                found[f"context first, {name}"] = (_through(backend), True)
+            found["context first, ours"] = (lambda q, k, v: attend(q, k, v, backend="triton"), True)
+    return found
+
+
+def measure(device: torch.device, rounds: int) -> pandas.DataFrame:
+    """One line per case, way and pass. Raises RuntimeError for a way that is wrong."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    flush = torch.empty(2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
+    bandwidth, lines = _bandwidth(device), []
+    for case in cases(device, dtype):
+        known, taken = ways(case), {}
+        tensors = {name: _leaves(case, context) for name, (_, context) in known.items()}
+        gradient = torch.randn(case.q.shape, generator=generator(3), dtype=torch.float32).to(case.q)
+        for name, (way, _) in known.items():
+            _check(name, way, tensors[name], case, gradient)
+        for turn in range(rounds + 3):  # the first three warm up
+            for name, (way, _) in known.items():
+                for passes in PASSES:
+                    milliseconds = _time(way, tensors[name], gradient if passes == PASSES[1] else None, flush)
+                    if turn > 2:
+                        taken.setdefault((name, passes), []).append(milliseconds)
+        for (name, passes), values in taken.items():
+            floor = 1e3 * case.bytes(passes == PASSES[1]) / bandwidth
+            B, H, Q, D = case.q.shape
+            lines.append(
+                {
+                    "shape": case.shape,
+                    "batch": B,
+                    "heads": H,
+                    "queries": Q,
+                    "keys": tensors[name][1].shape[2],
+                    "width": D,
+                    "way": name,
+                    "pass": passes,
+                    "precision": str(dtype).removeprefix("torch."),
+                    "milliseconds": round(statistics.median(values), 3),
+                    "floor": round(statistics.median(values) / floor, 2),
+                    "GB/s": round(bandwidth / 1e9),
+                    **facts(device),
+                }
+            )
+        console.print(case.shape, style="dim")
+    return pandas.DataFrame(lines)
+
+
+def choose(frame: pandas.DataFrame, device: torch.device) -> list[dict]:
+    """For `attend`'s table: the fastest backend, forward and backward, of each shape, with a window and without."""
+    rows = {}
+    for windowed, backends in BACKENDS.items():
+        lines = frame[(frame["pass"] == PASSES[1]) & frame["way"].isin(backends)].sort_values("milliseconds", ascending=False)
+        for line in lines.itertuples():  # the fastest comes last and stays
+            key = (windowed, line.queries, line.keys, line.width)
+            rows[key] = {"device": _kind(device), "windowed": windowed, "queries": line.queries, "keys": line.keys, "width": line.width}
+            rows[key]["backend"] = backends[line.way]
+    return list(rows.values())
+
+
+def wide(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """One line per shape and way: milliseconds of a forward and of training, each with how many times the floor that is."""
+    facts = ["device", "precision", "shape", "batch", "way"]
+    lines = frame.assign(cell=[f"{ms:.3g} ms ({times:.3g})" for ms, times in zip(frame["milliseconds"], frame["floor"], strict=True)])
+    lines = lines.set_index([*facts, "pass"])["cell"].unstack("pass").reset_index()
+    order = frame[facts].drop_duplicates()
+    return order.merge(lines, on=facts)[["shape", "batch", "way", *PASSES]]
+
+
+def run(device: torch.device, rounds: int | None = None) -> None:
+    """Measure, print, and write benchmarks/speed_attention.csv and `attend`'s table of choices."""
+    frame = measure(device, rounds or (100 if device.type == "cuda" else 10))
+    show(wide(frame), f"attention, {frame['precision'][0]}", device)
+    keep(frame, ROOT / "benchmarks" / "speed_attention.csv", SAME)
+    with CHOICES_FILE.open(newline="") as file:
+        others = [row for row in csv.DictReader(file) if row["device"] != _kind(device)]
+    rows = others + choose(frame, device)
+    with CHOICES_FILE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["device", "windowed", "queries", "keys", "width", "backend"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed_attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="cpu or cuda; by default a GPU where there is one")
+    parser.add_argument("--rounds", type=int, help="how often each way is timed (default: 100, on a CPU 10)")
+    options = parser.parse_args(arguments)
+    run(torch.device(options.device), options.rounds)
+    return 0
+
+
+def _ranks(B: int, N: int) -> Tensor:
+    """A random order of N tokens per image as ranks (B, N), the class token's 0."""
+    order_BN = random_order(torch.rand(B, N - 1, generator=generator(1)))
+    return torch.cat([torch.zeros(B, 1, dtype=torch.int64), permutation_ranks(order_BN) + 1], 1)
+
+
+def _case(
+    shape: str,
+    size: tuple[int, int, int, int],
+    window: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    context_BM: Tensor | None = None,
+) -> Case:
+    """Random queries, keys and values in the strides that a packed projection leaves them in."""
+    B, H, Q, K = size
+    draw = generator(2)
+    q, k, v = (torch.randn(B, length, H, 64, generator=draw).to(device, dtype).transpose(1, 2) for length in (Q, K, K))
+    vectors = {name: vector.int().contiguous().to(device) for name, vector in window.items()}
+    return Case(shape, q, k, v, vectors, None if context_BM is None else context_BM.to(device))
+
+
+def _context(x_BHKD: Tensor, context_BM: Tensor) -> Tensor:
+    """The keys of the context, (B, H, M, D)."""
+    B, H, K, D = x_BHKD.shape
+    packed = gather_tokens(x_BHKD.transpose(1, 2).reshape(B, K, H * D), context_BM)
+    return packed.view(B, -1, H, D).transpose(1, 2)
+
+
+def _leaves(case: Case, context: bool) -> list[Tensor]:
+    """Fresh q, k, v that take gradients; k and v of the context alone where asked."""
+    tensors = [case.q, *((_context(x, case.context_BM) for x in (case.k, case.v)) if context else (case.k, case.v))]
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def _dense(case: Case) -> Tensor:
+    """The window as a boolean (B, 1, Q, K) mask."""
+    (B, _, Q, _), K, window = case.q.shape, case.k.shape[2], case.window
+    now = window["time"][:, :, None] if "time" in window else torch.arange(Q, device=case.q.device)[None, :, None]
+    mask = now < window["visible_until"][:, None, :]
+    if "visible_from" in window:
+        mask = mask & (window["visible_from"][:, None, :] <= now)
+    return mask[:, None].expand(B, 1, Q, K).contiguous()
+
+
+def _through(backend: SDPBackend) -> Way:
+    """SDPA by one of its kernels."""
+
+    def way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return way
+
+
+def _check(name: str, way: Way, leaves: list[Tensor], case: Case, gradient: Tensor) -> None:
+    """Raise RuntimeError where output or gradients differ from float64's, over the first images."""
+    few = [tensor[:2].detach().requires_grad_() for tensor in leaves]
+    window = {} if leaves[1].shape[2] != case.k.shape[2] else {key: vector[:2] for key, vector in case.window.items()}
+    expected = attend_reference(*few, **window)
+    expected = [expected, *torch.autograd.grad(expected, few, gradient[:2].double())]
+    out = way(*leaves)
+    for found, wanted in zip([out, *torch.autograd.grad(out, leaves, gradient)], expected, strict=True):
+        worst = float((found[:2].double() - wanted).detach().abs().max())
+        if not worst <= TOLERANCE[case.q.dtype]:
+            raise RuntimeError(f"{case.shape}: {name} is off by {worst:.2g} from float64")
+
+
+def _time(way: Way, leaves: list[Tensor], gradient: Tensor | None, flush: Tensor) -> float:
+    """Milliseconds of a forward, or with a gradient of a forward and a backward."""
+    device = flush.device
+    flush.zero_()
+    wait(device)
+    begun = time.perf_counter()
+    with torch.no_grad() if gradient is None else nullcontext():
+        out = way(*leaves)
+        if gradient is not None:
+            torch.autograd.grad(out, leaves, gradient)
+    wait(device)
+    return 1e3 * (time.perf_counter() - begun)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target, rates = torch.empty_like(source), []
+    for _ in range(10):
+        wait(device)
+        begun = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        rates.append(2 * source.numel() / (time.perf_counter() - begun))
+    return max(rates)
+
+
+def _kind(device: torch.device) -> str:
+    """The device as `attend` names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+if __name__ == "__main__":
+    sys.exit(main())
