@@ -12,8 +12,8 @@ import torch
 
 
 def mix(*key: int) -> int:
-    """One well-mixed 63-bit number for a key of non-negative whole numbers."""
-    return int(numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
+    """One well-mixed 63-bit number for a key of non-negative whole numbers; (1, 2) and (1, 2, 0) are different keys."""
+    return int(numpy.random.SeedSequence((len(key), *key)).generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
 
 
 def reseed(*key: int) -> None:

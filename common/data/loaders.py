@@ -23,8 +23,7 @@ from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, 
 from common.data.sets import Data, DataError, Split, read_image
 from common.randomness import generator, reseed
 
-# last in their keys and never 0: SeedSequence takes (1, 2) and (1, 2, 0) for the same key.
-# AUGMENTATION is the largest, because copy c of an image has AUGMENTATION + c in its place.
+# last in their keys; AUGMENTATION is the largest, because copy c of an image has AUGMENTATION + c in its place
 ORDER, AUGMENTATION = 1, 2
 
 log = logging.getLogger(__name__)
