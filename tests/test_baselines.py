@@ -1,0 +1,525 @@
+"""Claims about the baselines: DeiT and its teacher, MAE and its pixels, and both as papers of the reproduce command."""
+
+import copy
+import json
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from benchmarks import reproduce
+from benchmarks.baselines import deit as deit_module
+from benchmarks.baselines import distillation, mae
+from benchmarks.baselines.deit import DeiT
+from benchmarks.baselines.mae import MAE, OFFICIAL_NAMES
+from benchmarks.papers import BASELINES, ROOT, baselines, paper_module, recipes
+from benchmarks.reproduce import main
+from common.convert import ConversionError, load_method, rename
+from common.data import open_data
+from common.evaluate import Classifier
+from common.masking import gather_tokens
+from common.randomness import reseed
+from common.recipe import Protocol, RecipeError, override
+from common.results import load
+from common.vit import ViT, patchify
+from tests import parity
+
+TEACHER, CLASSES = "test_efficientnet", 5
+TO_OFFICIAL = {ours: official for official, ours in OFFICIAL_NAMES.items()}
+
+
+def encoder(**options) -> ViT:
+    torch.manual_seed(0)
+    return ViT(**{"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2, "position": "learned", **options})
+
+
+def deit(**options) -> DeiT:
+    torch.manual_seed(1)
+    return DeiT(encoder(), CLASSES, **options)
+
+
+def batch(count: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.randint(CLASSES, (count,), generator=generator)
+
+
+def make_teacher() -> nn.Module:
+    """An untrained teacher whose batch norms are not the identity, so that it shows in which mode it is."""
+    torch.manual_seed(3)
+    teacher = timm.create_model(TEACHER, num_classes=CLASSES)
+    with torch.no_grad():
+        for _ in range(3):
+            teacher.train()(torch.randn(8, 3, 32, 32) + 1)
+    return teacher.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save({"model": make_teacher().state_dict()}, path)  # the official codes' container
+    return str(path)
+
+
+@pytest.fixture
+def taught(weights) -> dict[str, str]:
+    return {"teacher": TEACHER, "teacher_weights": weights}
+
+
+def step_by_step(model: DeiT, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Both heads' logits, from the tokens laid out by hand: class, distillation, patches."""
+    vit = model.encoder
+    patches = vit.patch_embed.proj(images).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
+    first = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
+    x = torch.cat([first, model.distillation_token.expand(len(images), -1, -1), patches], 1)
+    x = vit.norm(vit.blocks(x))
+    return model.head(x[:, 0]), model.distillation_head(x[:, 1])
+
+
+# ---- DeiT's losses
+
+
+def test_the_hard_loss_is_half_the_labels_cross_entropy_and_half_that_of_the_teachers_decision(taught):
+    model, (images, targets) = deit(distillation="hard", smoothing=0.1, **taught), batch()
+    student, distilled = (logits.double().log_softmax(1) for logits in step_by_step(model, images))
+    smooth = torch.full((6, CLASSES), 0.1 / CLASSES).double().scatter_add_(1, targets[:, None], torch.full((6, 1), 0.9).double())
+    decision = make_teacher()(images).argmax(1)
+    labels, teacher = -(smooth * student).sum(1), torch.stack([-row[c] for row, c in zip(distilled, decision, strict=True)])
+    assert model.train()(images, targets).loss.item() == pytest.approx((labels / 2 + teacher / 2).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("options", "alpha", "tau"), [({}, 0.1, 3.0), ({"alpha": 0.7, "temperature": 1.5}, 0.7, 1.5)])
+def test_the_soft_loss_adds_tau_squared_times_the_divergence_of_the_softened_answers(taught, options, alpha, tau):
+    model, (images, targets) = deit(distillation="soft", **options, **taught), batch()
+    student, distilled = step_by_step(model, images)
+    total = 0.0
+    for logits, guess, told, target in zip(student, distilled, make_teacher()(images), targets, strict=True):
+        own, truth = ((x / tau).double().exp() / (x / tau).double().exp().sum() for x in (guess, told))
+        divergence = sum(t * (t / o).log() for t, o in zip(truth, own, strict=True))
+        label = -(logits.double().exp()[target] / logits.double().exp().sum()).log()
+        total += (1 - alpha) * label + alpha * tau**2 * divergence
+    assert model.train()(images, targets).loss.item() == pytest.approx((total / len(images)).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [{}, {"smoothing": 0.1}, {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}])
+def test_without_distillation_the_loss_is_that_of_fine_tuning_the_class_token(labels):
+    model, (images, targets) = deit(**labels), batch()
+    classifier = Classifier(model.encoder, CLASSES, Protocol("finetune", "finetune", pool="class", **labels))
+    classifier.head.load_state_dict(model.head.state_dict())
+    for mode in (True, False):
+        losses = []
+        for each in (model, classifier):
+            reseed(5)
+            losses.append(each.train(mode)(images, targets))
+        assert torch.equal(losses[0].loss, losses[1].loss)
+        assert torch.equal(losses[0].named["logits"], losses[1].named["logits"])
+
+
+def test_the_teacher_answers_to_the_blended_images(taught):
+    model, (images, targets) = deit(distillation="hard", mixup=0.8, cutmix=1.0, **taught), batch()
+    asked, embed, ask = [], model.encoder.embed, model.teacher
+    model.encoder.embed = lambda x: asked.append(x) or embed(x)
+    model.teacher = lambda x: asked.append(x) or ask(x)
+    model.train()(images, targets)
+    seen, told = asked
+    assert torch.equal(seen, told) and not torch.equal(seen, images)
+    assert torch.equal(images, batch()[0])
+
+
+def test_the_teacher_is_neither_trained_nor_saved_nor_copied(taught, monkeypatch):
+    made, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *words, **options: made.append(create(*words, **options)) or made[-1])
+    model, (images, targets) = deit(distillation="hard", **taught), batch()
+    (teacher,) = made
+    before = copy.deepcopy(teacher.state_dict())
+    assert set(model.state_dict()) - set(deit().state_dict()) == {
+        "distillation_token",
+        "distillation_head.weight",
+        "distillation_head.bias",
+    }
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}
+    model.train()(images, targets).loss.backward()
+    assert not teacher.training and not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())  # batch norms included
+    assert all(p.grad is not None for p in model.parameters())
+    assert copy.deepcopy(model).teacher is model.teacher
+    assert not model.teacher(images).requires_grad
+
+
+def test_the_teacher_goes_where_the_images_are(taught):
+    model = deit(distillation="hard", **taught)
+    assert model.teacher(torch.zeros(2, 3, 32, 32, device="meta")).device.type == "meta"
+
+
+def test_in_evaluation_the_answer_is_the_mean_of_both_heads_and_no_teacher_is_asked(taught):
+    model, (images, targets) = deit(distillation="hard", smoothing=0.1, mixup=0.8, **taught).eval(), batch(5)
+    student, distilled = step_by_step(model, images)
+    model.teacher = None
+    output = model(images, targets)
+    torch.testing.assert_close(output.named["logits"], (student + distilled) / 2)
+    assert output.loss.item() == pytest.approx(F.cross_entropy((student + distilled) / 2, targets).item(), rel=1e-5)
+    assert torch.equal(model(images).named["logits"], output.named["logits"])
+
+
+def test_the_distillation_token_is_read_by_its_own_head_and_matters(taught):
+    model, (images, targets) = deit(distillation="hard", alpha=1.0, **taught).train(), batch()
+    model(images, targets).loss.backward()
+    assert not model.head.weight.grad.any()
+    assert model.distillation_head.weight.grad.any() and model.distillation_token.grad.any()
+    before = model(images, targets).named["logits"]
+    with torch.no_grad():
+        model.distillation_head.weight.add_(1)
+        assert torch.equal(model(images, targets).named["logits"], before)  # in training, the class token's head alone
+        model.distillation_token.normal_()
+        assert not torch.allclose(model(images, targets).named["logits"], before)  # but the tokens attend to each other
+
+
+def test_top1_is_of_images_that_are_not_blended():
+    model, (images, targets) = deit(), batch()
+    for mode in (True, False):
+        output = model.train(mode)(images, targets)
+        assert output.metrics["top1"].item() == pytest.approx(100 * (output.named["logits"].argmax(1) == targets).float().mean().item())
+        assert not output.metrics["top1"].requires_grad
+    blending = deit(mixup=0.8)
+    assert blending.train()(images, targets).metrics == blending.train()(images[:5], targets[:5]).metrics == {}
+    assert set(blending.eval()(images, targets).metrics) == {"top1"}
+    assert blending.eval()(images).metrics == {}
+
+
+@pytest.mark.parametrize("options", [{}, {"distillation": "hard"}])
+def test_the_encoder_is_timms_vit_without_the_distillation_token(options, taught):
+    model = deit(**options, **(taught if options else {})).eval()
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    reference = timm.models.VisionTransformer(**shape).eval()
+    reference.load_state_dict(model.encoder.state_dict())  # strict
+    images, _ = batch()
+    torch.testing.assert_close(model.encoder(images), reference.forward_features(images), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_and_positions_are_not_decayed_and_new_weights_are_drawn_as_deit_draws_them(taught):
+    model = deit(distillation="hard", **taught)
+    assert model.no_weight_decay() == {"encoder.cls_token", "encoder.pos_embed", "distillation_token"}
+    large = DeiT(ViT(image_size=32, patch_size=8, width=768, depth=1, position="learned"), 1000)
+    assert large.head.weight.std().item() == pytest.approx(0.02, rel=0.01) and not large.head.bias.any()
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), encoder().parameters(), strict=True))
+
+
+def test_relative_and_absent_positions_are_taken_and_a_distillation_token_where_it_has_a_place(taught):
+    images, targets = batch()
+    for position in ("relative", "none"):
+        assert DeiT(encoder(position=position), CLASSES)(images, targets).loss.isfinite()
+    assert DeiT(encoder(position="none"), CLASSES, distillation="hard", **taught)(images, targets).loss.isfinite()
+    with pytest.raises(ValueError, match="no place among relative positions"):
+        DeiT(encoder(position="relative"), CLASSES, distillation="hard", **taught)
+    with pytest.raises(ValueError, match="reads a class token"):
+        DeiT(encoder(class_token=False), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distillation": "firm"}, "distillation='firm' is not known; choose 'none', 'hard' or 'soft'"),
+        ({"distillation": "hard", "alpha": 1.5}, "alpha=1.5 is not a number from 0 to 1"),
+        ({"distillation": "hard", "alpha": "half"}, "alpha='half' is not a number"),
+        ({"distillation": "soft", "temperature": 0}, "temperature=0 is not a number from 0.01"),
+        ({"smoothing": 1}, "smoothing=1 is not a number"),
+        ({"mixup": -0.8}, "mixup=-0.8 is not a number"),
+        ({"cutmix": float("nan")}, "cutmix=nan is not a number"),
+        ({"alpha": 0.3}, "of no use without a teacher: add distillation=hard"),
+        ({"teacher_weights": "teacher.pth"}, "of no use without a teacher"),
+    ],
+)
+def test_an_option_out_of_range_or_of_no_use_is_refused_with_its_value(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        deit(**options)
+
+
+def test_an_option_that_deit_does_not_have_is_refused_with_the_nearest():
+    recipe = override(deit_module.digits(), ["method.distilation=hard"])
+    with pytest.raises(RecipeError, match="DeiT has no option 'distilation'.*did you mean distillation"):
+        deit_module.build(recipe, recipe.build_encoder(1), 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "regnety160"}, "teacher='regnety160' is no model of timm's; did you mean regnety_160"),
+        ({"teacher": 160}, "teacher=160 is no model of timm's"),
+        ({"teacher": f"{TEACHER}.nobody"}, "Invalid pretrained tag .nobody.*teacher_weights=PATH"),
+        ({"teacher": "regnety_160.deit_in1k"}, "timm's weights of it know 1000 classes, the data have 5.*teacher_weights=PATH"),
+        ({"teacher": TEACHER, "teacher_weights": "nowhere.pth"}, "there is no checkpoint at nowhere.pth"),
+    ],
+)
+def test_a_teacher_that_cannot_be_had_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        deit(distillation="hard", **options)
+
+
+def test_a_teacher_of_other_weights_classes_or_image_sizes_is_refused(weights, tmp_path):
+    with pytest.raises(ConversionError, match="another method or another configuration"):
+        deit(distillation="hard", teacher="test_resnet", teacher_weights=weights)
+    with pytest.raises(ConversionError, match="other shapes: classifier.bias, classifier.weight"):
+        DeiT(encoder(), CLASSES + 1, distillation="hard", teacher=TEACHER, teacher_weights=weights)
+    vit = "vit_tiny_patch16_224"
+    torch.save(timm.create_model(vit, num_classes=CLASSES).state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(RecipeError, match="does not take images of 32 x 32 pixels"):
+        deit(distillation="hard", teacher=vit, teacher_weights=str(tmp_path / "vit.pth"))
+
+
+def test_without_a_file_timms_weights_are_taken_and_a_download_that_fails_is_said(monkeypatch):
+    asked, create = [], timm.create_model
+
+    def pretrained(name: str, pretrained: bool, **options):
+        asked.append(pretrained)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", pretrained)
+    assert distillation.load_teacher(TEACHER, None, 1000, (3, 32, 32))(torch.zeros(2, 3, 32, 32)).shape == (2, 1000)
+    assert asked == [True]
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(RecipeError, match="not to be had .no network.; name a checkpoint of it: teacher_weights=PATH"):
+        distillation.load_teacher(TEACHER, None, 1000, (3, 32, 32))
+
+
+def test_the_distilled_recipe_asks_for_the_papers_teacher(monkeypatch):
+    asked = []
+    monkeypatch.setattr(deit_module, "load_teacher", lambda *words: asked.append(words))
+    recipe = deit_module.imagenet_vitb16_distilled()
+    with torch.device("meta"):
+        model = deit_module.build(recipe, recipe.build_encoder(3), 1000)
+    assert asked == [("regnety_160.deit_in1k", None, 1000, (3, 224, 224))]
+    assert (model.distillation, model.alpha, recipe.supervised) == ("hard", 0.5, True)
+    assert sum(p.numel() for p in model.parameters()) == 87_338_192 - 768  # timm's deit_base_distilled; its token has a position
+
+
+# ---- MAE
+
+
+def mae_model(**options) -> MAE:
+    torch.manual_seed(1)
+    sizes = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
+    return MAE(encoder(position="sincos"), **sizes | options)
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.75, 4), (0.7, 4), (0.5, 8), (0.3, 11), (0.9, 1)])
+def test_the_encoder_sees_the_whole_part_of_the_share_that_is_not_hidden(ratio, kept):
+    model, noise = mae_model(mask_ratio=ratio), torch.rand(6, 16)
+    named = model(batch()[0], noise=noise).named
+    assert model.visible == kept and named["encoded"].shape == (6, 1 + kept, 32)
+    assert torch.equal(named["order"][:, :kept], noise.argsort(1)[:, :kept])
+
+
+def test_what_is_hidden_does_not_reach_the_encoder():
+    model, (images, _), noise = mae_model(), batch(), torch.rand(6, 16)
+    hidden = torch.zeros(6, 16).scatter_(1, noise.argsort(1)[:, model.visible :], 1.0)
+    pixels = hidden.view(6, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    changed = torch.where(pixels == 1, torch.randn_like(images), images)
+    assert torch.equal(model(images, noise=noise).named["encoded"], model(changed, noise=noise).named["encoded"])
+
+
+def test_the_loss_is_over_the_hidden_patches_alone_normalised_one_by_one():
+    model, (images, _) = mae_model(), batch()
+    output = model(images, noise=torch.rand(6, 16))
+    painted = model.decoder(output.named["encoded"], output.named["order"])
+    errors = []
+    for image, row, order in zip(images, painted, output.named["order"], strict=True):
+        for cell in order[model.visible :].tolist():
+            top, left = 8 * (cell // 4), 8 * (cell % 4)
+            truth = image[:, top : top + 8, left : left + 8].permute(1, 2, 0).flatten()
+            errors.append(((row[cell] - (truth - truth.mean()) / (truth.var() + 1e-6).sqrt()) ** 2).mean())
+    assert len(errors) == 6 * 12
+    assert output.loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_ratio": 0.95}, "mask_ratio=0.95 leaves none of the 16 tokens"),
+        ({"mask_ratio": 1.2}, "mask_ratio=1.2 is not a share"),
+        ({"mask_ratio": 0.0}, "mask_ratio=0.0 hides none of the 16 patches"),
+        ({"decoder_heads": 3}, "decoder_width=32 is not a multiple of decoder_heads=3"),
+    ],
+)
+def test_a_ratio_or_a_decoder_that_cannot_be_is_refused_with_its_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        mae_model(**options)
+
+
+@pytest.mark.parametrize("options", [{"position": "none"}, {"position": "relative"}, {"class_token": False}])
+def test_mae_refuses_an_encoder_without_class_token_or_positions(options):
+    with pytest.raises(ValueError, match="the encoder needs both"):
+        MAE(encoder(**{"position": "sincos", **options}))
+
+
+def test_the_official_names_cover_every_tensor_both_ways():
+    model, other = mae_model(), mae_model()
+    official = rename(model.state_dict(), TO_OFFICIAL)
+    assert len(official) == len(model.state_dict()) and not [name for name in official if name.startswith(("encoder.", "decoder."))]
+    assert {"mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight"} <= set(official)
+    assert {"decoder_norm.bias", "decoder_pred.weight", "cls_token", "pos_embed", "patch_embed.proj.bias", "norm.weight"} <= set(official)
+    for parameter in other.parameters():
+        nn.init.constant_(parameter, 3)
+    coverage = load_method(other, {f"module.{name}": tensor for name, tensor in official.items()}, OFFICIAL_NAMES)
+    assert not coverage.missing and not coverage.unexpected
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+
+class Perfect(nn.Module):
+    """A decoder that knows the images: every patch normalised by its own mean and deviation, channels last."""
+
+    def __init__(self, images: Tensor, patch: int):
+        super().__init__()
+        patches = patchify(images, patch).unflatten(-1, (images.shape[1], -1)).transpose(-1, -2).flatten(-2)
+        self.answer = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-12).sqrt()
+
+    def forward(self, x_BTD: Tensor, order_BN: Tensor) -> Tensor:
+        return self.answer
+
+    def loss(self, *_) -> Tensor:
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_picture_shows_image_visible_patches_and_what_was_painted_around_them(channels, tmp_path, monkeypatch):
+    shown, imshow = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axes, image, **options: shown.append(image) or imshow(axes, image, **options))
+    data = open_data("digits")
+    data.mean, data.std = (0.5,) * channels, (0.25,) * channels
+    images = batch(2)[0][:, :channels].clamp(-2, 2)
+    model = MAE(encoder(position="sincos", channels=channels), decoder_width=32, decoder_depth=1, decoder_heads=2)
+    model.decoder = Perfect(images, 8)
+    mae.illustrate(model, images, data, tmp_path)
+    assert (tmp_path / "reconstruction.png").stat().st_size > 1000
+    assert len(shown) == 6  # column by column
+    for image, whole, seen, painted in zip(images * 0.25 + 0.5, shown[:2], shown[2:4], shown[4:], strict=True):
+        whole, seen, painted = (torch.as_tensor(x).view(32, 32, channels) for x in (whole, seen, painted))
+        torch.testing.assert_close(whole, image.permute(1, 2, 0))
+        torch.testing.assert_close(painted, whole, rtol=1e-3, atol=1e-3)
+        grey = (seen == 0.45).all(-1)
+        assert grey.view(4, 8, 4, 8).all(3).all(1).sum() == 12 and grey.sum() == 12 * 64
+        torch.testing.assert_close(seen[~grey], whole[~grey])
+
+
+# ---- MAE computes what the official code computed (rule B of the parity figures)
+
+
+def counted(shape: tuple[int, ...]) -> Tensor:
+    """0, 1, 2, ... in row-major order."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+
+
+def by_name(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights from the bytes of their names; the position embeddings keep their values."""
+    filled = {}
+    for name, tensor in official.items():
+        wave = 0.05 * torch.sin(1 + 0.7 * counted(tensor.shape) + 0.13 * (sum(name.encode()) % 1009))
+        scale = "norm" in name and name.endswith(".weight")
+        filled[name] = tensor if "pos_embed" in name else (wave + scale).float()
+    return filled
+
+
+@pytest.mark.parametrize("name", parity.golden("mae"))
+def test_mae_gives_the_official_figures(name):
+    case = parity.golden("mae")[name]
+    vit = ViT(image_size=64, patch_size=16, width=64, depth=2, heads=4)
+    model = MAE(vit, decoder_width=32, decoder_depth=2, decoder_heads=4)
+    load_method(model, by_name(rename(model.state_dict(), TO_OFFICIAL)), OFFICIAL_NAMES)
+    images = torch.sin(0.01 * counted((2, 3, 64, 64))).float()
+    noise = (torch.sin(12.9898 * counted((2, 16)) + 1) * 43758.5453).remainder(1)
+    output = model(images, noise=noise)
+    order = output.named["order"]
+    painted = model.decoder(output.named["encoded"], order)
+    assert order[:, :4].tolist() == case["keep_ids"]
+    assert torch.ones(16).scatter_(0, order[0, :4], 0).long().tolist() == case["mask_row0"]
+    assert painted[0, 0, :4].tolist() == pytest.approx(case["pred_[0,0,:4]"], abs=1e-6)
+    assert painted.abs().mean().item() == pytest.approx(case["pred_absmean"], rel=1e-6)
+    loss = output.loss
+    if name == "mae_normpix_False":  # MAE's other target, the plain pixels, which is not offered here
+        plain = patchify(images, 16).unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
+        loss = F.mse_loss(gather_tokens(painted, order[:, 4:]), gather_tokens(plain, order[:, 4:]))
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+    loss.backward()
+    gradients = rename({name: parameter.grad for name, parameter in model.named_parameters()}, TO_OFFICIAL)
+    for key, norm in case["grad_norm"].items():
+        assert gradients[key].norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-8), key
+
+
+# ---- as papers of the reproduce command
+
+
+def test_the_baselines_are_these_two_and_each_is_one_short_file():
+    assert baselines() == ["deit", "mae"]
+    for name in baselines():
+        assert len((ROOT / BASELINES / f"{name}.py").read_text().splitlines()) <= 150
+
+
+def test_deit_reports_its_own_accuracy_as_training_from_scratch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    (tmp_path / BASELINES).mkdir(parents=True)
+    assert main(["deit", "--device", "cpu", "--epochs", "2", "--out", str(tmp_path / "runs"), "--record"]) == 0
+    said = capsys.readouterr().out
+    assert "deit, recipe digits" in said and "scratch" in said
+    ledger = load(tmp_path / BASELINES / "results.csv")
+    assert set(ledger["paper"]) == {"deit"} and set(ledger["log"]) == {"benchmarks/baselines/logs/deit-digits-2ep-seed0.txt"}
+    kinds = set(zip(ledger["protocol"], ledger["start"], ledger["metric"], strict=True))
+    assert kinds == {("scratch", "scratch", "top1"), *(("knn", start, "top1") for start in ("pretrained", "random", "pixels"))}
+    assert "top1" in (tmp_path / ledger["log"][0]).read_text()
+    directory = tmp_path / "runs" / "deit" / "digits-2ep-seed0" / "pretrain"
+    assert json.loads((directory / "recipe.json").read_text())["recipe"]["supervised"] is True
+    result = json.loads((directory / "result.json").read_text())
+    assert ledger.query("protocol == 'scratch'")["value"].item() == pytest.approx(result["top1"], abs=1e-4)
+    assert not [name for name in load_file(directory / "encoder.safetensors") if "distillation" in name or "head" in name]
+
+
+def test_a_distilled_run_needs_no_more_than_a_name_and_a_file(tmp_path):
+    teacher = timm.create_model(TEACHER, num_classes=10, in_chans=1)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    changes = ["distillation=soft", f"teacher={TEACHER}", f"teacher_weights={tmp_path / 'teacher.pth'}", "mixup=0.8"]
+    arguments = [word for change in changes for word in ("--set", f"method.{change}")]
+    assert main(["deit", "--device", "cpu", "--epochs", "1", "--out", str(tmp_path), *arguments]) == 0
+    saved = torch.load(tmp_path / "deit" / "digits-1ep-seed0" / "pretrain" / "checkpoint.pt", weights_only=True)["model"]
+    assert "distillation_token" in saved and not [name for name in saved if "teacher" in name]
+    assert "top1" in json.loads((tmp_path / "deit" / "digits-1ep-seed0" / "pretrain" / "result.json").read_text())
+
+
+def test_mae_runs_through_all_its_protocols_and_leaves_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    (tmp_path / BASELINES).mkdir(parents=True)
+    names = [protocol.name for protocol in mae.digits().protocols if protocol.stage]
+    short = [word for name in names for word in ("--set", f"{name}.stage.epochs=1")]
+    assert main(["mae", "--device", "cpu", "--epochs", "2", "--out", str(tmp_path / "runs"), "--record", *short]) == 0
+    assert (tmp_path / "runs" / "mae" / "digits-2ep-seed0" / "pretrain" / "reconstruction.png").stat().st_size > 0
+    ledger = load(tmp_path / BASELINES / "results.csv")
+    starts = set(zip(ledger["protocol"], ledger["start"], strict=True))
+    tuned = {(name, start) for name in names if name != "linear" for start in ("pretrained", "scratch")}
+    frozen = {(name, start) for name in ("linear", "knn") for start in ("pretrained", "random")}
+    assert starts == tuned | frozen | {("knn", "pixels")}
+    assert "# finetune-scratch" in (tmp_path / "benchmarks/baselines/logs/mae-digits-2ep-seed0.txt").read_text()
+
+
+def test_what_the_baselines_train_by_on_imagenet_is_what_the_papers_print():
+    """MAE: Tables 8 to 10. DeiT: Table 9."""
+    recipe = recipes(paper_module("mae"))["imagenet_vitb16_800"]()
+    stage, (tune, probe) = recipe.pretrain, recipe.protocols
+    assert (stage.epochs, stage.batch_size, stage.base_lr, stage.warmup_epochs) == (800, 4096, 1.5e-4, 40)
+    assert (stage.betas, stage.weight_decay, stage.layer_decay, stage.lr_batch) == ((0.9, 0.95), 0.05, None, 256)
+    assert (stage.augmentation.scale, stage.augmentation.flip, stage.augmentation.randaugment) == ((0.2, 1.0), 0.5, None)
+    assert (tune.stage.epochs, tune.stage.batch_size, tune.stage.base_lr, tune.stage.lr_batch) == (100, 1024, 1e-3, 256)
+    assert (tune.stage.warmup_epochs, tune.stage.layer_decay, tune.stage.betas, tune.stage.weight_decay) == (5, 0.75, (0.9, 0.999), 0.05)
+    assert (tune.drop_path, tune.mixup, tune.cutmix, tune.smoothing) == (0.1, 0.8, 1.0, 0.1)
+    assert (tune.pool, tune.position, tune.stage.augmentation.repeats, tune.stage.augmentation.erase) == ("mean", "learned", 1, 0.25)
+    assert (probe.stage.optimizer, probe.stage.lr, probe.stage.weight_decay, probe.pool) == ("lars", 6.4, 0.0, "class")
+    assert (probe.stage.epochs, probe.stage.warmup_epochs, probe.stage.augmentation.scale) == (90, 10, (0.08, 1.0))
+    assert recipes(paper_module("mae"))["imagenet_vitb16_1600"]().pretrain.epochs == 1600
+    deit_b = recipes(paper_module("deit"))["imagenet_vitb16"]()
+    assert (deit_b.pretrain.epochs, deit_b.pretrain.batch_size, deit_b.pretrain.lr) == (300, 1024, 1e-3)
+    assert deit_b.method == {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1} and deit_b.encoder == {"position": "learned", "drop_path": 0.1}
+    assert deit_b.pretrain.augmentation.repeats == 3 and recipes(paper_module("deit"))["imagenet_vits16"]().size == "small"
