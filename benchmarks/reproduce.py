@@ -97,8 +97,10 @@ class Reproduction:
         """All stages in order; returns a row per number."""
         rows = self.pretrain() if self.options.encoder is None else self.convert(self.options.encoder)
         for protocol in self.recipe.protocols:
-            starts = ("pretrained", "scratch") if protocol.kind == "finetune" else ("pretrained", "random")
-            for start in (*starts, "pixels") if protocol.kind == "knn" else starts:
+            starts = ["pretrained", "scratch" if protocol.kind == "finetune" else "random"]
+            if protocol.kind == "knn" and self.data.train.images is not None:  # nobody has the memory for the pixels of ImageNet
+                starts.append("pixels")
+            for start in starts:
                 rows += self.evaluate(protocol, start)
         return rows
 
@@ -248,6 +250,8 @@ def reproduce(options: Options) -> list[results.Row]:
     recipe = override(recipe, options.set)
     if options.epochs is not None:
         recipe = dataclasses.replace(recipe, pretrain=dataclasses.replace(recipe.pretrain, epochs=options.epochs))
+    if options.encoder is not None and not recipe.protocols:
+        raise RecipeError(f"the recipe {name} of {options.paper} has no protocol by which to judge an encoder; choose another RECIPE")
     fabric = make_fabric(options.device, options.precision, options.strategy)
     fabric.launch()
     rows = []
@@ -270,9 +274,8 @@ def show(paper: str, rows: list[results.Row]) -> None:
     """The table on the screen: this run, training from scratch, and the published numbers."""
     frame, first = comparison(paper, results.frame(rows)), rows[0]
     seeds = len({row.seed for row in rows})
-    heading = (
-        f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of pre-training, {seeds} seed{'s' if seeds > 1 else ''}"
-    )
+    training = "training" if first.protocol == "scratch" else "pre-training"
+    heading = f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of {training}, {seeds} seed{'s' if seeds > 1 else ''}"
     table = Table(
         title=heading, caption="top-1 in percent; from scratch: the same training without pre-training, for linear and knn a random encoder"
     )

@@ -49,8 +49,21 @@ def test_sizes_and_ratios_that_leave_nothing_are_refused_with_their_values(capsy
     assert "image size 8 x 8 is not a multiple of the patch size 3" in refused(capsys, "droppos", "--set", "patch_size=3", *out)
     assert "mask_ratio=0.99 leaves none of the 16 tokens" in refused(capsys, "droppos", "--set", "method.mask_ratio=0.99", *out)
     assert "position_mask_ratio=0 drops no position" in refused(capsys, "droppos", "--set", "method.position_mask_ratio=0", *out)
+    assert "eta='half' is not a share between 0 and 1" in refused(capsys, "mp3", "--set", "method.eta=half", *out)
+    assert "eta=1.0 leaves none of the 16 tokens" in refused(capsys, "mp3", "--set", "method.eta=1.0", *out)
+    assert "eta=-0.5 is not a share between 0 and 1" in refused(capsys, "mp3", "--set", "method.eta=-0.5", *out)
+    assert "must not be told them: build it with position=" in refused(capsys, "mp3", "--set", "encoder.position=learned", *out)
     too_large = refused(capsys, "droppos", "--set", "pretrain.batch_size=4096", *out)
     assert "1437" in too_large and "4096" in too_large
+
+
+def test_an_encoder_that_no_protocol_would_judge_is_refused(capsys, tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    for split in ("train", "val"):
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / "0.png")
+    said = refused(capsys, "deit", "--data", str(tmp_path), "--encoder", str(tmp_path / "any.pth"))
+    assert "the recipe imagenet_vitb16 of deit has no protocol" in said
 
 
 def test_a_folder_is_refused_by_what_is_wrong_with_it(capsys, tmp_path):

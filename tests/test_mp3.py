@@ -7,8 +7,6 @@ Shapes: B images, N cells, M context patches, T tokens (class token first), D wi
 """
 
 import math
-import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,20 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import common.vit
-from benchmarks.papers import choose_recipe, paper_module
-from benchmarks.table import alike, claims, closeness, comparison
 from common.attention import attend
-from common.convert import ConversionError, load_encoder, load_method, rename
-from common.data import open_data
-from common.evaluate import Classifier
+from common.convert import load_method, rename
 from common.masking import gather_tokens, permutation_ranks
-from common.positions import relative_targets
-from common.results import ROOT, frame
 from common.vit import ViT, patchify, vit
 from mp3.method import MP3, OFFICIAL_NAMES, UNUSED_NAMES
-from mp3.recipe import illustrate
 from tests import parity
-from tests.test_results import ROW
 from tests.test_vit import redraw
 
 B, N, M, T, D = 5, 16, 8, 17, 32  # M at eta .5
@@ -482,106 +472,3 @@ def test_an_encoder_that_is_told_positions_is_refused(position):
 def test_images_of_another_size_are_refused_by_their_size():
     with pytest.raises(ValueError, match=r"\(3, 16, 16\), got \(3, 16, 20\)"):
         build()(torch.zeros(B, 3, 16, 20))
-
-
-# ---- fine-tuning, where positions come in
-
-BIAS = "blocks.{}.attn.rel_pos.relative_position_bias_table"
-ADDED = {"none": set(), "learned": {"pos_embed"}, "relative": {BIAS.format(block) for block in range(3)}}
-
-
-def tuned(position: str, source: MP3) -> ViT:
-    """An encoder with positions of this kind, the rest from pre-training."""
-    torch.manual_seed(0)
-    encoder = ViT(**SHAPE, position=position)
-    coverage = load_encoder(encoder, source.encoder.state_dict(), allow_missing=sorted(ADDED[position]))
-    assert set(coverage.loaded) == set(source.encoder.state_dict()) and set(coverage.missing) == ADDED[position]
-    assert coverage.unexpected == coverage.reshaped == ()
-    return encoder.eval()
-
-
-@pytest.mark.parametrize("position", ADDED)
-def test_a_pretrained_encoder_covers_all_of_one_with_positions_but_the_positions(position):
-    source = build()
-    encoder = tuned(position, source)
-    assert all(torch.equal(encoder.state_dict()[name], tensor) for name, tensor in source.encoder.state_dict().items())
-    assert encoder.state_dict().keys() - source.encoder.state_dict().keys() == ADDED[position]
-    for name in ADDED[position]:
-        with pytest.raises(ConversionError, match=re.escape(name)):
-            load_encoder(ViT(**SHAPE, position=position), source.encoder.state_dict(), allow_missing=ADDED[position] - {name})
-
-
-def test_relative_positions_start_without_effect_and_learned_ones_do_not():
-    source, images = build(), draw()["images"]
-    expected = source.encoder(images)
-    for position, same in (("none", True), ("relative", True), ("learned", False)):
-        found = tuned(position, source)(images)
-        assert ((found - expected).abs().max() < 1e-5) == same, position
-
-
-@pytest.mark.parametrize("position", ["learned", "relative"])
-def test_positions_learn_in_fine_tuning(position):
-    encoder = tuned(position, build())
-    protocol = next(p for p in choose_recipe(paper_module("mp3"), "digits", None)[1].protocols if p.position == position)
-    classifier = Classifier(encoder, 10, protocol).train()
-    nn.init.normal_(classifier.head.weight)
-    classifier(draw()["images"], torch.arange(B)).loss.backward()
-    parameters = dict(encoder.named_parameters())
-    assert ADDED[position] and all((parameters[name].grad != 0).any() for name in ADDED[position])
-    assert {f"encoder.{name}" for name in ADDED[position]} <= classifier.no_weight_decay()
-
-
-def test_the_bias_of_two_cells_depends_on_their_offset_alone():
-    grid = (3, 4)
-    encoder = ViT(**SHAPE | {"image_size": (12, 16)}, position="relative")
-    table = encoder.blocks[1].attn.rel_pos
-    nn.init.normal_(table.relative_position_bias_table)
-    bias = table.get_bias()[0].detach()
-    assert bias.shape == (2, 13, 13)
-    cells, offset = bias[:, 1:, 1:].flatten(1), relative_targets(grid).flatten()
-    # Two pairs of one offset, by hand: (0, 0) from (1, 2) and (1, 1) from (2, 3).
-    assert torch.equal(bias[:, 1 + 6, 1 + 0], bias[:, 1 + 11, 1 + 5])
-    lowest, highest = (
-        torch.zeros(2, 35).scatter_reduce(1, offset.expand(2, -1), cells, how, include_self=False) for how in ("amin", "amax")
-    )
-    assert torch.equal(lowest, highest) and lowest.unique().numel() == 2 * 35
-    # The class token has no cell: one bias as a query, one as a key.
-    assert all((part == part[:, :1]).all() for part in (bias[:, 0, 1:], bias[:, 1:, 0])) and (bias[:, 0, 1] != bias[:, 1, 0]).all()
-
-
-def test_relative_biases_are_added_to_the_scores_in_every_block():
-    source, images = build(), draw()["images"]
-    expected = source.encoder(images)
-    for block in range(3):
-        encoder = tuned("relative", source)
-        nn.init.normal_(encoder.blocks[block].attn.rel_pos.relative_position_bias_table)
-        assert (encoder(images) - expected).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("data", "values"), [("cifar100", {"none": "82.6", "absolute": "84.0", "2d_relative": "84.2"})]
-    + [("tiny-imagenet", {"none": "68.2", "absolute": "72.8", "2d_relative": "73.2"})]
-)  # fmt: skip
-def test_each_position_of_table_3_is_fine_tuned_and_stands_beside_its_published_number(data, values):
-    recipe = choose_recipe(paper_module("mp3"), data, None)[1]
-    protocols = {p.name: p for p in recipe.protocols if p.kind == "finetune"}
-    assert protocols.keys() == {f"finetune_{name}" for name in values}
-    positions = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
-    assert {name: protocols[f"finetune_{name}"].position for name in values} == positions
-    shared = {"paper": "mp3", "data": data, "backbone": recipe.backbone, "pretrain_epochs": recipe.pretrain.epochs}
-    lines = [replace(ROW, **shared, protocol=name) for name in protocols]
-    table = claims("mp3", ROOT)
-    for line in lines:
-        equal = [row.value for row in table.itertuples() if alike(row, line) and all(closeness(row, line))]
-        assert equal == [values[line.protocol.removeprefix("finetune_")]]
-    said = comparison("mp3", frame(lines)).set_index("Protocol")["Published"].to_dict()
-    title = {"cifar100": "CIFAR-100"}.get(data, data)
-    assert said == {f"finetune {name}".replace("_", " "): f"{value} ({title}, ViT-S, 2000 ep)" for name, value in values.items()}
-
-
-def test_a_picture_of_the_positions_is_drawn(tmp_path):
-    data = open_data("digits")
-    recipe = choose_recipe(paper_module("mp3"), "digits", None)[1]
-    method = paper_module("mp3").build(recipe, recipe.build_encoder(1), 10)
-    illustrate(method, torch.randn(2, 1, 8, 8), data, tmp_path)
-    assert (tmp_path / "positions.png").stat().st_size > 1000
