@@ -11,6 +11,8 @@ Shapes: B images, H heads, Q queries, K keys, D head width.
 
 import csv
 import math
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -116,7 +118,10 @@ def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tenso
     return flex(q_BHQD, k_BHKD, v_BHKD, block_mask=blocks)
 
 
-_compiled_flex, _compiled_block_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
+@cache
+def _compiled(function: Callable) -> Callable:
+    """Compiled once, and only where it is used: torch.compile takes seconds to load."""
+    return torch.compile(function)
 
 
 def _attend_triton(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tensor | None) -> Tensor:
