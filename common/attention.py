@@ -102,8 +102,9 @@ def _attend_sdpa(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias_HQK: Tenso
 
 
 def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tensor | None) -> Tensor:
-    make_mask, flex = _compiled_block_mask, _compiled_flex
-    if q_BHQD.device.type != "cuda":
+    if q_BHQD.device.type == "cuda":
+        make_mask, flex = _compiled(create_block_mask), _compiled(flex_attention)
+    else:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHQD, k_BHKD, v_BHKD)):
             raise ValueError(f"the flex backend has no gradients on {q_BHQD.device}; choose 'sdpa', or attend under torch.no_grad()")
         q_BHQD, k_BHKD, v_BHKD = q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach()
