@@ -47,5 +47,5 @@ lint: .venv/installed  ## ruff: rules and format
 table: .venv/installed  ## write the tables of the READMEs from the results
 	$(python) -m benchmarks.table $(ARGS)
 
-speed: .venv/installed  ## time training steps and attention; with PAPER, that paper's variants beside the baselines'
+speed: .venv/installed  ## time training steps and attention; with PAPER=, that paper beside the baselines
 	$(python) -m benchmarks.speed $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(ARGS)

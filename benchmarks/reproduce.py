@@ -275,7 +275,9 @@ def show(paper: str, rows: list[results.Row]) -> None:
     frame, first = comparison(paper, results.frame(rows)), rows[0]
     seeds = len({row.seed for row in rows})
     training = "training" if first.protocol == "scratch" else "pre-training"
-    heading = f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of {training}, {seeds} seed{'s' if seeds > 1 else ''}"
+    heading = (
+        f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of {training}, {seeds} seed{'s' if seeds > 1 else ''}"
+    )
     table = Table(
         title=heading, caption="top-1 in percent; from scratch: the same training without pre-training, for linear and knn a random encoder"
     )

@@ -84,6 +84,30 @@ def test_an_unmeasured_published_number_says_not_measured_yet(root: Path) -> Non
     assert "\n\nnot measured yet\n\n" in (root / "droppos" / "README.md").read_text()
 
 
+def test_of_a_baseline_the_root_readme_has_what_was_measured_and_its_own_page_all(root: Path) -> None:
+    folder = root / "benchmarks" / "baselines"
+    folder.mkdir(parents=True)
+    (folder / "deit.py").touch()
+    (folder / "README.md").write_text("".join(f"<!-- table: {name} deit -->\n<!-- /table -->\n" for name in ("published", "measured")))
+    numbers = [("DeiT-B", BASE, "81.8"), ("DeiT-S", "vit_small_patch16_224", "79.8")]
+    lines = "".join(
+        f"deit,Table 5,classification,imagenet1k,{name},{model},300,,scratch,top1,{n},paper,first_hand\n" for name, model, n in numbers
+    )
+    (folder / "published.csv").write_text(
+        f"{HEADER}\n{lines}mae,Table 3,classification,imagenet1k,MAE,{BASE},1600,,finetune,top1,83.6,paper,first_hand\n"
+    )
+    row = replace(
+        IMAGENET, paper="deit", protocol="scratch", start="scratch", pretrain_epochs=300, value=80.5, log="benchmarks/baselines/logs/a.txt"
+    )
+    append(folder / "results.csv", [row])
+    (folder / "logs").mkdir()
+    (root / row.log).touch()
+    assert table.update(root)[1] == []
+    assert cells(root / "README.md", "80.50")[4:7] == ["scratch", "81.8", "80.50 (1 seed)"]
+    assert "79.8" not in (root / "README.md").read_text() and "83.6" not in (folder / "README.md").read_text()
+    assert cells(folder / "README.md", "79.8") and cells(folder / "README.md", "80.50")[-1] == "[log](logs/a.txt)"
+
+
 def test_only_what_the_authors_say_of_their_own_method_counts_as_published(root: Path) -> None:
     table.update(root)
     assert not re.search(r"83\.1|82\.91|42\.6", (root / "README.md").read_text())
