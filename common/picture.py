@@ -26,7 +26,7 @@ def draw_positions(
     """Write a picture with a row per image: the image, what the model saw, and its dropped patches where the model puts them.
 
     cell (B, V) is the true cell of each visible patch, predicted (B, V) the model's, dropped (B, V) tells whose position was
-    dropped, framed (B, V) which have a white frame in the middle, under the caption. Green frames are right, red ones wrong;
+    dropped, framed (B, V) which have a golden frame in the middle, under the caption. Green frames are right, red ones wrong;
     where several patches are put into one cell the last is drawn.
     """
     pixels_BCHW = _as_pixels(images_BCHW, data)
@@ -50,7 +50,7 @@ def draw_positions(
                 axis.set_title(title, fontsize=10)
         for c, p, d, f in zip(cell.tolist(), predicted.tolist(), dropped.tolist(), framed.tolist(), strict=True):
             if f:
-                _frame(axes[row][1], c, columns, patch, "white")
+                _frame(axes[row][1], c, columns, patch, "gold")
             if d:
                 _frame(axes[row][2], p, columns, patch, "limegreen" if c == p else "red")
     figure.savefig(path, dpi=100)
@@ -75,5 +75,7 @@ def _channels_last(image_CHW: Tensor) -> numpy.ndarray:
 
 
 def _frame(axis, cell: int, columns: int, patch: int, color: str) -> None:
-    top, left = divmod(cell, columns)
-    axis.add_patch(Rectangle((left * patch - 0.5, top * patch - 0.5), patch, patch, fill=False, edgecolor=color, linewidth=1.2))
+    """A frame just inside its patch, so that neighbours do not draw each other's."""
+    (top, left), inset = divmod(cell, columns), 0.05 * patch
+    corner = left * patch - 0.5 + inset, top * patch - 0.5 + inset
+    axis.add_patch(Rectangle(corner, patch - 2 * inset, patch - 2 * inset, fill=False, edgecolor=color, linewidth=1.2))
