@@ -12,7 +12,7 @@ help:  ## this text
 	@printf '\nVariables of make reproduce:\n'
 	@sed -n 's/^#: //p' Makefile
 
-#:   PAPER=droppos   which paper, by its folder
+#:   PAPER=droppos   which paper, by its folder, or a baseline: deit, mae
 #:   EPOCHS=800      epochs of pre-training, in place of the recipe's
 #:   DATA=digits     digits, cifar10, cifar100, tiny-imagenet, or a folder with train/ and val/ in ImageFolder layout
 #:   RECIPE=digits   a recipe of the paper by name; by default the one meant for the data
@@ -27,7 +27,7 @@ help:  ## this text
 setup: .venv/installed  ## make .venv; the other targets do it by themselves
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo 'making .venv: a minute or more, 1.5 GB (with a CUDA build of torch several)'
+	@echo 'making .venv: a minute or more, 2 GB (with a CUDA build of torch several)'
 	@$(PYTHON) -m venv .venv
 	@$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
