@@ -42,7 +42,7 @@ def digits() -> Recipe:
 
     Encoder, batches and budget are those of DropPos' digits recipe, so that the two can be held side by side; the rest was chosen by the
     experiments in README.md's log. Hardware: two CPU cores, nine minutes a seed. Expected, over three seeds: position top-1 about 45
-    (chance 6.25); with all labels and no, absolute, 2-D relative positions 80, 96, 91, from scratch 38, 84, 50; with 20 per class 69 and 46.
+    (chance 6.25); with all labels and no, absolute, 2-D relative positions 80, 96, 91 (scratch 38, 84, 50); 20 per class 69 (46).
     """
     pretrain = Stage(
         epochs=200,
