@@ -34,7 +34,7 @@ def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=droppos`. Ours; no paper has it.
 
     Chosen by the experiments in README.md's log. Hardware: two CPU cores, under five minutes a seed. Expected, over three seeds:
-    position top-1 about 53 (chance 6.25); with 5 labels per class about 80, from scratch 42; with 20, 94 and 66; with all, 99 and 96.
+    position top-1 about 52 (chance 6.25); with 5 labels per class about 75, from scratch 40; with 20, 93 and 62; with all, 99 and 97.
     """
     pretrain = Stage(
         epochs=200,
