@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; by default a GPU where there is one"
     )
     parser.add_argument("--batch", type=int, default=16, help="images per step (default: 16)")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each step is timed (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each step is timed (default: 5)")
     parser.add_argument("--paper", choices=[*papers(), *baselines()], help="one paper beside the baselines, without attention")
     parser.add_argument("--size", choices=SIZES, help="size of the encoders, in the place of the recipes'")
     options = parser.parse_args(arguments)
