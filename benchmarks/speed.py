@@ -3,8 +3,8 @@
     python -m benchmarks.speed                  all papers, then attention (benchmarks.speed_attention)
     python -m benchmarks.speed --paper mp3      one paper's variants beside the baselines'
 
-The steps are timed in turns, so that a machine that changes its speed changes it for all. A step is forward, backward and AdamW, on
-images that are already there. What counts:
+The steps are timed in turns, each in another order, so that a machine that changes its speed changes it for all. A step is forward,
+backward and AdamW, on images that are already there. What counts:
 
     ratio      median over the rounds of its time over that of timm's supervised float32 step of the same model and batch
     machine    useful FLOPs / (median time x the FLOP/s of the fastest of a few matrix products, same precision, same run)
@@ -14,14 +14,11 @@ Useful FLOPs are those of the step's matrix products and attention, as torch cou
 """
 
 import argparse
-import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import ModuleType
 
 import pandas
@@ -29,13 +26,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks import speed_attention
 from benchmarks.measure import facts, gemm_rate, keep, show, wait
 from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, papers
 from common.optim import make_optimizer
+from common.randomness import generator
 from common.recipe import Recipe, Stage
 from common.run import console
 from common.train import has_fast_bf16
@@ -88,17 +86,10 @@ class Step:
             before = torch.cuda.memory_allocated(images.device)
             self.run(images, optimizer)
             return (torch.cuda.max_memory_allocated(images.device) - before) / 1e9
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        with MemTracker() as seen:
             self.run(images, optimizer)
-        with tempfile.TemporaryDirectory() as directory:
-            trace = Path(directory) / "trace.json"
-            seen.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        held = most = 0
-        for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-            held += event["args"]["Bytes"]  # negative where it is given back
-            most = max(most, held)
-        return most / 1e9
+        held = {str(kind): size for kind, size in seen.get_tracker_snapshot("peak")[images.device].items()}
+        return (held["Total"] - held["_MemRefType.PARAM"]) / 1e9
 
 
 def make_steps(device: torch.device, names: list[str], size: str | None = None) -> list[Step]:
@@ -117,21 +108,24 @@ def make_steps(device: torch.device, names: list[str], size: str | None = None) 
             builds[f"{paper}, {variant}"] = lambda m=module, r=recipe, o=options: _method(m, r, o)
         for name, build in builds.items():
             loss = _supervised if name.startswith("timm") else _pretraining
-            steps += [Step(name, recipe.backbone, build().to(device).train(), loss, precision) for precision in precisions]
+            model = build().to(device).train()  # one for both precisions: a run of all papers holds many
+            steps += [Step(name, recipe.backbone, model, loss, precision) for precision in precisions]
     return steps
 
 
 def measure(device: torch.device, steps: list[Step], batch: int, rounds: int) -> pandas.DataFrame:
     """One line per step."""
     images = torch.randn(batch, 3, 224, 224, device=device)
-    optimizers = [make_optimizer(step.model, STAGE) for step in steps]
+    made = {id(step.model): make_optimizer(step.model, STAGE) for step in steps}
+    optimizers = [made[id(step.model)] for step in steps]
     flops = [step.flops(images) for step in steps]
     rates = {precision: gemm_rate(device, precision) for precision in {step.precision for step in steps}}
     for turn in range(rounds + 1):
-        for step, optimizer in zip(steps, optimizers, strict=True):
-            seconds = step.run(images, optimizer)
+        # In another order each round: a step leaves caches, and on CPUs the clock, as its successor finds them.
+        for index in torch.randperm(len(steps), generator=generator(turn)).tolist():
+            seconds = steps[index].run(images, optimizers[index])
             if turn:  # the first turn warms up
-                step.seconds.append(seconds)
+                steps[index].seconds.append(seconds)
         console.print(f"round {turn} of {rounds}" if turn else "warmed up", style="dim")
     memory = [step.memory(images, optimizer) for step, optimizer in zip(steps, optimizers, strict=True)]
     base = {step.backbone: step for step in reversed(steps) if step.name.startswith("timm") and step.precision == "32-true"}
