@@ -52,5 +52,6 @@ def keep(frame: pandas.DataFrame, path: Path, same: list[str]) -> None:
     if path.exists():
         held = pandas.read_csv(path)
         new = set(frame[same].itertuples(index=False, name=None))
-        frame = pandas.concat([held[[line not in new for line in held[same].itertuples(index=False, name=None)]], frame])
+        others = held[[line not in new for line in held[same].itertuples(index=False, name=None)]]
+        frame = pandas.concat([others, frame])[list(frame.columns)]
     frame.to_csv(path, index=False)

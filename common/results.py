@@ -50,7 +50,7 @@ PACKAGES = ("torch", "timm", "lightning", "numpy")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Recording a result, drawing it or writing it into a README does not change what the next run computes.
-NOT_CODE = (":(exclude)*results.csv", ":(exclude)*/logs/*", ":(exclude)*.png", ":(exclude)*.md")
+NOT_CODE = (":(exclude)*results.csv", ":(exclude)*/speed*.csv", ":(exclude)*/logs/*", ":(exclude)*.png", ":(exclude)*.md")
 
 
 def frame(rows: Sequence[Row]) -> pandas.DataFrame:

@@ -122,6 +122,7 @@ def test_a_commit_is_dirty_when_code_changed_and_not_when_a_result_was_recorded(
     assert len(clean) == 12 and int(clean, 16) >= 0
     (tmp_path / "paper" / "results.csv").write_text("date\n")
     (tmp_path / "paper" / "logs" / "run.txt").write_text("log\n")
+    (tmp_path / "paper" / "speed_attention.csv").write_text("seconds\n")
     assert results.commit() == clean
     (tmp_path / "method.py").write_text("a = 2\n")
     assert results.commit() == clean + "+dirty"
