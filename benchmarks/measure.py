@@ -47,6 +47,15 @@ def show(frame: pandas.DataFrame, title: str, device: torch.device) -> None:
     console.print(table)
 
 
+def wide(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Attention measurements, one line per shape and way: milliseconds of each pass, and how many times the floor that is."""
+    names = ["device", "precision", "shape", "batch", "way"]
+    lines = frame.assign(cell=[f"{ms:.3g} ms ({times:.3g})" for ms, times in zip(frame["milliseconds"], frame["floor"], strict=True)])
+    lines = lines.set_index([*names, "pass"])["cell"].unstack("pass").reset_index()
+    order = frame[names].drop_duplicates()
+    return order.merge(lines, on=names)[["shape", "batch", "way", *frame["pass"].unique()]]
+
+
 def keep(frame: pandas.DataFrame, path: Path, same: list[str]) -> None:
     """Put lines into a CSV file, in the place of those that agree with them in the columns `same`."""
     if path.exists():

@@ -116,18 +116,19 @@ def make_steps(device: torch.device, names: list[str], size: str | None = None) 
 def measure(device: torch.device, steps: list[Step], batch: int, rounds: int) -> pandas.DataFrame:
     """One line per step."""
     images = torch.randn(batch, 3, 224, 224, device=device)
-    made = {id(step.model): make_optimizer(step.model, STAGE) for step in steps}
-    optimizers = [made[id(step.model)] for step in steps]
-    flops = [step.flops(images) for step in steps]
+    models = {step.model: step for step in steps}  # two precisions share one
+    optimizers = {model: make_optimizer(model, STAGE) for model in models}
+    flops = {model: step.flops(images) for model, step in models.items()}
+    about = facts(device)
     rates = {precision: gemm_rate(device, precision) for precision in {step.precision for step in steps}}
     for turn in range(rounds + 1):
         # In another order each round: a step leaves caches, and on CPUs the clock, as its successor finds them.
         for index in torch.randperm(len(steps), generator=generator(turn)).tolist():
-            seconds = steps[index].run(images, optimizers[index])
+            step = steps[index]
+            seconds = step.run(images, optimizers[step.model])
             if turn:  # the first turn warms up
-                steps[index].seconds.append(seconds)
+                step.seconds.append(seconds)
         console.print(f"round {turn} of {rounds}" if turn else "warmed up", style="dim")
-    memory = [step.memory(images, optimizer) for step, optimizer in zip(steps, optimizers, strict=True)]
     base = {step.backbone: step for step in reversed(steps) if step.name.startswith("timm") and step.precision == "32-true"}
     lines = [
         {
@@ -137,13 +138,13 @@ def measure(device: torch.device, steps: list[Step], batch: int, rounds: int) ->
             "precision": step.precision,
             "seconds": round(statistics.median(step.seconds), 3),
             "ratio": round(statistics.median(a / b for a, b in zip(step.seconds, base[step.backbone].seconds, strict=True)), 3),
-            "machine": round(count / statistics.median(step.seconds) / rates[step.precision], 2),
-            "memory": round(most, 2),
-            "GFLOP": round(count / 1e9),
+            "machine": round(flops[step.model] / statistics.median(step.seconds) / rates[step.precision], 2),
+            "memory": round(step.memory(images, optimizers[step.model]), 2),
+            "GFLOP": round(flops[step.model] / 1e9),
             "GEMM GFLOP/s": round(rates[step.precision] / 1e9),
-            **facts(device),
+            **about,
         }
-        for step, count, most in zip(steps, flops, memory, strict=True)
+        for step in steps
     ]
     return pandas.DataFrame(lines)
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.measure import facts, keep, show, wait
+from benchmarks.measure import facts, keep, show, wait, wide
 from benchmarks.papers import ROOT
-from common.attention import CHOICES_FILE, attend, attend_reference
+from common.attention import CHOICES_FILE, attend, attend_reference, device_kind, window_mask
 from common.masking import gather_tokens, permutation_ranks, random_order
 from common.randomness import generator
 from common.run import console
@@ -124,7 +124,7 @@ def measure(device: torch.device, rounds: int) -> pandas.DataFrame:
     """One line per case, way and pass. Raises RuntimeError for a way that is wrong."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     flush = torch.empty(2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
-    bandwidth, lines = _bandwidth(device), []
+    bandwidth, about, lines = _bandwidth(device), facts(device), []
     for case in cases(device, dtype):
         known, taken = ways(case), {}
         tensors = {name: _leaves(case, context) for name, (_, context) in known.items()}
@@ -154,7 +154,7 @@ def measure(device: torch.device, rounds: int) -> pandas.DataFrame:
                     "milliseconds": round(statistics.median(values), 3),
                     "floor": round(statistics.median(values) / floor, 2),
                     "GB/s": round(bandwidth / 1e9),
-                    **facts(device),
+                    **about,
                 }
             )
         console.print(case.shape, style="dim")
@@ -163,23 +163,13 @@ def measure(device: torch.device, rounds: int) -> pandas.DataFrame:
 
 def choose(frame: pandas.DataFrame, device: torch.device) -> list[dict]:
     """For `attend`'s table: the fastest backend, forward and backward, of each shape, with a window and without."""
-    rows = {}
+    rows, names = {}, ("device", "windowed", "queries", "keys", "width")
     for windowed, backends in BACKENDS.items():
         lines = frame[(frame["pass"] == PASSES[1]) & frame["way"].isin(backends)].sort_values("milliseconds", ascending=False)
         for line in lines.itertuples():  # the fastest comes last and stays
-            key = (windowed, line.queries, line.keys, line.width)
-            rows[key] = {"device": _kind(device), "windowed": windowed, "queries": line.queries, "keys": line.keys, "width": line.width}
-            rows[key]["backend"] = backends[line.way]
+            key = (device_kind(device), windowed, line.queries, line.keys, line.width)
+            rows[key] = dict(zip(names, key, strict=True)) | {"backend": backends[line.way]}
     return list(rows.values())
-
-
-def wide(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """One line per shape and way: milliseconds of a forward and of training, each with how many times the floor that is."""
-    facts = ["device", "precision", "shape", "batch", "way"]
-    lines = frame.assign(cell=[f"{ms:.3g} ms ({times:.3g})" for ms, times in zip(frame["milliseconds"], frame["floor"], strict=True)])
-    lines = lines.set_index([*facts, "pass"])["cell"].unstack("pass").reset_index()
-    order = frame[facts].drop_duplicates()
-    return order.merge(lines, on=facts)[["shape", "batch", "way", *PASSES]]
 
 
 def run(device: torch.device, rounds: int | None = None) -> None:
@@ -188,7 +178,7 @@ def run(device: torch.device, rounds: int | None = None) -> None:
     show(wide(frame), f"attention, {frame['precision'][0]}", device)
     keep(frame, ROOT / "benchmarks" / "speed_attention.csv", SAME)
     with CHOICES_FILE.open(newline="") as file:
-        others = [row for row in csv.DictReader(file) if row["device"] != _kind(device)]
+        others = [row for row in csv.DictReader(file) if row["device"] != device_kind(device)]
     rows = others + choose(frame, device)
     with CHOICES_FILE.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["device", "windowed", "queries", "keys", "width", "backend"], lineterminator="\n")
@@ -245,13 +235,9 @@ def _leaves(case: Case, context: bool) -> list[Tensor]:
 
 
 def _dense(case: Case) -> Tensor:
-    """The window as a boolean (B, 1, Q, K) mask."""
-    (B, _, Q, _), K, window = case.q.shape, case.k.shape[2], case.window
-    now = window["time"][:, :, None] if "time" in window else torch.arange(Q, device=case.q.device)[None, :, None]
-    mask = now < window["visible_until"][:, None, :]
-    if "visible_from" in window:
-        mask = mask & (window["visible_from"][:, None, :] <= now)
-    return mask[:, None].expand(B, 1, Q, K).contiguous()
+    """The window as a boolean (B, 1, Q, K) mask, written out."""
+    (B, _, Q, _), K = case.q.shape, case.k.shape[2]
+    return window_mask(case.q, **case.window).expand(B, 1, Q, K).contiguous()
 
 
 def _through(backend: SDPBackend) -> Way:
@@ -310,11 +296,6 @@ def _bandwidth(device: torch.device) -> float:
         wait(device)
         rates.append(2 * source.numel() / (time.perf_counter() - begun))
     return max(rates)
-
-
-def _kind(device: torch.device) -> str:
-    """The device as `attend` names it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import Any
 
 import pandas
 
+from benchmarks.measure import wide
 from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
-from benchmarks.speed_attention import wide
 from common.results import load, summary
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
@@ -79,12 +79,13 @@ def results_table(root: Path) -> str:
     """
     table = []
     wanted = "task == 'classification' and protocol in ('finetune', 'scratch') and metric == 'top1'"
-    for paper in [*papers(root), *baselines(root)]:
+    own = papers(root)
+    for paper in [*own, *baselines(root)]:
         ours = list(pairs(measured(paper, root)))
         entries: list[tuple[Any, Any, Any]] = []  # published row, our line, its baselines
         for row in claims(paper, root).query(wanted).itertuples():
             equals = [(row, *pair) for pair in ours if alike(row, pair[0]) and all(closeness(row, pair[0]))]
-            entries += equals or ([(row, None, None)] if paper in papers(root) else [])
+            entries += equals or ([(row, None, None)] if paper in own else [])
         matched = [line for _, line, _ in entries]
         entries += [(None, *pair) for pair in ours if pair[0] not in matched]
         for row, line, others in entries:

@@ -80,7 +80,7 @@ def attend_reference(
     score_BHQK = q_BHQD.double() @ k_BHKD.double().transpose(-1, -2) / math.sqrt(q_BHQD.shape[-1])
     if bias_HQK is not None:
         score_BHQK = score_BHQK + bias_HQK.double()
-    mask = _window_mask(q_BHQD, time, visible_from, visible_until)
+    mask = window_mask(q_BHQD, time, visible_from, visible_until)
     if mask is not None:
         score_BHQK = score_BHQK.masked_fill(~mask, -math.inf)
     weight_BHQK = score_BHQK.softmax(dim=-1)
@@ -94,7 +94,7 @@ def _attend_sdpa(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias_HQK: Tenso
         # torch's bfloat16 backward is 5 to 30 times slower than its float32 one on CPUs; casting both ways costs far less.
         with torch.autocast("cpu", enabled=False):
             return _attend_sdpa(q_BHQD.float(), k_BHKD.float(), v_BHKD.float(), bias_HQK, **window).to(q_BHQD.dtype)
-    mask = _window_mask(q_BHQD, **window)
+    mask = window_mask(q_BHQD, **window)
     if bias_HQK is not None:
         bias_HQK = bias_HQK.to(q_BHQD.dtype)[None]
         mask = bias_HQK if mask is None else bias_HQK.masked_fill(~mask, -math.inf)
@@ -146,13 +146,14 @@ CHOICES = _read_choices(CHOICES_FILE)
 
 
 @torch.compiler.assume_constant_result
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_kind(device: torch.device) -> str:
+    """The device as the table of choices names it: a GPU's model, else its type."""
+    return torch.cuda.getdevice_kind(device) if device.type == "cuda" else device.type
 
 
 def _measured_choice(q_BHQD: Tensor, k_BHKD: Tensor, windowed: bool) -> str:
     """The backend of the nearest measured shape, if there is one for the device and our kernel takes q's width and dtype."""
-    measured = CHOICES.get((_device_name(q_BHQD.device), windowed))
+    measured = CHOICES.get((device_kind(q_BHQD.device), windowed))
     if not measured or q_BHQD.shape[3] not in WIDTHS or q_BHQD.dtype not in DTYPES:
         return "sdpa"
     here, nearest, backend = (q_BHQD.shape[2], k_BHKD.shape[2], q_BHQD.shape[3]), math.inf, "sdpa"
@@ -170,7 +171,7 @@ def _within(now: Tensor, begin: Tensor | None, end: Tensor | None) -> Tensor:
     return (begin <= now) & (now < end)
 
 
-def _window_mask(
+def window_mask(
     q_BHQD: Tensor, time: Tensor | None = None, visible_from: Tensor | None = None, visible_until: Tensor | None = None
 ) -> Tensor | None:
     """The window as a boolean mask that broadcasts to (B, H, Q, K), True = visible; None where every key is visible."""

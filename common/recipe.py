@@ -47,6 +47,8 @@ class Stage:
         return self.base_lr * self.batch_size / self.lr_batch
 
 
+# DeiT's augmentation of images, without repeats; MAE and DropPos fine-tune by it.
+DEIT_CROPS = Augmentation(scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erase=0.25)
 # DeiT's supervised training (Touvron et al. 2021, Table 9; AdamW, as in its code without clipping), by which others fine-tune too.
 # Its ten epochs of cool-down at the lowest rate are left out, and its warm-up starts at 0, not 1e-6.
 DEIT = Stage(
@@ -57,7 +59,7 @@ DEIT = Stage(
     warmup_epochs=5,
     min_lr=1e-5,
     device_batch=128,
-    augmentation=Augmentation(scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erase=0.25, repeats=3),
+    augmentation=dataclasses.replace(DEIT_CROPS, repeats=3),
 )
 DEIT_LABELS = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 DEIT_DROP_PATH = 0.1

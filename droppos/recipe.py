@@ -7,7 +7,7 @@ import torch
 
 from common.data import Augmentation, Data
 from common.picture import draw_positions
-from common.recipe import Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT_CROPS, Protocol, Recipe, Stage, check_options
 from common.vit import ViT
 from droppos.method import DropPos
 
@@ -107,7 +107,7 @@ def tiny_imagenet() -> Recipe:
     """Tiny ImageNet with a ViT-S/8: `make reproduce PAPER=droppos DATA=tiny-imagenet`, one GPU. Ours. Expected: not measured yet."""
     small = cifar10()
     crop = Augmentation(crop="resized", scale=(0.2, 1.0))
-    finetune = replace(small.protocols[0], stage=replace(small.protocols[0].stage, augmentation=_FINETUNE_CROPS))
+    finetune = replace(small.protocols[0], stage=replace(small.protocols[0].stage, augmentation=DEIT_CROPS))
     linear = replace(small.protocols[1], stage=replace(small.protocols[1].stage, augmentation=crop))
     return replace(small, data=("tiny-imagenet",), image_size=64, patch_size=8, protocols=(finetune, linear, small.protocols[2]))
 
@@ -138,7 +138,7 @@ def imagenet_vitb16_200() -> Recipe:
         weight_decay=0.05,
         layer_decay=0.75,
         device_batch=128,
-        augmentation=_FINETUNE_CROPS,
+        augmentation=DEIT_CROPS,
     )
     return Recipe(
         data=("folder",),
@@ -175,9 +175,6 @@ def imagenet_vitl16_800() -> Recipe:
     pretrain = replace(recipe.pretrain, epochs=800, warmup_epochs=40, device_batch=128)
     return replace(recipe, size="large", pretrain=pretrain, protocols=(finetune, *frozen))
 
-
-# DeiT's augmentation, which MAE's and DropPos' fine-tuning share.
-_FINETUNE_CROPS = Augmentation(crop="resized", scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erase=0.25)
 
 # The official code has no linear probe; this is MAE's (its appendix A.1), on the mean of the patch tokens.
 _LINEAR = Stage(

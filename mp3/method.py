@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.masking import kept_tokens, random_order
 from common.method import Output
-from common.vit import ViT
+from common.vit import ViT, initialise
 
 
 class MP3(nn.Module):
@@ -29,8 +29,7 @@ class MP3(nn.Module):
         self.encoder, self.cells = encoder, encoder.grid[0] * encoder.grid[1]
         self.context = kept_tokens(self.cells, eta, "eta")
         self.head = nn.Linear(encoder.width, self.cells)
-        nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        initialise(self.head)
 
     def forward(self, images: Tensor, targets: Tensor | None = None, *, noise: Tensor | None = None) -> Output:
         """images (B, C, H, W) to the loss. `targets` is not used. noise (B, N) replaces the random draw; lowest first.

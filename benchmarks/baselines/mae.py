@@ -14,7 +14,7 @@ from common.data import Augmentation, Data
 from common.heads import PixelDecoder
 from common.masking import kept_tokens, permutation_ranks, random_order
 from common.method import Output
-from common.recipe import DEIT, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, Stage, check_options
 from common.vit import ViT, patchify
 
 # What benchmarks.speed times: MAE beside each eta of MP3's Table 2. Pre-training is at .75.
@@ -114,7 +114,7 @@ def digits() -> Recipe:
 
 def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=mae DATA=cifar10`, one GPU. Ours. Expected: not measured yet."""
-    crops = replace(_CROPS, crop="padding", padding=4)
+    crops = replace(DEIT_CROPS, crop="padding", padding=4)
     pretrain = replace(_PRETRAIN, epochs=400, batch_size=512, base_lr=7.5e-4, warmup_epochs=20, device_batch=512)
     tune = replace(_FINETUNE, batch_size=512, device_batch=512, augmentation=crops)
     linear = replace(_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
@@ -144,6 +144,5 @@ def _protocols(tune: Stage, linear: Stage) -> tuple[Protocol, ...]:
 
 
 _PRETRAIN = Stage(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
-_CROPS = replace(DEIT.augmentation, repeats=1)
-_FINETUNE = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=_CROPS)
+_FINETUNE = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
 _LINEAR = Stage(90, 16384, 0.1, warmup_epochs=10, optimizer="lars", weight_decay=0.0, augmentation=Augmentation(scale=(0.08, 1.0)))
