@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from lightning.fabric import Fabric
 from rich.table import Table
@@ -177,7 +178,8 @@ class Reproduction:
         """The encoder that an evaluation starts from: pre-trained, or fresh."""
         encoder = self.new_encoder(drop_path=protocol.drop_path, **({"position": protocol.position} if protocol.position else {}))
         if start == "pretrained":
-            own = self.recipe.build_encoder(self.data.channels).state_dict()
+            with torch.device("meta"):  # for the names alone: every start then draws the same head
+                own = self.recipe.build_encoder(self.data.channels).state_dict()
             added = [name for name in encoder.state_dict() if name not in own]  # positions that pre-training had none of
             load_encoder(encoder, load_file(self.root / "pretrain" / "encoder.safetensors"), allow_missing=added)
         return encoder

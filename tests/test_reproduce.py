@@ -10,9 +10,13 @@ from safetensors.torch import load_file
 
 from benchmarks import reproduce
 from benchmarks.papers import choose_recipe, paper_module
-from benchmarks.reproduce import main
+from benchmarks.reproduce import Options, Reproduction, main
 from common.convert import rename
+from common.data import open_data
+from common.evaluate import Classifier
+from common.recipe import override
 from common.results import load
+from common.train import make_fabric
 from droppos.method import OFFICIAL_NAMES
 
 SHORT = ["finetune", "finetune_20_per_class", "finetune_5_per_class", "linear"]
@@ -64,6 +68,18 @@ def test_fine_tuning_starts_from_the_pretrained_weights_and_scratch_does_not(fin
         json.loads((directory / f"finetune-{start}" / "metrics.jsonl").read_text().splitlines()[0]) for start in ("pretrained", "scratch")
     ]
     assert first[0]["lr"] == first[1]["lr"] and first[0]["loss"] != first[1]["loss"]
+
+
+def test_a_pretrained_start_and_one_from_scratch_have_the_same_head(finished):
+    module, data = paper_module("droppos"), open_data("digits")
+    name, recipe = choose_recipe(module, "digits", None)
+    recipe = override(recipe, ["pretrain.epochs=2"])
+    run = Reproduction(Options("droppos", out=finished), module, name, recipe, data, make_fabric("cpu"), 0)
+    heads, encoders = [], []
+    for start in ("pretrained", "scratch"):
+        encoders.append(run.start_encoder(start, recipe.protocols[0]))
+        heads.append(Classifier(encoders[-1], data.classes, recipe.protocols[0]).head.weight)
+    assert torch.equal(*heads) and not torch.equal(*(encoder.patch_embed.proj.weight for encoder in encoders))
 
 
 def test_recording_puts_every_number_and_its_log_into_the_papers_folder(finished, tmp_path, monkeypatch):
