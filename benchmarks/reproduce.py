@@ -26,7 +26,7 @@ from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split, open_data
 from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy, own_metrics
 from common.randomness import reseed
-from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, override
+from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, choose_arms, override
 from common.run import Run, RunError, console
 from common.train import device_batch, fit, make_fabric
 from common.vit import ViT
@@ -44,6 +44,8 @@ class Options:
     """What the results call the data; by default a folder's own name. Published numbers on ImageNet-1k are matched by imagenet1k."""
     recipe: str | None = None
     """Which recipe of the paper; by default the one meant for the data."""
+    arms: tuple[str, ...] = ()
+    """Which of the variants that a recipe runs side by side, such as vit vit+rpl; by default all."""
     epochs: int | None = None
     """Epochs of pre-training, in place of the recipe's."""
     encoder: Path | None = None
@@ -57,7 +59,7 @@ class Options:
     record: bool = False
     """Add the numbers to <paper>/results.csv and the log to <paper>/logs."""
     set: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
-    """Change the recipe, repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50."""
+    """Change the recipe, of every arm; repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50."""
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     """auto is bf16-mixed where the hardware computes it, else 32-true."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -81,27 +83,31 @@ class Options:
 
 
 class Reproduction:
-    """One seed of one recipe: its stages, each in a directory of its own, each done once."""
+    """One seed of one recipe, or of one arm of it: its stages, each in a directory of its own, each done once."""
 
-    def __init__(self, options: Options, module: ModuleType, name: str, recipe: Recipe, data: Data, fabric: Fabric, seed: int):
+    def __init__(
+        self, options: Options, module: ModuleType, name: str, recipe: Recipe, data: Data, fabric: Fabric, seed: int, arm: str = ""
+    ):
         self.options, self.module, self.recipe, self.data, self.fabric, self.seed = options, module, recipe, data, fabric, seed
         self.paper = paper_name(module)
-        label = name if data.name == name else f"{name}-{data.name}"
+        label = "-".join(filter(None, [name, arm, data.name if data.name != name else ""]))
         source = f"{recipe.pretrain.epochs}ep" if options.encoder is None else options.encoder.stem
         self.root = options.out / self.paper / f"{label}-{source}-seed{seed}"
-        self.name = " ".join([name, *options.set, *([f"encoder={options.encoder.name}"] if options.encoder else [])])
+        given = [f"encoder={options.encoder.name}"] if options.encoder else []
+        split = [f"split={data.split}"] if data.split else []
+        self.name = " ".join(filter(None, [name, arm, *options.set, *given, *split]))
         self.precision = str(fabric._precision.precision)
         self.fitting = {"compile": options.compile, "checkpoint_seconds": options.checkpoint_seconds}
         self.size = (recipe.image_size, recipe.image_size)
 
-    def run(self) -> list[results.Row]:
-        """All stages in order; returns a row per number."""
+    def run(self, baselines: bool = True) -> list[results.Row]:
+        """All stages in order, with or without what is not pre-trained; returns a row per number."""
         rows = self.pretrain() if self.options.encoder is None else self.convert(self.options.encoder)
         for protocol in self.recipe.protocols:
             starts = ["pretrained", "scratch" if protocol.kind == "finetune" else "random"]
             if protocol.kind == "knn" and self.data.train.images is not None:  # nobody has the memory for the pixels of ImageNet
                 starts.append("pixels")
-            for start in starts:
+            for start in starts if baselines else starts[:1]:
                 rows += self.evaluate(protocol, start)
         return rows
 
@@ -124,7 +130,7 @@ class Reproduction:
                 run.finish(found | {"hours": hours})
                 self.fabric.barrier()
             what = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
-            return self.rows(run, *what, [name for name in run.result if name.endswith("top1")])
+            return self.rows(run, *what, [name for name in run.result if name.endswith(("top1", "top5"))])
 
     def convert(self, path: Path) -> list[results.Row]:
         """Put somebody else's encoder where a pre-trained one would be; there is no number of ours to report on it."""
@@ -169,7 +175,7 @@ class Reproduction:
         top1 = knn_accuracy(train_ND, train_N, val_ND, val_N, **settings)
         return {"top1": top1, "hours": (time.perf_counter() - begun) / 3600}
 
-    def new_encoder(self, **changes) -> ViT:
+    def new_encoder(self, **changes) -> nn.Module:
         """A fresh encoder, the same for the same seed."""
         reseed(self.seed)
         return self.recipe.build_encoder(self.data.channels, **changes)
@@ -204,7 +210,7 @@ class Reproduction:
 
     def open(self, stage: str, protocol: Protocol | None = None) -> Run:
         asked = as_json(self.recipe)
-        del asked["protocols"]  # a change to one evaluation leaves the others as they are
+        del asked["protocols"], asked["arms"]  # a change to one evaluation leaves the others as they are
         settings = {"encoder": str(self.options.encoder.resolve())} if self.options.encoder else {}
         settings |= {"paper": self.paper, "data": self.data.name, "seed": self.seed, "precision": self.precision}
         settings |= {"recipe": asked} | ({"protocol": as_json(protocol)} if protocol else {})
@@ -249,24 +255,25 @@ def reproduce(options: Options) -> list[results.Row]:
     data = open_data(options.data, options.data_root, options.skip_corrupt)
     data.name = options.data_name or data.name
     name, recipe = choose_recipe(module, options.data, options.recipe)
-    recipe = override(recipe, options.set)
-    if options.epochs is not None:
-        recipe = dataclasses.replace(recipe, pretrain=dataclasses.replace(recipe.pretrain, epochs=options.epochs))
     if options.encoder is not None and not recipe.protocols:
         raise RecipeError(f"the recipe {name} of {options.paper} has no protocol by which to judge an encoder; choose another RECIPE")
+    changes = [*options.set, *([f"pretrain.epochs={options.epochs}"] if options.epochs is not None else [])]
+    arms = {arm: override(own, changes) for arm, own in choose_arms(recipe, options.arms).items()}
     fabric = make_fabric(options.device, options.precision, options.strategy)
     fabric.launch()
     rows = []
     for seed in range(options.seeds):
-        reproduction = Reproduction(options, module, name, recipe, data, fabric, seed)
-        if fabric.is_global_zero:
-            where = f"{fabric.world_size} x {results.device_name(fabric.device)}, {reproduction.precision}"
-            what = f"{recipe.backbone} on {data.name} ({len(data.train)} images), {recipe.pretrain.epochs} epochs, seed {seed}"
-            console.print(f"{options.paper}, recipe {name}: {what}; {where}; kept in {reproduction.root}")
-        made = reproduction.run()
-        if options.record and fabric.is_global_zero:
-            reproduction.record(made)
-        rows += made
+        for index, (arm, recipe) in enumerate(arms.items()):
+            reproduction = Reproduction(options, module, name, recipe, data, fabric, seed, arm)
+            if fabric.is_global_zero:
+                where = f"{fabric.world_size} x {results.device_name(fabric.device)}, {reproduction.precision}"
+                what = f"{recipe.backbone} on {data.name} ({len(data.train)} images), {recipe.pretrain.epochs} epochs, seed {seed}"
+                title = f"{options.paper}, recipe {name}{', arm ' * bool(arm)}{arm}"
+                console.print(f"{title}: {what}; {where}; kept in {reproduction.root}")
+            made = reproduction.run(baselines=index == 0)  # arms differ in pre-training, which a baseline goes without
+            if options.record and fabric.is_global_zero:
+                reproduction.record(made)
+            rows += made
     if fabric.is_global_zero:
         show(options.paper, rows)
     return rows

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 
 import pandas
 import timm
@@ -34,7 +33,7 @@ from benchmarks.measure import facts, gemm_rate, keep, show, wait
 from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, papers
 from common.optim import make_optimizer
 from common.randomness import generator
-from common.recipe import Recipe, Stage
+from common.recipe import Stage, override
 from common.run import console
 from common.train import has_fast_bf16
 from common.vit import SIZES
@@ -100,16 +99,20 @@ def make_steps(device: torch.device, names: list[str], size: str | None = None) 
     for paper in names:
         module = paper_module(paper)
         _, recipe = choose_recipe(module, ".", None)  # any folder has the recipe for folders
-        recipe = replace(recipe, size=size or recipe.size)
+        if size is not None:
+            recipe = replace(recipe, size=size, patch_size=recipe.patch_size or 16)
         builds: dict[str, Callable[[], nn.Module]] = {}
         if not any(step.backbone == recipe.backbone for step in steps):
             builds["timm, supervised"] = lambda name=recipe.backbone: timm.create_model(name)
-        for variant, options in module.VARIANTS.items():
-            builds[f"{paper}, {variant}"] = lambda m=module, r=recipe, o=options: _method(m, r, o)
+        backbones = dict.fromkeys(builds, recipe.backbone)
+        for variant, changes in module.VARIANTS.items():
+            changed = override(recipe, changes)
+            builds[f"{paper}, {variant}"] = lambda m=module, r=changed: m.build(r, r.build_encoder(channels=3), classes=1000)
+            backbones[f"{paper}, {variant}"] = changed.backbone
         for name, build in builds.items():
-            loss = _supervised if name.startswith("timm") else _pretraining
+            loss = _supervised if name.startswith("timm") else _method
             model = build().to(device).train()  # one for both precisions: a run of all papers holds many
-            steps += [Step(name, recipe.backbone, model, loss, precision) for precision in precisions]
+            steps += [Step(name, backbones[name], model, loss, precision) for precision in precisions]
     return steps
 
 
@@ -176,13 +179,8 @@ def _supervised(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(images), torch.arange(len(images), device=images.device))
 
 
-def _pretraining(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return model(images).loss
-
-
-def _method(module: ModuleType, recipe: Recipe, options: dict) -> nn.Module:
-    recipe = replace(recipe, method=recipe.method | options)
-    return module.build(recipe, recipe.build_encoder(channels=3), classes=1000)
+def _method(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model(images, torch.arange(len(images), device=images.device)).loss
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors.torch import save_file
+from torch import nn
 
 from common.files import partial, replacing
 from common.run import RunError
-from common.vit import ViT
 
 
 class PlainCheckpointIO(TorchCheckpointIO):
@@ -50,7 +50,7 @@ def load_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
         raise RunError(f"{path} ({path.stat().st_size} bytes) cannot be resumed from: {reason}. Delete it to start over") from error
 
 
-def export_encoder(encoder: ViT, path: Path) -> None:
+def export_encoder(encoder: nn.Module, path: Path) -> None:
     """encoder.safetensors, which timm.create_model(..., num_classes=0) loads as it is (pos_embed="none" where there are no positions)."""
     with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}, temporary)

@@ -1,14 +1,15 @@
-"""What is put on an encoder to learn from: light Transformer decoders.
+"""What is put on an encoder to learn from: light Transformer decoders, and heads that tell positions.
 
 Shapes: B images, C channels, P patch side, M encoded patches, N patches, T tokens (the class token, if any, first), D width.
+Of the heads on pairs: Q queries, H = D/2 hidden channels, R relative positions.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.masking import gather_tokens, permutation_ranks
-from common.positions import sincos_2d
+from common.masking import gather_tokens, permutation_ranks, random_order
+from common.positions import Grid, relative_targets, sincos_2d
 from common.vit import Block, ViT, initialise, patchify
 
 
@@ -63,3 +64,145 @@ class PixelDecoder(nn.Module):
         target = target.unflatten(-1, (images_BCHW.shape[1], -1)).transpose(-1, -2).flatten(-2)  # channels last, as MAE's weights
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return F.mse_loss(gather_tokens(self(x_BTD, order_BN).float(), hidden_BM), target)
+
+
+class AbsoluteLabelHead(nn.Module):
+    """Which cell is this token in? Asked of the first half of its channels: D/2 -> D/2 -> D/4 -> N (Positional Label, APL).
+
+    Raises ValueError for a grid of one cell and for a width that is no multiple of 4.
+    """
+
+    def __init__(self, width: int, grid: Grid):
+        super().__init__()
+        _check_label_head(width, grid)
+        self.fc1 = nn.Linear(width // 2, width // 2)
+        self.fc2 = nn.Linear(width // 2, width // 4)
+        self.classify = nn.Linear(width // 4, grid[0] * grid[1])
+        _initialise_label_head(self)
+
+    def forward(self, x_BMD: Tensor) -> Tensor:
+        """(B, M, D) to logits (B, M, N)."""
+        half_BMH = x_BMD[..., : self.fc1.in_features]
+        return self.classify(self.fc2(F.gelu(self.fc1(half_BMH))))
+
+    def loss(self, x_BMD: Tensor, cell_BM: Tensor) -> Tensor:
+        """Tokens and their true cells to the mean cross-entropy."""
+        return F.cross_entropy(self(x_BMD).float().flatten(0, 1), cell_BM.flatten())
+
+    def accuracy(self, x_BMD: Tensor, cell_BM: Tensor) -> Tensor:
+        """The share of the tokens that are told right."""
+        return (self(x_BMD).argmax(-1) == cell_BM).float().mean()
+
+
+class RelativeLabelHead(nn.Module):
+    """Where is one token as seen from another? D -> D/2 -> D/2 -> R, of the query's first half and the key's second half of channels.
+
+    All ordered pairs of tokens are asked, a token with itself too (Positional Label, RPL). `queries`: in training, ask so many tokens of
+    each image, drawn at random, about all others, for an unbiased estimate of the same loss; None asks all.
+
+    The first layer acts on [query, key], so it is a sum of two products of single tokens; no activation stands between the last two
+    layers, so they are one product per pair. Both are exact. The loss goes through the pairs in chunks of at most `chunk` logits, each
+    with its gradients at once, so that what is held at a time does not grow with the pairs.
+    Raises ValueError for a grid of one cell, a width that is no multiple of 4, and queries below 1.
+    """
+
+    def __init__(self, width: int, grid: Grid, *, queries: int | None = None, chunk: int = 2**24):
+        super().__init__()
+        _check_label_head(width, grid)
+        if queries is not None and queries < 1:
+            raise ValueError(f"queries={queries} is less than 1; give how many tokens of an image are asked, or None for all")
+        self.queries, self.chunk = queries, chunk
+        self.register_buffer("targets", relative_targets(grid), persistent=False)
+        self.fc1 = nn.Linear(width, width // 2)
+        self.fc2 = nn.Linear(width // 2, width // 2)
+        self.classify = nn.Linear(width // 2, (2 * grid[0] - 1) * (2 * grid[1] - 1))
+        _initialise_label_head(self)
+
+    def forward(self, x_BMD: Tensor) -> Tensor:
+        """(B, M, D) to logits (B, M, M, R) of every query and key, all at once."""
+        query_BMH, key_BMH, weight_RH, bias_R = self._factors(x_BMD)
+        return _pair_logits(query_BMH, key_BMH, weight_RH, bias_R)
+
+    def loss(self, x_BMD: Tensor, cell_BM: Tensor) -> Tensor:
+        """Tokens and their true cells to the mean cross-entropy over pairs."""
+        query_BMH, key_BMH, weight_RH, bias_R = self._factors(x_BMD)
+        asked_BQ = cell_BM
+        if self.training and self.queries is not None and self.queries < cell_BM.shape[1]:
+            drawn_BQ = random_order(torch.rand(cell_BM.shape, device=cell_BM.device))[:, : self.queries]
+            query_BMH, asked_BQ = gather_tokens(query_BMH, drawn_BQ), cell_BM.gather(1, drawn_BQ)
+        rows = max(1, self.chunk // (cell_BM.numel() * len(bias_R)))
+        return _PairLoss.apply(query_BMH, key_BMH, weight_RH, bias_R, asked_BQ, cell_BM, self.targets, rows)
+
+    def accuracy(self, x_BMD: Tensor, cell_BM: Tensor) -> Tensor:
+        """The share of the pairs that are told right."""
+        query_BMH, *others = self._factors(x_BMD)
+        right = sum(
+            (_pair_logits(query_BMH[:, [row]], *others).argmax(-1) == self.targets[cell_BM[:, row, None, None], cell_BM[:, None]]).sum()
+            for row in range(cell_BM.shape[1])
+        )
+        return right / (cell_BM.numel() * cell_BM.shape[1])
+
+    def _factors(self, x_BMD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first layer's share of each token as a query (with the bias) and as a key, and the last two layers as one."""
+        half = x_BMD.shape[-1] // 2
+        weights = self.fc1.weight.split(half, dim=1)
+        query_BMH = F.linear(x_BMD[..., :half], weights[0], self.fc1.bias)
+        key_BMH = F.linear(x_BMD[..., half:], weights[1])
+        with torch.autocast(x_BMD.device.type, enabled=False):  # the product of two weights is rounded once
+            weight_RH = self.classify.weight @ self.fc2.weight
+            bias_R = F.linear(self.fc2.bias, self.classify.weight, self.classify.bias)
+        return query_BMH, key_BMH, weight_RH.to(query_BMH.dtype), bias_R.to(query_BMH.dtype)
+
+
+def _pair_logits(query_BQH: Tensor, key_BMH: Tensor, weight_RH: Tensor, bias_R: Tensor) -> Tensor:
+    return F.linear(F.gelu(query_BQH[:, :, None] + key_BMH[:, None]), weight_RH, bias_R)
+
+
+class _PairLoss(torch.autograd.Function):
+    """The mean cross-entropy over all pairs of queries and keys. The forward pass works its gradients out too, chunk by chunk, as no
+    logit is there any more when the backward pass begins."""
+
+    @staticmethod
+    def forward(ctx, query_BQH, key_BMH, weight_RH, bias_R, asked_BQ, cell_BM, targets, rows):
+        factors = query_BQH, key_BMH, weight_RH, bias_R
+        d_query, d_key, d_weight, d_bias = gradients = [torch.zeros_like(x, dtype=torch.float32) for x in factors]
+        loss = torch.zeros((), device=key_BMH.device)
+        with torch.autocast(key_BMH.device.type, enabled=False):
+            for start in range(0, query_BQH.shape[1], rows):
+                part = slice(start, start + rows)
+                target_BQM1 = targets[asked_BQ[:, part, None], cell_BM[:, None]][..., None]
+                sum_BQMH = query_BQH[:, part, None] + key_BMH[:, None]
+                hidden_BQMH = F.gelu(sum_BQMH)
+                logp_BQMR = F.linear(hidden_BQMH, weight_RH, bias_R).log_softmax(-1, dtype=torch.float32)
+                loss -= logp_BQMR.gather(-1, target_BQM1).sum()
+                if any(ctx.needs_input_grad):
+                    # Of cross-entropy with regard to the logits: probabilities minus the truth.
+                    d_logit_BQMR = logp_BQMR.exp_().scatter_add_(-1, target_BQM1, -torch.ones_like(target_BQM1, dtype=torch.float32))
+                    d_bias += d_logit_BQMR.sum((0, 1, 2))
+                    d_logit_BQMR = d_logit_BQMR.to(weight_RH.dtype)
+                    d_weight += d_logit_BQMR.flatten(0, 2).T @ hidden_BQMH.flatten(0, 2)
+                    d_sum_BQMH = torch.ops.aten.gelu_backward(d_logit_BQMR @ weight_RH, sum_BQMH)
+                    d_query[:, part] = d_sum_BQMH.sum(2)
+                    d_key += d_sum_BQMH.sum(1)
+        pairs = asked_BQ.numel() * cell_BM.shape[1]
+        ctx.save_for_backward(*((gradient / pairs).to(x.dtype) for gradient, x in zip(gradients, factors, strict=True)))
+        return loss / pairs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, outer):
+        return *(outer.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors), None, None, None, None
+
+
+def _check_label_head(width: int, grid: Grid) -> None:
+    if grid[0] * grid[1] < 2:
+        raise ValueError(f"a grid of {grid[0]} x {grid[1]} cells has no positions to tell apart; use larger images or smaller patches")
+    if width % 4:
+        raise ValueError(f"a position head halves its channels twice, so the width must be a multiple of 4, got {width}")
+
+
+def _initialise_label_head(head: nn.Module) -> None:
+    """As released with Swin: truncated normal of deviation 0.02, zero biases."""
+    for layer in head.children():
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)

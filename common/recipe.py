@@ -13,10 +13,14 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
+import timm
+from torch import nn
+
 from common.data import Augmentation
-from common.vit import ViT, vit
+from common.vit import SIZES, ViT, vit
 
 
 class RecipeError(ValueError):
@@ -88,26 +92,55 @@ class Recipe:
     """A method on a data set: encoder, pre-training, evaluations."""
 
     data: tuple[str, ...]  # data sets it is meant for, the first by default; "folder" is any ImageFolder path
-    size: str  # encoder size, a name of common.vit.SIZES
+    size: str  # of the encoder: a name of common.vit.SIZES; or any timm model by name, or a class of timm.models for one of another size
     image_size: int  # pixels
-    patch_size: int  # pixels
+    patch_size: int | None  # pixels; None for a timm model as it is
     pretrain: Stage
     protocols: tuple[Protocol, ...]
     method: dict[str, Any] = field(default_factory=dict)  # options of the paper's method
-    encoder: dict[str, Any] = field(default_factory=dict)  # options of common.vit.ViT
+    encoder: dict[str, Any] = field(default_factory=dict)  # options of common.vit.ViT, or of the timm backbone
     supervised: bool = False  # the method learns from the labels, so its own top-1 counts as training from scratch
+    # Variants that are run side by side, by name: what each changes, as `override` takes it. "a+b" is "a" with something added.
+    arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def backbone(self) -> str:
-        """timm's name of the encoder."""
-        return f"vit_{self.size}_patch{self.patch_size}_{self.image_size}"
+        """timm's name of the encoder; of a class of timm's, its name with patch and image size."""
+        family = f"vit_{self.size}" if self.size in SIZES else self.size
+        return self.size if timm.is_model(self.size) else f"{family}_patch{self.patch_size}_{self.image_size}"
 
-    def build_encoder(self, channels: int, **changes) -> ViT:
-        """The encoder for images of so many channels, with options changed by keyword."""
+    def build_encoder(self, channels: int, **changes) -> nn.Module:
+        """The encoder for images of so many channels, with options changed by keyword.
+
+        A ViT, or a timm backbone without classifier that has `channels` and `image_size` too.
+        Raises RecipeError for a size that is neither and for options that the encoder does not have.
+        """
+        if self.size not in SIZES:
+            return self._build_timm(channels, **changes)
         own = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels}
         check_options(ViT, self.encoder, taken=(*own, "width", "depth", "heads"))
         options = own | self.encoder | changes
         return vit(self.size, **options)
+
+    def _build_timm(self, channels: int, **changes) -> nn.Module:
+        options = {"in_chans": channels, "num_classes": 0, "img_size": self.image_size, "patch_size": self.patch_size}
+        if timm.is_model(self.size):
+            make = partial(timm.create_model, self.size)
+            if not timm.get_pretrained_cfg(self.size).fixed_input_size:
+                del options["img_size"]  # a convolutional network takes any
+        elif self.size in timm.models.__dict__ and isinstance(make := getattr(timm.models, self.size), type):
+            pass
+        else:
+            names = [*SIZES, *timm.list_models()]
+            raise RecipeError(f"size={self.size!r} is no size of a ViT, and no model or class of timm's; {nearest(self.size, names)}")
+        options = {name: value for name, value in options.items() if value is not None} | self.encoder | changes
+        try:
+            encoder = make(**options)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # how timm refuses options and sizes
+            given = ", ".join(f"{name}={value}" for name, value in options.items())
+            raise RecipeError(f"timm cannot build {self.size} with {given}: {error}") from error
+        encoder.channels, encoder.image_size = channels, (self.image_size, self.image_size)
+        return encoder
 
 
 def as_json(recipe: Recipe | Stage | Protocol) -> dict:
@@ -116,10 +149,11 @@ def as_json(recipe: Recipe | Stage | Protocol) -> dict:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known names, or all of them."""
+    """The end of an error message: the nearest known names, or all of them, or the first twenty of many."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known[:20])}{more}"
 
 
 def check_options(function: Any, options: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
@@ -146,6 +180,18 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             value = text
         recipe = _replace(recipe, path.split("."), value, path)
     return recipe
+
+
+def choose_arms(recipe: Recipe, names: Iterable[str] = ()) -> dict[str, Recipe]:
+    """The recipe of each arm, or of those named; a recipe without arms stands alone under an empty name.
+
+    Raises RecipeError for a name that is no arm of the recipe.
+    """
+    alone = dataclasses.replace(recipe, arms={})
+    for name in names:
+        if name not in recipe.arms:
+            raise RecipeError(f"ARMS: {name!r} is no arm of this recipe; {nearest(name, recipe.arms) if recipe.arms else 'it has none'}")
+    return {name: override(alone, recipe.arms[name]) for name in names or recipe.arms} or {"": alone}
 
 
 def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:

@@ -12,7 +12,7 @@ from common.vit import ViT
 from droppos.method import DropPos
 
 # What benchmarks.speed times: the method's options that change its cost.
-VARIANTS = {"attentive": {}, "without attentive reconstruction": {"attentive": False}}
+VARIANTS = {"attentive": (), "without attentive reconstruction": ("method.attentive=false",)}
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> DropPos:

@@ -104,7 +104,10 @@ def test_subset_keeps_the_asked_for_order(folder):
     assert part.paths == [train.paths[7], train.paths[0]] and part.labels.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("cifar", "cifar10"), ("digit", "digits"), ("tinyimagenet", "tiny-imagenet")])
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("cifar", "cifar10"), ("digit", "digits"), ("tinyimagenet", "tiny-imagenet"), ("miniimagenet", "mini-imagenet")],
+)
 def test_unknown_data_offers_the_nearest_name(name, nearest):
     with pytest.raises(DataError, match=f"{name}.*did you mean.*{nearest}"):
         open_data(name)

@@ -3,10 +3,14 @@
 Shapes: N images, C channels, H x W pixels.
 """
 
+import csv
 import difflib
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy
 import torch
@@ -15,10 +19,12 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from common.files import replacing
 from common.randomness import generator
 
-NAMES = ("digits", "cifar10", "cifar100", "tiny-imagenet")
+NAMES = ("digits", "cifar10", "cifar100", "tiny-imagenet", "mini-imagenet")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MINI_CLASSES, MINI_IMAGES, MINI_TRAIN = 100, 600, 500  # of Mini-ImageNet: classes, images of each, and how many of these train
 
 
 class DataError(ValueError):
@@ -79,13 +85,15 @@ class Data:
     std: tuple[float, ...]
     train: Split
     val: Split
+    split: str = ""  # what tells train from val where the data set itself does not: name and digest of the file
 
 
 def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) -> Data:
-    """Open `digits`, `cifar10`, `cifar100`, `tiny-imagenet` (kept under `root`), or the folder that `name` is the path of.
+    """Open `digits`, `cifar10`, `cifar100`, `tiny-imagenet`, `mini-imagenet` (kept under `root`), or the folder that `name` is the path of.
 
-    A folder holds train/ and val/ (or test/ where there is no val/), each with one folder per class. With `skip_corrupt` an
-    unreadable image file is replaced by the next readable one. Raises DataError that says what is missing and how to mend it.
+    A folder holds train/ and val/ (or test/ where there is no val/), each with one folder per class. `mini-imagenet` is divided as
+    mini-imagenet-split.csv under `root` says; where that is missing it is drawn and written. With `skip_corrupt` an unreadable image
+    file is replaced by the next readable one. Raises DataError that says what is missing and how to mend it.
     """
     if name == "digits":
         return _digits()
@@ -93,6 +101,8 @@ def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) 
         return _cifar(name, Path(root))
     if name == "tiny-imagenet":
         return _tiny_imagenet(Path(root) / "tiny-imagenet-200", skip_corrupt)
+    if name == "mini-imagenet":
+        return _mini_imagenet(Path(root) / "mini-imagenet", Path(root) / "mini-imagenet-split.csv", skip_corrupt)
     if Path(name).is_dir():
         return _folder(Path(name), skip_corrupt)
     nearest = difflib.get_close_matches(name.lower(), NAMES, n=2, cutoff=0.5)
@@ -173,6 +183,61 @@ def _tiny_imagenet(folder: Path, skip_corrupt: bool) -> Data:
         labels.append(number[fields[1]])
     val = Split(torch.tensor(labels), paths=paths, class_names=train.class_names, skip_corrupt=skip_corrupt)
     return Data("tiny-imagenet", len(number), 3, (64, 64), IMAGENET_MEAN, IMAGENET_STD, train, val)
+
+
+def _mini_imagenet(folder: Path, file: Path, skip_corrupt: bool) -> Data:
+    if not folder.is_dir():
+        layout = f"{MINI_CLASSES} folders of {MINI_IMAGES} images, one for each class"
+        raise DataError(f"{folder} not found: put Mini-ImageNet there as {folder / '<class>' / '*.jpg'}, {layout}")
+    whole = _scan(folder, skip_corrupt)
+    counts = dict(zip(whole.class_names, torch.bincount(whole.labels).tolist(), strict=True))
+    odd = [f"{count} images in {name}" for name, count in counts.items() if count != MINI_IMAGES]
+    if len(counts) != MINI_CLASSES or odd:
+        found = ", ".join([f"{len(counts)} classes ({', '.join([*counts][:3])}{', ...' if len(counts) > 3 else ''})", *odd[:3]])
+        raise DataError(
+            f"{folder} holds {found}; Mini-ImageNet has {MINI_CLASSES} classes of {MINI_IMAGES} images: complete it. "
+            "Another selection is another data set: open it as a folder with train/ and val/"
+        )
+    paths = [Path(path).relative_to(folder).as_posix() for path in whole.paths]
+    if not file.exists():
+        # the usual split gives train and val classes of their own, as few-shot learning wants it, so each class is divided here
+        chosen = set(whole.per_class(MINI_TRAIN, seed=0).paths)
+        parts = {short: "train" if path in chosen else "val" for short, path in zip(paths, whole.paths, strict=True)}
+        # the processes of a run may all get here at once, and `replacing` has one temporary name, so each has a folder of its own
+        with TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as own:
+            with replacing(Path(own) / file.name) as temporary, open(temporary, "w", encoding="utf-8", newline="") as out:
+                csv.writer(out, lineterminator="\n").writerows([("path", "split"), *sorted(parts.items())])
+            os.replace(Path(own) / file.name, file)
+    content = file.read_bytes()
+    parts = _read_split(file, content, paths)
+    train, val = (whole.subset([i for i, path in enumerate(paths) if parts[path] == part]) for part in ("train", "val"))
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    return Data("mini-imagenet", len(counts), 3, None, IMAGENET_MEAN, IMAGENET_STD, train, val, f"{file.name}@{digest}")
+
+
+def _read_split(file: Path, content: bytes, paths: Sequence[str]) -> dict[str, str]:
+    def fault(what: str) -> DataError:
+        return DataError(f"{file} {what}: mend it, or delete it to have it made again")
+
+    header, *lines = content.decode("utf-8-sig", errors="replace").splitlines() or [""]
+    if header != "path,split":
+        raise fault(f"begins with {header!r} and not with 'path,split'")
+    parts, known = {}, set(paths)
+    for line in filter(None, lines):
+        path, *rest = next(csv.reader([line]))  # line by line, so that a quotation mark left open ends there
+        if rest not in (["train"], ["val"]):
+            raise fault(f"has the line {line!r}, which is not a path, a comma and train or val")
+        if path not in known or path in parts:
+            raise fault(f"lists {path!r} twice" if path in parts else f"names {path!r}, and there is no such image")
+        parts[path] = rest[0]
+    missing = [path for path in paths if path not in parts]
+    if missing:
+        raise fault(f"misses {len(missing)} images, the first is {missing[0]!r}")
+    filled = {(path.split("/")[0], part) for path, part in parts.items()}
+    empty = sorted({(name, part) for name, _ in filled for part in ("train", "val")} - filled)
+    if empty:
+        raise fault(f"leaves class {empty[0][0]!r} without {empty[0][1]} images")
+    return parts
 
 
 def _folder(folder: Path, skip_corrupt: bool) -> Data:

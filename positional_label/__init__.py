@@ -1,0 +1,1 @@
+"""Positional Label: where a token is, as a second label in training."""
