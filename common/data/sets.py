@@ -232,7 +232,7 @@ def _read_split(file: Path, content: bytes, paths: Sequence[str]) -> dict[str, s
         parts[path] = rest[0]
     missing = [path for path in paths if path not in parts]
     if missing:
-        raise fault(f"misses {len(missing)} images, the first is {missing[0]!r}")
+        raise fault(f"misses {len(missing)} of {len(paths)} images, the first is {missing[0]!r}")
     filled = {(path.split("/")[0], part) for path, part in parts.items()}
     empty = sorted({(name, part) for name, _ in filled for part in ("train", "val")} - filled)
     if empty:
