@@ -155,3 +155,16 @@ def make_head(label: Label, width: int, grid: Grid, queries: int | None) -> Abso
     if label == "none":
         return None
     return AbsoluteLabelHead(width, grid) if label == "absolute" else RelativeLabelHead(width, grid, queries=queries)
+
+
+# Where the tensors of the released trainings stand here; the longest matching prefix counts. No checkpoints were published.
+_HEAD = {"To2D.": "head.", "head_coordinate.": "head.classify."}
+OFFICIAL_VIT_NAMES = {"": "encoder.", **_HEAD}
+OFFICIAL_SWIN_NAMES = {
+    "": "encoder.",
+    "head.": "encoder.head.fc.",
+    **{f"layers.{stage}.downsample.": f"encoder.layers.{stage + 1}.downsample." for stage in range(3)},  # timm merges before a stage
+    "layers.2.FinalLayer_norm.": "encoder.layers.3.downsample.norm.",  # with absolute labels, in the place of the last merging
+    "layers.2.FinalLayer_Mlp.": "encoder.layers.3.downsample.reduction.",
+    **_HEAD,
+}

@@ -94,8 +94,9 @@ def illustrate(method: MAE, images: Tensor, data: Data, directory: Path) -> None
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=mae`. Ours; the paper does not have it.
 
-    DropPos' digits recipe with another method; half is hidden, as the paper's .75 would leave 4 patches. Hardware: two CPU cores, six
-    minutes. Expected (one seed): with all labels 99, from scratch 96; with 20 per class about 92 and 64; with 5, 76 and 47.
+    DropPos' digits recipe with another method; half is hidden, as the paper's .75 would leave 4 patches. Hardware: two CPU cores,
+    six minutes a seed. Expected, over three seeds: with all labels 98.3 (scratch 96.9), with 20 per class 90.2 (62.0), with 5, 76.3 (39.6);
+    k-NN 85.6.
     """
     shifts = Augmentation(crop="padding", padding=1, flip=0.0)
     pretrain = replace(_PRETRAIN, epochs=200, batch_size=128, base_lr=6e-3, warmup_epochs=10, augmentation=shifts)
