@@ -2,7 +2,7 @@
 PAPER ?= droppos
 PYTHON ?= python3
 python := .venv/bin/python
-options = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') \
+options = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ARMS),--arms $(ARMS)) \
           $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
 
 .PHONY: help setup reproduce test test-all lint table speed
@@ -14,8 +14,9 @@ help:  ## this text
 
 #:   PAPER=droppos   which paper, by its folder, or a baseline: deit, mae
 #:   EPOCHS=800      epochs of pre-training, in place of the recipe's
-#:   DATA=digits     digits, cifar10, cifar100, tiny-imagenet, or a folder with train/ and val/ in ImageFolder layout
+#:   DATA=digits     digits, cifar10, cifar100, tiny-imagenet, mini-imagenet, or a folder with train/ and val/ in ImageFolder layout
 #:   RECIPE=digits   a recipe of the paper by name; by default the one meant for the data
+#:   ARMS="vit swin" which of the variants that a recipe runs side by side; by default all
 #:   SEEDS=3         how many seeds; the table shows mean and standard deviation
 #:   DEVICE=cuda     auto, cpu or cuda
 #:   OUT=runs        where runs are kept; a second call goes on from there

@@ -37,9 +37,9 @@ class Options:
     """Pre-train by a paper's recipe, evaluate by its protocols, print the table. A stopped run goes on where it was."""
 
     paper: Annotated[str, tyro.conf.Positional]
-    """Which paper, by its folder, such as droppos or mp3, or a baseline: deit, mae."""
+    """Which paper, by its folder, such as droppos or positional_label, or a baseline: deit, mae."""
     data: str = "digits"
-    """digits (no download), cifar10, cifar100, tiny-imagenet, or a folder with train/ and val/ in ImageFolder layout."""
+    """digits (no download), cifar10, cifar100, tiny-imagenet, mini-imagenet, or a folder with train/ and val/ in ImageFolder layout."""
     data_name: str | None = None
     """What the results call the data; by default a folder's own name. Published numbers on ImageNet-1k are matched by imagenet1k."""
     recipe: str | None = None
@@ -213,6 +213,7 @@ class Reproduction:
         del asked["protocols"], asked["arms"]  # a change to one evaluation leaves the others as they are
         settings = {"encoder": str(self.options.encoder.resolve())} if self.options.encoder else {}
         settings |= {"paper": self.paper, "data": self.data.name, "seed": self.seed, "precision": self.precision}
+        settings |= {"split": self.data.split} if self.data.split else {}
         settings |= {"recipe": asked} | ({"protocol": as_json(protocol)} if protocol else {})
         return Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
 

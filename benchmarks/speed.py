@@ -6,7 +6,8 @@
 The steps are timed in turns, each in another order, so that a machine that changes its speed changes it for all. A step is forward,
 backward and AdamW, on images that are already there. What counts:
 
-    ratio      median over the rounds of its time over that of timm's supervised float32 step of the same model and batch
+    ratio      median over the rounds of its time over that of timm's supervised float32 step of the same batch and the model that is
+               named `against`: the same one, or where a variant brings a model of its own, that of the recipe
     machine    useful FLOPs / (median time x the FLOP/s of the fastest of a few matrix products, same precision, same run)
     memory     the most that the step held at once, in GB, beside what was there before it: images, weights and AdamW's moments
 
@@ -132,11 +133,13 @@ def measure(device: torch.device, steps: list[Step], batch: int, rounds: int) ->
             if turn:  # the first turn warms up
                 step.seconds.append(seconds)
         console.print(f"round {turn} of {rounds}" if turn else "warmed up", style="dim")
-    base = {step.backbone: step for step in reversed(steps) if step.name.startswith("timm") and step.precision == "32-true"}
+    timms = {step.backbone: step for step in reversed(steps) if step.name.startswith("timm") and step.precision == "32-true"}
+    base = {step.backbone: timms.get(step.backbone, next(iter(reversed(timms.values())))) for step in steps}
     lines = [
         {
             "step": step.name,
             "backbone": step.backbone,
+            "against": base[step.backbone].backbone,
             "batch": batch,
             "precision": step.precision,
             "seconds": round(statistics.median(step.seconds), 3),
