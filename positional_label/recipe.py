@@ -49,7 +49,7 @@ def digits() -> Recipe:
     swin = ("size=SwinTransformer", "patch_size=1", "encoder.embed_dim=48", *_DEPTHS, "encoder.window_size=4")
     nest = ("size=Nest", "patch_size=1", "encoder.embed_dims=[48, 96]", *_DEPTHS, "encoder.num_levels=2")
     arms = _arms("vit", *vit, *_MEAN_POOLED) | _arms("deit", *vit) | _swin_arms(*swin) | _arms("nest", *nest)
-    stage = Stage(epochs=100, batch_size=128, base_lr=2e-3, warmup_epochs=10, clip_norm=5.0, augmentation=_SHIFTS)
+    stage = Stage(epochs=60, batch_size=64, base_lr=6e-3, warmup_epochs=5, clip_norm=5.0, augmentation=_SHIFTS)
     return _recipe("digits", 8, stage, arms, {"smoothing": 0.1}, drop_path=0.1)
 
 

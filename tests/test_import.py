@@ -1,0 +1,31 @@
+"""What `import common` does to the process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from common.results import ROOT
+
+FAULTS = """
+import resource, torch
+{before}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+images = torch.randn(2**16, 64)  # hidden layers of 64 MB, which is 16,384 pages
+for step in range(6):
+    if step == 3:  # once it knows what a step needs
+        begun = faults()
+    model(images).square().mean().backward()
+    model.zero_grad()
+print(faults() - begun)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the page faults of glibc's malloc on Linux")
+def test_a_step_is_not_given_new_memory_for_what_the_last_one_freed():
+    def count(before: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", FAULTS.format(before=before)], cwd=ROOT, capture_output=True, check=True).stdout)
+
+    assert count("import common") < count("") / 4
