@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
-from benchmarks.table import comparison
+from benchmarks.table import arm_of, comparison, side_by_side
 from common import results
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
@@ -281,18 +281,22 @@ def reproduce(options: Options) -> list[results.Row]:
 
 
 def show(paper: str, rows: list[results.Row]) -> None:
-    """The table on the screen: this run, training from scratch, and the published numbers."""
-    frame, first = comparison(paper, results.frame(rows)), rows[0]
-    seeds = len({row.seed for row in rows})
+    """The table on the screen: this run, training from scratch, and the published numbers; arms side by side."""
+    frame, first = results.frame(rows), rows[0]
+    arms, backbones, seeds = {arm_of(row.recipe) for row in rows}, {row.backbone for row in rows}, len({row.seed for row in rows})
     training = "training" if first.protocol == "scratch" else "pre-training"
-    heading = (
-        f"{paper}, {first.data}, {first.backbone}, {first.pretrain_epochs} epochs of {training}, {seeds} seed{'s' if seeds > 1 else ''}"
-    )
-    table = Table(
-        title=heading, caption="top-1 in percent; from scratch: the same training without pre-training, for linear and knn a random encoder"
-    )
+    what = [paper, first.data, *(backbones if len(backbones) == 1 else []), f"{first.pretrain_epochs} epochs of {training}"]
+    caption = "top-1 in percent; from scratch: the same training without pre-training, for linear and knn a random encoder"
+    if len(arms) > 1 or any("+" in name for name in arms):
+        frame = side_by_side(paper, results.summary(frame))
+        frame = frame[frame["Log"] != "-"].drop(columns=["Data", "Backbone", "Epochs", "Log"])  # those without a log nobody measured
+        frame = frame.loc[:, (frame != "-").any()]
+        caption = "in percent; in brackets the difference to alone" + f"; {caption.partition('; ')[2]}" * ("From scratch" in frame)
+    else:
+        frame = comparison(paper, frame)
+    table = Table(title=", ".join([*what, f"{seeds} seed{'s' if seeds > 1 else ''}"]), caption=caption)
     for column in frame.columns:
-        table.add_column(column, justify="left" if column in ("Protocol", "Published") else "right")
+        table.add_column(column, justify="left" if column in ("Family", "Protocol", "Published") else "right")
     for line in frame.itertuples(index=False):
         table.add_row(*line)
     console.print(table, soft_wrap=False)

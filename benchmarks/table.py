@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ import pandas
 
 from benchmarks.measure import wide
 from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
-from common.results import load, summary
+from common.results import GROUP, load, summary
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
 OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
 PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting protocol metric value source confidence".split()
-BESIDE = ["paper", "data", "recipe", "backbone", "protocol", "metric", "device"]  # what a run shares with its baselines
+BESIDE = ["paper", "data", "backbone", "protocol", "metric", "device"]  # what a run shares with its baselines, besides its recipe's stem
 STARTS = {"scratch": "", "random": ", random encoder", "pixels": ", raw pixels"}  # of the baselines of a run
 NOT_YET = "not measured yet"
 
@@ -53,7 +54,7 @@ def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.
     table, own = [], list(claims(paper, root).itertuples())
     for line, others in pairs(summary(rows)):
         near = max((row for row in own if alike(row, line)), key=partial(closeness, line=line), default=None)
-        scratch = next(others[others["start"] != "pixels"].itertuples(), None)
+        scratch = next(others[others["start"].isin(["scratch", "random"])].itertuples(), None)
         table.append(
             {
                 "Protocol": protocol(line),
@@ -72,6 +73,52 @@ def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.
     return pandas.DataFrame(table)
 
 
+def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
+    """A method alone and with what is added to it in one row: our arms "a" and "a+b" of a summary, published methods "A" and "A + B".
+
+    In brackets is the difference to the method alone, ours to ours and theirs to theirs. What was published of the same data and backbone
+    stands beside every arm; what nobody measured follows, without a log. A top-5 needs a published one of its data.
+    """
+    own: dict[tuple, dict[str, tuple[Any, pandas.DataFrame]]] = {}  # by what is added: our line and its baselines
+    for line, others in pairs(lines):
+        key = (stem(line.recipe), *(getattr(line, name) for name in GROUP if name not in ("recipe", "start")))
+        own.setdefault(key, {})[arm_of(line.recipe).partition("+")[2].upper()] = line, others
+    known: dict[tuple, dict[str, Any]] = {}  # by what is added: the published row
+    for row in published(paper, root).query("confidence == 'first_hand' and metric in ('top1', 'top5')").itertuples():
+        alone, added = (part.strip() for part in row.method.partition("+")[::2])
+        key = (alone, row.dataset, row.backbone, row.pretrain_epochs, row.setting, row.protocol, row.metric)
+        known.setdefault(key, {})[added.upper()] = row
+    varied = [(next(iter(theirs.values())), theirs) for theirs in known.values() if any(theirs)]
+    entries: list[tuple[dict, dict]] = []
+    for ours in own.values():
+        line, _ = next(iter(ours.values()))
+        near = [theirs for row, theirs in varied if alike(row, line) and all(closeness(row, line)[:2])]
+        if line.metric != "top5" or any(row.metric == "top5" and closeness(row, line)[0] for row, _ in varied):
+            entries.append((ours, near[0] if near else {}))
+    entries += [({}, theirs) for _, theirs in varied if all(theirs is not beside_ours for _, beside_ours in entries)]
+    variants = dict.fromkeys(["", *(added for entry in entries for numbers in entry for added in numbers)])
+    table = []
+    for ours, theirs in entries:
+        line, others = next(iter(ours.values()), (None, lines[:0]))
+        row = next(iter(theirs.values()), None)
+        said = {added: (number(one, seeds=False), one.mean) for added, (one, _) in ours.items()}
+        printed = {added: (one.value, float(one.value)) for added, one in theirs.items()}
+        logs = " ".join([*(one.log for one, _ in ours.values()), *others["log"]])
+        cells = {
+            "Data": title(line.data if line else row.dataset),
+            "Family": stem(line.recipe).partition(" ")[2] if line else row.method.partition("+")[0].strip(),
+            "Backbone": title((line or row).backbone),
+            "Epochs": str((line or row).pretrain_epochs),
+            "Protocol": protocol(line or row),
+            **{f"+ {added}" if added else "Alone": against(said, added, NOT_YET if added in theirs else "") for added in variants},
+            "From scratch": beside(others[others["start"] != getattr(line, "start", "")], seeds=False),
+            **{f"Published + {added}" if added else "Published alone": against(printed, added) for added in variants},
+            "Log": links(logs, root, root / folder(paper, root)),
+        }
+        table.append({name: cell or "-" for name, cell in cells.items()})
+    return pandas.DataFrame(table)
+
+
 def results_table(root: Path) -> str:
     """The root README's table: every fine-tuning number that a paper prints with ours beside it, then what only we measured.
 
@@ -87,13 +134,15 @@ def results_table(root: Path) -> str:
             equals = [(row, *pair) for pair in ours if alike(row, pair[0]) and all(closeness(row, pair[0]))]
             entries += equals or ([(row, None, None)] if paper in own else [])
         matched = [line for _, line, _ in entries]
-        entries += [(None, *pair) for pair in ours if pair[0] not in matched]
+        entries += [
+            (None, line, others) for line, others in ours if line not in matched and (line.metric == "top1" or line.protocol == "pretrain")
+        ]
         for row, line, others in entries:
             table.append(
                 {
                     "Paper": paper,
                     "Data": title(row.dataset if row else line.data),
-                    "Backbone": title((row or line).backbone),
+                    "Backbone": ", ".join(filter(None, [title((row or line).backbone), line and arm_of(line.recipe)])),
                     "Epochs": (row or line).pretrain_epochs,
                     "Protocol": protocol(row or line),
                     "Published": " ".join(filter(None, [row.value, row.setting and f"({row.setting})"])) if row else "",
@@ -164,11 +213,34 @@ def claims(paper: str, root: Path) -> pandas.DataFrame:
 
 
 def pairs(lines: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
-    """Each summary line of a pre-trained start, or of a supervised method, with its baselines: scratch first, raw pixels last."""
+    """Each summary line of a pre-trained start, or of a supervised method, with its baselines: scratch first, raw pixels last.
+
+    One of them is the arm without what this one adds. Starts without pre-training are run with one arm and are baselines of all.
+    """
+    stems, twin = lines["recipe"].map(stem), ["start", "pretrain_epochs", "precision"]
     for line in lines[(lines["start"] == "pretrained") | (lines["protocol"] == "scratch")].itertuples():
-        same = (lines[BESIDE] == [getattr(line, name) for name in BESIDE]).all(axis=1) & (lines.index != line.Index)
-        others = lines[same & lines["start"].isin(STARTS) & lines["pretrain_epochs"].isin([line.pretrain_epochs, 0])]
-        yield line, others.sort_values("start", ascending=False)
+        same = (lines[BESIDE] == [getattr(line, name) for name in BESIDE]).all(axis=1) & (stems == stem(line.recipe))
+        starts = lines["start"].isin(STARTS) & lines["pretrain_epochs"].isin([line.pretrain_epochs, 0]) & (lines["protocol"] != "scratch")
+        alone = (lines["recipe"] == stems) & (lines[twin] == [getattr(line, name) for name in twin]).all(axis=1)
+        yield line, lines[same & (starts | alone) & (lines.index != line.Index)].sort_values("start", ascending=False)
+
+
+def arm_of(recipe: str) -> str:
+    """The arm in a ledger's `recipe`, which is "name arm change=value ..."; empty where it has none."""
+    word = [*recipe.split(), "", ""][1]
+    return "" if "=" in word else word
+
+
+def stem(recipe: str) -> str:
+    """A ledger's `recipe` without what its arm adds: of "digits vit+rpl" it is "digits vit"."""
+    return recipe.replace(arm_of(recipe), arm_of(recipe).partition("+")[0], 1) if "+" in arm_of(recipe) else recipe
+
+
+def adds(paper: str, root: Path) -> bool:
+    """Whether a paper adds something to other methods, in what was published or measured."""
+    with suppress(ValueError):  # a broken ledger is named by the tables that are made from it
+        return "+" in " ".join([*published(paper, root)["method"], *load(root / folder(paper, root) / "results.csv")["recipe"].map(arm_of)])
+    return False
 
 
 def alike(row: Any, line: Any) -> bool:
@@ -192,8 +264,8 @@ def title(name: str) -> str:
     """A data set or backbone as papers write it, where that is known."""
     if vit := re.fullmatch(r"vit_(s|b|l|h)(?:mall|ase|arge|uge)_patch(\d+)_\d+", name):
         return f"ViT-{vit[1].upper()}/{vit[2]}"
-    names = {"imagenet1k": "ImageNet-1K", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "ade20k": "ADE20K", "coco": "COCO"}
-    return names.get(plain(name), name)
+    names = ["ImageNet-1K", "Mini-ImageNet", "CIFAR-10", "CIFAR-100", "ADE20K", "COCO"]
+    return next((known for known in names if plain(known) == plain(name)), name)
 
 
 def protocol(line: Any) -> str:
@@ -207,9 +279,17 @@ def number(line: Any, seeds: bool = True) -> str:
     return f"{line.mean:.2f}{spread}" + (f" ({line.seeds} seed{'s' if line.seeds > 1 else ''})" if seeds else "")
 
 
-def beside(others: pandas.DataFrame) -> str:
-    """All baselines of a line in one cell, each that is not training from scratch with its name."""
-    return "; ".join(number(other) + STARTS[other.start] for other in others.itertuples()) or "-"
+def against(numbers: Mapping[str, tuple[str, float]], added: str, missing: str = "") -> str:
+    """The number with something added to the method, in brackets the difference to the method alone."""
+    text, value = numbers.get(added, (missing, 0.0))
+    return f"{text} ({value - numbers[''][1]:+.2f})" if added in numbers and "" in numbers and added else text
+
+
+def beside(others: pandas.DataFrame, seeds: bool = True) -> str:
+    """All baselines of a line in one cell, each that is not training from scratch with its name, an arm with its own."""
+    starts = others["start"].mask(others["protocol"] == "scratch", "supervised")
+    names = [STARTS.get(start, f", {arm_of(recipe)}") for start, recipe in zip(starts, others["recipe"], strict=True)]
+    return "; ".join(number(other, seeds) + name for other, name in zip(others.itertuples(), names, strict=True)) or "-"
 
 
 def links(logs: str, root: Path, folder: Path) -> str:
@@ -260,6 +340,7 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
         readmes[f"{paper}/README.md"] = {
             "published": partial(published_table, paper, root),
             "measured": partial(measured_table, paper, root),
+            "side by side": lambda paper=paper: markdown(side_by_side(paper, measured(paper, root), root)),
         }
     for name in baselines(root):
         readmes.setdefault(f"{BASELINES}/README.md", {}).update(
@@ -272,7 +353,8 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
     for where, tables in readmes.items():
         readme = root / where
         text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-        absent = tables.keys() - {"speed", "attention"} - {marker[1] for marker in MARKER.finditer(text)}
+        optional = {"speed", "attention", *([] if adds(Path(where).parent.name, root) else ["side by side"])}
+        absent = tables.keys() - optional - {marker[1] for marker in MARKER.finditer(text)}
         faults += [f"{where}: table {name!r} is missing: add the lines {OPEN.format(name)} and {CLOSE}" for name in sorted(absent)]
         try:
             filled, old = fill(text, tables, where)

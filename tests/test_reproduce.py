@@ -1,6 +1,7 @@
 """The reproduce command, from the command line to the table and the ledger."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -121,3 +122,21 @@ def test_an_official_checkpoint_is_evaluated_in_the_place_of_pretraining(tmp_pat
     (tmp_path / "official.pth").rename(tmp_path / "elsewhere" / "official.pth")
     assert main([*arguments, "--encoder", str(tmp_path / "elsewhere" / "official.pth")]) == 2  # of the same name, but another file
     assert "holds a run with other settings (encoder:" in " ".join(capsys.readouterr().out.split())
+
+
+def test_arms_are_trained_and_printed_side_by_side_and_leave_timms_backbone(tmp_path, capsys):
+    arguments = ["positional_label", "--device", "cpu", "--epochs", "1", "--out", str(tmp_path), "--arms", "vit", "vit+rpl"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if re.match(r"│ vit +│ scratch", line))
+    alone, added = re.fullmatch(r"│ vit +│ scratch +│ +([\d.]+) │ +[\d.]+ \(([+-][\d.]+)\) │", row).groups()
+    runs = {name: tmp_path / "positional_label" / f"digits-{name}-1ep-seed0" / "pretrain" for name in ("vit", "vit+rpl")}
+    top1 = {name: json.loads((run / "result.json").read_text())["top1"] for name, run in runs.items()}
+    assert float(alone) == pytest.approx(top1["vit"], abs=0.01)
+    assert float(added) == pytest.approx(top1["vit+rpl"] - top1["vit"], abs=0.02)
+    states = [load_file(run / "encoder.safetensors") for run in runs.values()]
+    assert states[0].keys() == states[1].keys()  # no position head is left
+    assert main(arguments[:-1]) == 0
+    assert " step " not in capsys.readouterr().out  # that arm was trained before
+    assert main([*arguments[:-1], "vitt"]) == 2
+    assert "vitt" in capsys.readouterr().out

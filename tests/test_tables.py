@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import table
-from common.results import Row, append, frame
+from common.results import Row, append, frame, summary
 from tests.test_results import ROW
 
 HEADER = ",".join(table.PUBLISHED)
@@ -211,3 +211,81 @@ def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> No
     assert cells(root / "README.md", "97.30")[5] == "-"
     assert "no published number is known" in (root / "droppos" / "README.md").read_text()
     assert table.comparison("unheard_of", frame([ROW]), root)["Published"].tolist() == ["-"]
+
+
+# ---- arms, which add something to another method
+
+
+ARMS = {"": 90.0, "+apl": 91.0, "+rpl": 92.5}
+SWIN = replace(
+    ROW, paper="droppos", recipe="imagenet_swin swin", data="imagenet1k", backbone="swin_base", protocol="scratch", start="scratch"
+)
+
+
+def arms(row: Row, **changes: object) -> list[Row]:
+    """Two seeds of a method alone and with two things added."""
+    return [
+        replace(row, recipe=row.recipe + added, value=value + seed, seed=seed, **changes)
+        for added, value in ARMS.items()
+        for seed in (0, 2)
+    ]
+
+
+@pytest.fixture
+def added(root: Path) -> Path:
+    """A repository whose paper adds APL and RPL to others' methods."""
+    lines = [HEADER]
+    for method, value in [("Swin-B", 83.35), ("Swin-B + APL", 83.76), ("Swin-B + RPL", 84.09)]:
+        lines += [
+            f"droppos,README,classification,ImageNet-1K,{method},swin_base,,,scratch,{m},{value},README,first_hand"
+            for m in ("top1", "top5")
+        ]
+    (root / "droppos" / "published.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_arms_and_published_methods_stand_beside_what_they_are_added_to(added: Path) -> None:
+    rows = arms(SWIN) + [replace(row, metric="top5") for row in arms(SWIN)] + arms(replace(SWIN, data="digits", metric="top1"))
+    rows += [replace(row, data="digits", metric="top5") for row in arms(SWIN)]
+    said = table.side_by_side("droppos", summary(frame(rows)), added)
+    ours = ["91.00 ± 1.41", "92.00 ± 1.41 (+1.00)", "93.50 ± 1.41 (+2.50)"]
+    theirs = ["83.35", "83.76 (+0.41)", "84.09 (+0.74)"]
+    assert list(said)[5:8] + list(said)[9:12] == ["Alone", "+ APL", "+ RPL", "Published alone", "Published + APL", "Published + RPL"]
+    found = {(line.Data, line.Protocol): list(line)[6:9] + list(line)[10:13] for line in said.itertuples()}
+    # nobody published of digits, so there the top-5 of ten classes is left out
+    assert found == {
+        ("ImageNet-1K", "scratch"): ours + theirs,
+        ("ImageNet-1K", "scratch (top5)"): ours + theirs,
+        ("digits", "scratch"): ours + ["-"] * 3,
+    }
+    assert set(said["Family"]) == {"swin"}
+
+
+def test_what_nobody_measured_stands_beside_the_published_numbers_as_such(added: Path) -> None:
+    said = table.side_by_side("droppos", summary(frame(arms(SWIN)[:2])), added)
+    top1, top5 = said.to_dict("records")
+    assert (top1["Alone"], top1["+ APL"], top1["Published + APL"]) == ("91.00 ± 1.41", "not measured yet", "83.76 (+0.41)")
+    assert (top5["Alone"], top5["Log"], top5["Published alone"]) == ("not measured yet", "-", "83.35")
+
+
+def test_another_recipe_backbone_or_precision_is_never_taken_for_the_method_alone(added: Path) -> None:
+    for change in ({"recipe": "imagenet_swin swin lr=1"}, {"recipe": "other swin"}, {"backbone": "swin_tiny"}, {"precision": "32-true"}):
+        rows = arms(SWIN)[-2:] + [replace(row, **change) for row in arms(SWIN)[:2]]
+        said = table.side_by_side("droppos", summary(frame(rows)), added)
+        assert [cell for cell in said["+ RPL"] if "93.50" in cell] == ["93.50 ± 1.41"], change
+        assert table.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["-", "-"], change
+
+
+def test_a_start_without_pretraining_is_the_baseline_of_every_arm(added: Path) -> None:
+    mae = replace(ROW, recipe="digits_mae mae", protocol="finetune")
+    rows = arms(mae) + [replace(mae, start="scratch", value=80.0, pretrain_epochs=0)]
+    said = table.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
+    assert said[["Alone", "+ RPL", "From scratch"]].tolist() == ["91.00 ± 1.41", "93.50 ± 1.41 (+2.50)", "80.00"]
+    assert table.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["+11.00", "+12.00", "+13.50"]
+
+
+def test_a_paper_that_adds_nothing_to_others_needs_no_side_by_side_table(root: Path) -> None:
+    table.update(root)
+    assert table.update(root)[1] == []
+    record(root, *arms(SWIN))
+    assert [fault for fault in table.update(root)[1] if "'side by side' is missing" in fault]
