@@ -120,7 +120,7 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
 
 
 def results_table(root: Path) -> str:
-    """The root README's table: every fine-tuning number that a paper prints with ours beside it, then what only we measured.
+    """The root README's table: every fine-tuning number that a paper prints with ours beside it, then the top-1 that only we measured.
 
     Of the baselines it has what we measured.
     """
@@ -134,9 +134,7 @@ def results_table(root: Path) -> str:
             equals = [(row, *pair) for pair in ours if alike(row, pair[0]) and all(closeness(row, pair[0]))]
             entries += equals or ([(row, None, None)] if paper in own else [])
         matched = [line for _, line, _ in entries]
-        entries += [
-            (None, line, others) for line, others in ours if line not in matched and (line.metric == "top1" or line.protocol == "pretrain")
-        ]
+        entries += [(None, line, others) for line, others in ours if line.metric == "top1" and line not in matched]
         for row, line, others in entries:
             table.append(
                 {
