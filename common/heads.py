@@ -35,11 +35,15 @@ class PositionDecoder(nn.Module):
 class PixelDecoder(nn.Module):
     """MAE's decoder: mask tokens fill the hidden cells, every cell has a sine-cosine position, pixels come out.
 
-    Takes the tokens of an encoder with a class token.
+    Raises ValueError for an encoder without a class token or without positions, and for a width that is no multiple of the heads.
     """
 
     def __init__(self, encoder: ViT, width: int = 512, depth: int = 8, heads: int = 16):
         super().__init__()
+        if encoder.pos_embed is None or encoder.cls_token is None:
+            raise ValueError("MAE tells its encoder where the visible patches are, and has a class token: the encoder needs both")
+        if width % heads:
+            raise ValueError(f"decoder_width={width} is not a multiple of decoder_heads={heads}")
         self.patch_size = encoder.patch_size
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))

@@ -55,9 +55,10 @@ class PositionalLabel(nn.Module):
         self.encoder, self.weight = encoder, weight
         width, self.grid = feature_map(encoder)
         encoder.reset_classifier(classes)
-        for name, parameter in encoder.named_parameters():
-            if name.startswith("head") and name.rpartition(".")[2] in ("weight", "bias"):
-                nn.init.trunc_normal_(parameter, std=0.02) if parameter.ndim == 2 else nn.init.zeros_(parameter)
+        classifiers = encoder.get_classifier()  # a distilled DeiT has two
+        for layer in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
         self.head = make_head(label, width, self.grid, queries)
         self.supervision = Supervision(classes, mixup=mixup, cutmix=cutmix, smoothing=smoothing)
 
@@ -107,7 +108,7 @@ class PositionalMAE(nn.Module):
 
     The paper says that its labels combine with self-supervised ViTs such as MAE, but not how: this is our reading.
     encoder: a common.vit.ViT with a class token and positions. mask_ratio, decoder_*: as MAE's; the rest as PositionalLabel's.
-    Raises ValueError for a mask_ratio that leaves no pair of patches to see, or nothing to paint, and what the heads raise.
+    Raises ValueError for a mask_ratio that leaves no pair of patches to see, or nothing to paint, and what decoder and heads raise.
     """
 
     def __init__(

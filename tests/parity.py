@@ -20,8 +20,8 @@ def _counter(shape: tuple[int, ...], start: int) -> Tensor:
     return torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
 
 
-def weights(official: dict[str, Tensor], untouched: tuple[str, ...]) -> dict[str, Tensor]:
-    """Rule S on a state dict in official names; the names in `untouched` keep their values."""
+def weights(official: dict[str, Tensor], untouched: tuple[str, ...], fill: tuple[float, float] = (0.15, 1.3)) -> dict[str, Tensor]:
+    """Rule S(a, b) on a state dict in official names; the names in `untouched` keep their values."""
     filled = {}
     for j, name in enumerate(sorted(official)):
         k = _counter(official[name].shape, 1)
@@ -32,7 +32,7 @@ def weights(official: dict[str, Tensor], untouched: tuple[str, ...]) -> dict[str
         elif name.endswith("bias"):
             filled[name] = (0.05 * torch.sin(0.9 * k + j)).float()
         else:
-            filled[name] = (0.15 * torch.sin(1.3 * k + j)).float()
+            filled[name] = (fill[0] * torch.sin(fill[1] * k + j)).float()
     return filled
 
 

@@ -35,15 +35,11 @@ OFFICIAL_NAMES = {
 class MAE(nn.Module):
     """MAE around an encoder with a class token and a position embedding; the loss is on pixels normalised patch by patch.
 
-    mask_ratio: share of the patches hidden. Raises ValueError for one that leaves nothing to see or nothing to paint.
+    mask_ratio: share of the patches hidden. Raises ValueError for one that leaves nothing to see or nothing to paint, and as PixelDecoder.
     """
 
     def __init__(self, encoder: ViT, *, mask_ratio: float = 0.75, decoder_width=512, decoder_depth=8, decoder_heads=16):
         super().__init__()
-        if encoder.pos_embed is None or encoder.cls_token is None:
-            raise ValueError("MAE tells its encoder where the visible patches are, and has a class token: the encoder needs both")
-        if decoder_width % decoder_heads:
-            raise ValueError(f"decoder_width={decoder_width} is not a multiple of decoder_heads={decoder_heads}")
         self.encoder, self.cells = encoder, encoder.grid[0] * encoder.grid[1]
         self.visible = kept_tokens(self.cells, mask_ratio, "mask_ratio")
         if self.visible == self.cells:
