@@ -77,7 +77,7 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
     """A method alone and with what is added to it in one row: our arms "a" and "a+b" of a summary, published methods "A" and "A + B".
 
     In brackets is the difference to the method alone, ours to ours and theirs to theirs. What was published of the same data and backbone
-    stands beside every arm; what nobody measured follows, without a log. A top-5 needs a published one of its data.
+    stands beside every arm; what nobody measured follows, without a log. Any metric but top-1 needs a published one of its data.
     """
     own: dict[tuple, dict[str, tuple[Any, pandas.DataFrame]]] = {}  # by what is added: our line and its baselines
     for line, others in pairs(lines):
@@ -93,7 +93,7 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
     for ours in own.values():
         line, _ = next(iter(ours.values()))
         near = [theirs for row, theirs in varied if alike(row, line) and all(closeness(row, line)[:2])]
-        if line.metric != "top5" or any(row.metric == "top5" and closeness(row, line)[0] for row, _ in varied):
+        if line.metric == "top1" or any(row.metric == line.metric and closeness(row, line)[0] for row, _ in varied):
             entries.append((ours, near[0] if near else {}))
     entries += [({}, theirs) for _, theirs in varied if all(theirs is not beside_ours for _, beside_ours in entries)]
     variants = dict.fromkeys(["", *(added for entry in entries for numbers in entry for added in numbers)])
