@@ -4,6 +4,7 @@ python -m benchmarks.reproduce droppos --epochs 800 --data /datasets/imagenet
 """
 
 import dataclasses
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class Options:
     """auto is bf16-mixed where the hardware computes it, else 32-true."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several devices share the work, under torchrun."""
-    workers: int = 4
-    """Processes that decode images, per device; data that fit in memory need none."""
+    workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Processes that decode images, per device; by default one per core, at most 8. Data that fit in memory need none."""
     compile: bool = False
     """Compile the models with torch.compile."""
     checkpoint_seconds: float = 20.0

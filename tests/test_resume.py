@@ -69,7 +69,7 @@ def kill_in(stage: str, arguments: list[str], out: Path, draw: random.Random) ->
         time.sleep(0.02)
     alive = process.poll() is None
     if alive:
-        os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.kill()
     process.wait()
     return alive
 
@@ -98,13 +98,14 @@ def test_a_run_killed_at_random_moments_logs_what_an_undisturbed_run_logs(data, 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_the_documented_code_and_a_second_run_in_the_directory_is_refused(tmp_path):
-    arguments = command(tmp_path, "--epochs", "200")
-    process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    arguments = command(tmp_path, *folder(tmp_path), "--epochs", "200")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
     while not list(tmp_path.glob("*/*/pretrain/metrics.jsonl")) and process.poll() is None:
         time.sleep(0.05)
     second = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert second.returncode == 2 and "in use by another run" in second.stdout
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun and `timeout` do
     said, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, said
     assert "the same command goes on from here" in said

@@ -11,6 +11,7 @@ Shapes: N images of the split, R rows, E of an epoch, B of a micro-batch, C chan
 
 import itertools
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 
@@ -73,6 +74,7 @@ class Loader:
             _Images(self.split, self.data, self.image_size, self.augmentation, self.seed),
             batch_sampler=self.schedule,  # type: ignore[arg-type]
             num_workers=self.workers,
+            worker_init_fn=_own_group,
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
             # torch seeds its workers from this; left out, it would draw from the caller's global generator
@@ -188,3 +190,9 @@ class _Images(Dataset):
                     raise
                 skipped.append(self.split.paths[candidate])
         raise DataError(f"none of {len(skipped)} images can be read, the first is {skipped[0]}: delete them and restore the data set")
+
+
+def _own_group(worker: int) -> None:
+    """Terminals, torchrun and `timeout` signal the process group of a run. Only the process that trains can save it, and for that it
+    needs its workers, which end when it does."""
+    os.setpgrp()
