@@ -10,6 +10,7 @@ result.json        what came out; its presence says that the training is complet
 
 import fcntl
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"{self.directory} is in use by another run; wait for it, or name another folder with OUT=") from None
+        os.register_at_fork(after_in_child=self._lock.close)  # else workers that outlive a killed run would keep it locked
         self._start()
         return self
 
