@@ -43,7 +43,8 @@ def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8, all four families: `make reproduce PAPER=positional_label`. Ours; not in the paper.
 
     Every backbone is 96 wide at the end, on a grid of 4 x 4 cells (8 x 8 where a released Swin learns absolute labels). Hardware: two CPU
-    cores. Expected: see README.md.
+    cores, two minutes an arm. Expected top-1 alone, +apl, +rpl: ViT 92, 97, 97; DeiT 95, 97, 98; Swin 88, 94, 94; released Swin 99, 99,
+    100; NesT 99, 99, 99.
     """
     vit = ("size=VisionTransformer", "patch_size=2", "encoder.embed_dim=96", "encoder.depth=6", "encoder.num_heads=3")
     swin = ("size=SwinTransformer", "patch_size=1", "encoder.embed_dim=48", *_DEPTHS, "encoder.window_size=4")
@@ -140,7 +141,8 @@ def mini_imagenet_nest() -> Recipe:
 def digits_mae() -> Recipe:
     """MAE with and without labels on digits: `make reproduce PAPER=positional_label RECIPE=digits_mae`. Our reading of "combine with".
 
-    Encoder, decoder and budget of the baseline's digits recipe. Hardware: two CPU cores. Expected: see README.md.
+    Encoder, decoder and budget of the baseline's digits recipe. Hardware: two CPU cores. Expected top-1 alone, +apl, +rpl: fine-tuning 99,
+    99, 99; with 20 labels per class 90, 86, 88.
     """
     pretrain = Stage(epochs=200, batch_size=128, base_lr=6e-3, warmup_epochs=10, betas=(0.9, 0.95), augmentation=_SHIFTS)
     tune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
