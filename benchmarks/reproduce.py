@@ -291,7 +291,7 @@ def show(paper: str, rows: list[results.Row]) -> None:
     if len(arms) > 1 or any("+" in name for name in arms):
         frame = side_by_side(paper, results.summary(frame))
         frame = frame[frame["Log"] != "-"].drop(columns=["Data", "Backbone", "Epochs", "Log"])  # those without a log nobody measured
-        frame = frame.loc[:, (frame != "-").any()]
+        frame = frame.loc[:, (frame != "-").any()].assign(Family=frame["Family"].str.partition(" ")[0])  # all share what --set changes
         caption = "in percent; in brackets the difference to alone" + f"; {caption.partition('; ')[2]}" * ("From scratch" in frame)
     else:
         frame = comparison(paper, frame)

@@ -42,8 +42,10 @@ def check_windows(encoder: nn.Module) -> None:
     for block in stages:
         grid, window = block.input_resolution, block.window_size
         if any(side % part for side, part in zip(grid, window, strict=True)):
-            fit = [size for size in range(2, 33) if all(side % min(size, side) == 0 for b in stages for side in b.input_resolution)]
-            mend = f"encoder.window_size={' or '.join(map(str, fit[-3:]))} fits" if fit else "choose another image or patch size"
+            sides = [side for other in stages for side in other.input_resolution]
+            fit = [size for size in range(2, min(max(sides), 32) + 1) if all(side % min(size, side) == 0 for side in sides)]
+            near = sorted(sorted(fit, key=lambda size: abs(size - window[0]))[:3])
+            mend = f"encoder.window_size={' or '.join(map(str, near))} fits" if fit else "choose another image or patch size"
             raise ValueError(f"windows of {window[0]} x {window[1]} do not fit a stage of {grid[0]} x {grid[1]} cells; {mend}")
 
 

@@ -57,8 +57,8 @@ def digits() -> Recipe:
 def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with small models of all four families: `make reproduce PAPER=positional_label DATA=cifar10`, one GPU.
 
-    Ours. Every backbone is 192 wide at the end; Swin and NesT start from patches of 2 pixels, in windows and blocks of 4 x 4.
-    Expected: not measured yet.
+    Ours. Every backbone is 192 wide at the end; Swin and NesT start from patches of 2 pixels, in windows and blocks of 4 x 4. Two CPU
+    cores take four minutes an epoch for Swin and NesT, eight for ViT and eleven for ViT +rpl. Expected: not measured yet.
     """
     vit = ("size=VisionTransformer", "patch_size=4", "encoder.embed_dim=192", "encoder.depth=12", "encoder.num_heads=3")
     stages = ("encoder.depths=[2, 2, 6]", "encoder.num_heads=[3, 6, 12]")

@@ -155,6 +155,11 @@ def test_windows_that_do_not_fit_are_refused_with_some_that_do(size, window, gri
             check_windows(timm.create_model(**make, window_size=int(mend)))
 
 
+def test_the_windows_that_are_offered_are_the_nearest_and_no_larger_than_the_grid():
+    with pytest.raises(ValueError, match="encoder.window_size=2 or 4 or 8 fits"):
+        check_windows(swin(window_size=3))
+
+
 def test_where_no_window_fits_another_size_is_asked_for():
     with torch.device("meta"), pytest.raises(ValueError, match="a stage of 74 x 74 cells; choose another image or patch size"):
         check_windows(swin(img_size=296))
