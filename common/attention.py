@@ -148,7 +148,7 @@ CHOICES = _read_choices(CHOICES_FILE)
 @torch.compiler.assume_constant_result
 def device_kind(device: torch.device) -> str:
     """The device as the table of choices names it: a GPU's model, else its type."""
-    return torch.cuda.getdevice_kind(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _measured_choice(q_BHQD: Tensor, k_BHKD: Tensor, windowed: bool) -> str:

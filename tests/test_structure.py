@@ -2,9 +2,11 @@
 
 import ast
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.papers import ROOT, papers
 
@@ -110,3 +112,29 @@ def test_every_module_says_what_it_is_for(path):
 def test_no_module_is_named_after_nothing():
     empty = {"util", "utils", "misc", "helper", "helpers", "tools"}
     assert not [path for path in FILES if path.stem in empty or set(path.parts[:-1]) & empty]
+
+
+def torch_names(code: str) -> set[str]:
+    """Every dotted name below torch that code spells out, such as torch.cuda.synchronize."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        name, parts = node, []
+        while isinstance(name, ast.Attribute):
+            parts.append(name.attr)
+            name = name.value
+        if isinstance(name, ast.Name) and name.id == "torch" and parts:
+            found.add(".".join(reversed(parts)))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_torch_has_what_is_asked_of_it_even_where_only_a_gpu_would_tell(path):
+    def absent(name: str) -> bool:
+        try:
+            attrgetter(name)(torch)
+        except AttributeError:
+            return True
+        return False
+
+    assert absent("cuda.get_device_nam") and not absent("cuda.get_device_name")
+    assert not {name for name in torch_names((ROOT / path).read_text()) if absent(name)}
