@@ -270,7 +270,7 @@ def reproduce(options: Options) -> list[results.Row]:
             if fabric.is_global_zero:
                 where = f"{fabric.world_size} x {results.device_name(fabric.device)}, {reproduction.precision}"
                 what = f"{recipe.backbone} on {data.name} ({len(data.train)} images), {recipe.pretrain.epochs} epochs, seed {seed}"
-                title = f"{options.paper}, recipe {name}{', arm ' * bool(arm)}{arm}"
+                title = f"{options.paper}, recipe {name}" + (f", arm {arm}" if arm else "")
                 console.print(f"{title}: {what}; {where}; kept in {reproduction.root}")
             made = reproduction.run(baselines=index == 0)  # arms differ in pre-training, which a baseline goes without
             if options.record and fabric.is_global_zero:
@@ -287,14 +287,14 @@ def show(paper: str, rows: list[results.Row]) -> None:
     arms, backbones, seeds = {arm_of(row.recipe) for row in rows}, {row.backbone for row in rows}, len({row.seed for row in rows})
     training = "training" if first.protocol == "scratch" else "pre-training"
     what = [paper, first.data, *(backbones if len(backbones) == 1 else []), f"{first.pretrain_epochs} epochs of {training}"]
-    caption = "top-1 in percent; from scratch: the same training without pre-training, for linear and knn a random encoder"
+    scratch = "; from scratch: the same training without pre-training, for linear and knn a random encoder"
     if len(arms) > 1 or any("+" in name for name in arms):
         frame = side_by_side(paper, results.summary(frame))
         frame = frame[frame["Log"] != "-"].drop(columns=["Data", "Backbone", "Epochs", "Log"])  # those without a log nobody measured
         frame = frame.loc[:, (frame != "-").any()].assign(Family=frame["Family"].str.partition(" ")[0])  # all share what --set changes
-        caption = "in percent; in brackets the difference to alone" + f"; {caption.partition('; ')[2]}" * ("From scratch" in frame)
+        caption = "in percent; in brackets the difference to alone" + (scratch if "From scratch" in frame else "")
     else:
-        frame = comparison(paper, frame)
+        frame, caption = comparison(paper, frame), f"top-1 in percent{scratch}"
     table = Table(title=", ".join([*what, f"{seeds} seed{'s' if seeds > 1 else ''}"]), caption=caption)
     for column in frame.columns:
         table.add_column(column, justify="left" if column in ("Family", "Protocol", "Published") else "right")

@@ -115,6 +115,11 @@ class LinearProbe(nn.Module):
         return self
 
 
+def best_five(logits_BK: Tensor, targets_B: Tensor) -> Tensor:
+    """Which of the five best answers (of fewer classes, all) are right: (B, 5) bool, the best answer first."""
+    return logits_BK.topk(min(5, logits_BK.shape[1])).indices == targets_B[:, None]
+
+
 @torch.no_grad()
 def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, float]:
     """top1 and top5 in percent of a model whose output names "logits", over all processes."""
@@ -123,8 +128,8 @@ def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, floa
     for images, targets in loader.epoch(0):
         with fabric.autocast():
             logits_BK = model(images).named["logits"]
-        ranked_BK = logits_BK.topk(min(5, logits_BK.shape[1])).indices == targets[:, None]
-        hits += torch.stack([ranked_BK[:, 0].sum(), ranked_BK.sum(), torch.tensor(len(targets), device=fabric.device)])
+        right_B5 = best_five(logits_BK, targets)
+        hits += torch.stack([right_B5[:, 0].sum(), right_B5.sum(), torch.tensor(len(targets), device=fabric.device)])
     top1, top5, count = fabric.all_reduce(hits, reduce_op="sum").tolist()
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
 

@@ -4,6 +4,8 @@ Shapes: B images, C channels, P patch side, M encoded patches, N patches, T toke
 Of the heads on pairs: Q queries, H = D/2 hidden channels, R relative positions.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ class AbsoluteLabelHead(nn.Module):
         self.fc1 = nn.Linear(width // 2, width // 2)
         self.fc2 = nn.Linear(width // 2, width // 4)
         self.classify = nn.Linear(width // 4, grid[0] * grid[1])
-        _initialise_label_head(self)
+        initialise_layers(self.children())
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """(B, M, D) to logits (B, M, N)."""
@@ -105,8 +107,8 @@ class RelativeLabelHead(nn.Module):
     each image, drawn at random, about all others, for an unbiased estimate of the same loss; None asks all.
 
     The first layer acts on [query, key], so it is a sum of two products of single tokens; no activation stands between the last two
-    layers, so they are one product per pair. Both are exact. The loss goes through the pairs in chunks of at most `chunk` logits, each
-    with its gradients at once, so that what is held at a time does not grow with the pairs.
+    layers, so they are one product per pair. Both are exact. The loss goes through the pairs in chunks of at most `chunk` logits, or one
+    query of each image, each with its gradients at once, so that what is held at a time does not grow with the square of the tokens.
     Raises ValueError for a grid of one cell, a width that is no multiple of 4, and queries below 1.
     """
 
@@ -120,7 +122,7 @@ class RelativeLabelHead(nn.Module):
         self.fc1 = nn.Linear(width, width // 2)
         self.fc2 = nn.Linear(width // 2, width // 2)
         self.classify = nn.Linear(width // 2, (2 * grid[0] - 1) * (2 * grid[1] - 1))
-        _initialise_label_head(self)
+        initialise_layers(self.children())
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """(B, M, D) to logits (B, M, M, R) of every query and key, all at once."""
@@ -205,8 +207,8 @@ def _check_label_head(width: int, grid: Grid) -> None:
         raise ValueError(f"a position head halves its channels twice, so the width must be a multiple of 4, got {width}")
 
 
-def _initialise_label_head(head: nn.Module) -> None:
-    """As released with Swin: truncated normal of deviation 0.02, zero biases."""
-    for layer in head.children():
+def initialise_layers(layers: Iterable[nn.Module]) -> None:
+    """Truncated normal weights of deviation 0.02 and zero biases, as Positional Label's Swin has them, classifier and position head."""
+    for layer in layers:
         nn.init.trunc_normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)

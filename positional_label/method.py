@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.evaluate import Supervision, position_parameters
-from common.heads import AbsoluteLabelHead, PixelDecoder, RelativeLabelHead
+from common.evaluate import Supervision, best_five, position_parameters
+from common.heads import AbsoluteLabelHead, PixelDecoder, RelativeLabelHead, initialise_layers
 from common.masking import kept_tokens, random_order
 from common.method import Output
 from common.positions import Grid, absolute_targets
@@ -54,11 +54,10 @@ class PositionalLabel(nn.Module):
             release_swin(encoder, keep_grid=label == "absolute")
         self.encoder, self.weight = encoder, weight
         width, self.grid = feature_map(encoder)
+        self.register_buffer("cell_N", absolute_targets(self.grid), persistent=False)
         encoder.reset_classifier(classes)
         classifiers = encoder.get_classifier()  # a distilled DeiT has two
-        for layer in classifiers if isinstance(classifiers, tuple) else (classifiers,):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        initialise_layers(classifiers if isinstance(classifiers, tuple) else (classifiers,))
         self.head = make_head(label, width, self.grid, queries)
         self.supervision = Supervision(classes, mixup=mixup, cutmix=cutmix, smoothing=smoothing)
 
@@ -80,14 +79,7 @@ class PositionalLabel(nn.Module):
         tokens_BND, grid = patch_tokens(features, self.encoder)
         if grid != self.grid:
             raise ValueError(f"the grid is {grid[0]} x {grid[1]} here and was {self.grid[0]} x {self.grid[1]}; images must be of one size")
-        if self.head is not None:
-            cell_BN = absolute_targets(grid).to(images.device).expand(len(images), -1)
-            position_loss = self.head.loss(tokens_BND, cell_BN)
-            loss = loss + self.weight * position_loss
-            metrics["position_loss"] = position_loss.detach()
-            if not self.training:
-                metrics["position_top1"] = 100 * self.head.accuracy(tokens_BND, cell_BN)
-
+        loss = add_position_loss(self, loss, metrics, tokens_BND, self.cell_N.expand(len(images), -1))
         return Output(loss, metrics, {"logits": logits_BK, "tokens": tokens_BND})
 
     def _classification(self, logits_BK: Tensor, targets: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,8 +87,8 @@ class PositionalLabel(nn.Module):
             return self.supervision.loss(logits_BK, targets), {}
         if targets is None:
             return logits_BK.new_zeros(()), {}
-        ranked_BK = logits_BK.topk(min(5, logits_BK.shape[1])).indices == targets[:, None]
-        metrics = {"top1": 100 * ranked_BK[:, 0].float().mean(), "top5": 100 * ranked_BK.any(1).float().mean()}
+        right_B5 = best_five(logits_BK, targets)
+        metrics = {"top1": 100 * right_B5[:, 0].float().mean(), "top5": 100 * right_B5.any(1).float().mean()}
         return F.cross_entropy(logits_BK, targets), metrics
 
     def no_weight_decay(self) -> set[str]:
@@ -137,14 +129,24 @@ class PositionalMAE(nn.Module):
         cell_BM = order_BN[:, : self.visible]
         encoded_BTD = self.encoder(images, cell_BM)
         loss, metrics = self.decoder.loss(encoded_BTD, order_BN, images), {}
-        if self.head is not None:
-            told = encoded_BTD[:, self.encoder.prefix_tokens :], cell_BM
-            position_loss = self.head.loss(*told)
-            loss = loss + self.weight * position_loss
-            metrics["position_loss"] = position_loss.detach()
-            if not self.training:
-                metrics["position_top1"] = 100 * self.head.accuracy(*told)
+        loss = add_position_loss(self, loss, metrics, encoded_BTD[:, self.encoder.prefix_tokens :], cell_BM)
         return Output(loss, metrics, {"order": order_BN, "encoded": encoded_BTD})
+
+
+def add_position_loss(
+    model: PositionalLabel | PositionalMAE, loss: Tensor, metrics: dict[str, Tensor], x_BMD: Tensor, cell_BM: Tensor
+) -> Tensor:
+    """The loss with lambda times that of telling the cells of the tokens (B, M, D), where they are to be told.
+
+    `metrics` is given position_loss and, in evaluation, position_top1 in percent.
+    """
+    if model.head is None:
+        return loss
+    position_loss = model.head.loss(x_BMD, cell_BM)
+    metrics["position_loss"] = position_loss.detach()
+    if not model.training:
+        metrics["position_top1"] = 100 * model.head.accuracy(x_BMD, cell_BM)
+    return loss + model.weight * position_loss
 
 
 def make_head(label: Label, width: int, grid: Grid, queries: int | None) -> AbsoluteLabelHead | RelativeLabelHead | None:
