@@ -25,11 +25,11 @@ def refused(capsys, *arguments: str) -> str:
     return " ".join((said.out + said.err).replace("│", " ").split())
 
 
-def test_unknown_names_are_answered_with_the_nearest(capsys):
+def test_unknown_names_are_answered_with_the_nearest(capsys, tmp_path):
     assert "PAPER='drpopos' is not known; did you mean droppos?" in refused(capsys, "drpopos")
     assert "RECIPE='digit' is not known for droppos; did you mean digits?" in refused(capsys, "droppos", "--recipe", "digit")
     assert "did you mean cifar10" in refused(capsys, "droppos", "--data", "cifar1")
-    assert "did you mean sigma" in refused(capsys, "droppos", "--set", "method.sgima=1")
+    assert "did you mean sigma" in refused(capsys, "droppos", "--set", "method.sgima=1", "--out", str(tmp_path))
 
 
 @pytest.mark.parametrize("epochs", ["0", "-1", "abc"])
