@@ -1,9 +1,10 @@
-"""What a method is: a module with an `encoder` that turns images into an Output.
+"""What a method is: a module that turns images into an Output, with the `encoder` that is kept in the end.
 
     class Method(nn.Module):
         encoder: ViT
         def forward(self, images, targets=None) -> Output
         def at_step(self, step, total_steps) -> None      # schedules of the method's own; optional
+        def after_step(self, step, total_steps) -> None   # what follows the optimizer's step, such as a teacher's average; optional
 
 The training loop, the checkpoints and the evaluations ask for nothing else. Random draws that a test must be able to
 replace are keyword arguments of forward that default to drawing.

@@ -1,27 +1,34 @@
-"""Optimizers, parameter groups and the learning-rate schedule: timm's, chosen as the papers have them."""
+"""Optimizers, parameter groups and the schedules of rate and weight decay: timm's, chosen as the papers have them."""
+
+import math
 
 import torch
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
 from common.recipe import Stage
 
 
 def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW, or LARS with trust coefficient 0.001, on the model's trainable parameters.
+    """AdamW, SGD with Nesterov's momentum, or LARS with trust coefficient 0.001, on the model's trainable parameters.
 
     Biases and one-dimensional parameters have no weight decay (nor, with LARS, a trust ratio), and neither has what
     `model.no_weight_decay()` names. Class and mask tokens do have it in pre-training, as in MAE and DropPos. With layer
-    decay, group i of the n that `model.group_matcher` defines learns at decay^(n - 1 - i) of the rate.
+    decay, group i of the n that `model.group_matcher` defines learns at decay^(n - 1 - i) of the rate. A model that trains
+    several things at several rates says so itself, in `model.parameter_groups()`.
     """
     undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    if stage.layer_decay is not None:
+    if hasattr(model, "parameter_groups"):
+        groups = model.parameter_groups()
+    elif stage.layer_decay is not None:
         groups = param_groups_layer_decay(model, stage.weight_decay, no_weight_decay_list=undecayed, layer_decay=stage.layer_decay)
     else:
         groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=undecayed)
     if stage.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, fused=True)
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.betas[0], nesterov=True)
     # MAE scales every matrix by its trust ratio even without weight decay, and never a bias; timm asks per group.
     groups = [
         {**group, "params": parameters, "always_adapt": matrices}
@@ -32,15 +39,30 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     return Lars(groups, lr=stage.lr, momentum=stage.betas[0], trust_coeff=0.001)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoch: int) -> CosineLRScheduler:
-    """Per step: linear warm-up from zero, then half a cosine down to min_lr at the last step. Set by `step_update(step)`.
+class Schedule:
+    """The learning rate and the weight decay of each step, set by `step_update(step)`. They depend on the step alone: nothing to save.
 
-    lr(t) = lr t / w for t < w, else min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, with T steps of which w are
-    warm-up: at most half, so that a run shortened for a try still comes down. The rate depends on the step alone, so there
-    is nothing to save.
+    lr(t) = lr0 + (lr - lr0) t / w for t < w, the steps of warm-up: at most half, so that a run shortened for a try still comes down. Then
+    min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, where T is all steps, or with `drops` a tenth after each of them. Likewise
+    the weight decay, from its value to the final one, over all steps. From `freeze_epoch` on t stands still.
     """
-    total = stage.epochs * steps_per_epoch
-    warmup = min(int(stage.warmup_epochs * steps_per_epoch), total // 2)
-    return CosineLRScheduler(
-        optimizer, t_initial=total - warmup, lr_min=stage.min_lr, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
-    )
+
+    def __init__(self, optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoch: int):
+        self.optimizer, self.stage, self.total = optimizer, stage, stage.epochs * steps_per_epoch
+        self.last = self.total if stage.freeze_epoch is None else int(stage.freeze_epoch * steps_per_epoch)
+        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
+        warmup = min(int(stage.warmup_epochs * steps_per_epoch), self.total // 2)
+        common = {"warmup_t": warmup, "warmup_lr_init": stage.warmup_lr, "t_in_epochs": False}
+        if stage.drops:  # timm's drops come a step early
+            self.rate = MultiStepLRScheduler(optimizer, [epoch * steps_per_epoch + 1 for epoch in stage.drops], 0.1, **common)
+        else:
+            self.rate = CosineLRScheduler(optimizer, self.total - warmup, lr_min=stage.min_lr, warmup_prefix=True, **common)
+
+    def step_update(self, step: int) -> None:
+        step = min(step, self.last)
+        self.rate.step_update(step)
+        if self.stage.final_weight_decay is not None:
+            share = (1 + math.cos(math.pi * step / self.total)) / 2
+            for group, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
+                if decay:  # biases stay without
+                    group["weight_decay"] = self.stage.final_weight_decay + (decay - self.stage.final_weight_decay) * share

@@ -35,11 +35,15 @@ class Stage:
     batch_size: int  # images per optimizer step, over all devices and accumulation steps
     base_lr: float  # learning rate per `lr_batch` images; the rate is base_lr * batch_size / lr_batch
     lr_batch: int = 256  # see base_lr
-    warmup_epochs: float = 0.0  # linear warm-up from zero
+    warmup_epochs: float = 0.0  # linear warm-up
+    warmup_lr: float = 0.0  # where it starts
     min_lr: float = 0.0  # where the half-cosine ends
-    optimizer: Literal["adamw", "lars"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's; LARS takes the first as its momentum
+    drops: tuple[int, ...] = ()  # epochs after which the rate falls to a tenth, in place of the half-cosine
+    optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's; LARS and SGD (Nesterov's) take the first as their momentum
     weight_decay: float = 0.05  # not on biases and one-dimensional parameters
+    final_weight_decay: float | None = None  # to which it goes by half a cosine over all epochs; None: it stays
+    freeze_epoch: float | None = None  # after which rate and weight decay stay as they are
     layer_decay: float | None = None  # factor on the learning rate per layer below the head
     clip_norm: float | None = None  # global gradient norm
     ema: float | None = None  # decay of an average of the weights, which is then what is evaluated

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.checkpoint import PlainCheckpointIO, load_checkpoint, save_checkpoint
 from common.data import Loader
-from common.optim import make_optimizer, make_schedule
+from common.optim import Schedule, make_optimizer
 from common.randomness import reseed
 from common.recipe import RecipeError, Stage
 from common.run import Run, RunError, console
@@ -114,9 +114,9 @@ def fit(
     accumulate = stage.batch_size // (world * device_batch(stage, world))
     steps_per_epoch = len(loader) // accumulate
     total = stage.epochs * steps_per_epoch
-    at_step = getattr(model, "at_step", lambda step, total: None)
+    at_step, after_step = (getattr(model, name, lambda step, total: None) for name in ("at_step", "after_step"))
     optimizer = make_optimizer(model, stage)
-    schedule = make_schedule(optimizer, stage, steps_per_epoch)
+    schedule = Schedule(optimizer, stage, steps_per_epoch)
     blank = copy.deepcopy(model)  # setting a model up for several devices may change it for good
     trained, optimizer = fabric.setup(torch.compile(model) if compile else model, optimizer)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema)) if stage.ema else None
@@ -181,6 +181,7 @@ def fit(
             learning_rate = _rate(optimizer)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            after_step(step, total)
             if average is not None:
                 average.update_parameters(model)
             step += 1

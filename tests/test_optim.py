@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.evaluate import Classifier, LinearProbe
-from common.optim import make_optimizer, make_schedule
+from common.optim import Schedule, make_optimizer
 from common.recipe import Protocol, Stage
 from common.vit import ViT, vit
 from droppos.method import DropPos
@@ -35,7 +35,7 @@ def classifier(pool: str = "mean", **options) -> Classifier:
 
 def rates(stage: Stage, epochs: list[float]) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=stage.lr)
-    schedule = make_schedule(optimizer, stage, PER_EPOCH)
+    schedule = Schedule(optimizer, stage, PER_EPOCH)
     found = []
     for epoch in epochs:
         schedule.step_update(round(epoch * PER_EPOCH))
@@ -115,7 +115,7 @@ def test_a_run_shorter_than_its_warm_up_still_comes_down():
 def test_layer_decay_gives_each_depth_maes_share_of_the_rate():
     model = classifier(position="learned")
     optimizer = make_optimizer(model, FINETUNE)
-    make_schedule(optimizer, FINETUNE, PER_EPOCH).step_update(5 * PER_EPOCH)  # the peak
+    Schedule(optimizer, FINETUNE, PER_EPOCH).step_update(5 * PER_EPOCH)  # the peak
     stem = dict.fromkeys(["encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed"], 0.274625)
     share = {**stem, "encoder.blocks.0": 0.4225, "encoder.blocks.1": 0.65, "fc_norm": 1, "head": 1}
     seen = set()
@@ -131,6 +131,44 @@ def test_with_class_token_pooling_the_final_norm_learns_at_the_heads_rate():
     model = classifier(pool="class")
     groups = names(model, make_optimizer(model, FINETUNE))
     assert groups["encoder.norm.weight"]["lr_scale"] == 1 and groups["encoder.blocks.1.norm2.weight"]["lr_scale"] == 0.65
+
+
+# I-JEPA's and StoP's schedules at 625 steps an epoch. Their counters advance before a step, so their step n is the one after our n.
+STOP = Stage(600, 2048, 8e-4, 2048, warmup_epochs=15, warmup_lr=2e-4, min_lr=1e-4, weight_decay=0.04, final_weight_decay=0.4)
+STOP_HUGE = replace(STOP, epochs=300, base_lr=1e-3, warmup_epochs=40, min_lr=1e-6, freeze_epoch=250)
+IJEPA_HUGE = replace(STOP_HUGE, freeze_epoch=None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "rate", "decay"),
+    [
+        (STOP, 1, 2.00064e-4, 0.04),
+        (STOP, 9374, 7.99936e-4, 0.0405548),
+        (STOP, 9375, 8e-4, 0.0405549),
+        (STOP, 187500, 4.6409308e-4, 0.22),
+        (STOP, 375000, 1e-4, 0.4),
+        (STOP_HUGE, 25000, 1e-3, 0.0555618),
+        (STOP_HUGE, 93750, 6.2003817e-4, 0.22),
+        (STOP_HUGE, 156250, 8.9419559e-5, 0.37588457),
+        (STOP_HUGE, 187500, 8.9419559e-5, 0.37588457),
+        (IJEPA_HUGE, 156250, 8.9419559e-5, 0.3758846),
+        (IJEPA_HUGE, 187500, 1e-6, 0.4),
+    ],
+)
+def test_ijepa_and_stop_have_the_official_rates_and_weight_decays(stage, step, rate, decay):
+    layer = nn.Linear(2, 2)
+    optimizer = make_optimizer(layer, stage)
+    Schedule(optimizer, stage, 625).step_update(step)
+    groups = names(layer, optimizer)
+    assert groups["weight"]["lr"] == groups["bias"]["lr"] == pytest.approx(rate, rel=1e-6)
+    assert groups["weight"]["weight_decay"] == pytest.approx(decay, rel=2e-6)
+    assert groups["bias"]["weight_decay"] == 0
+
+
+def test_with_drops_the_rate_is_a_tenth_after_each_and_nothing_in_between():
+    vissl = Stage(28, 256, 0.01, drops=(8, 16, 24), optimizer="sgd")
+    epochs = [0, 7.9, 8, 15.9, 16, 23.9, 24, 27.9]
+    assert rates(vissl, epochs) == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
 
 
 # ---- one step
@@ -163,6 +201,20 @@ def test_adamw_steps_are_the_closed_form_with_decay_on_the_matrix_only():
             moments[i] = [0.9 * moments[i][0] + 0.1 * gradient, 0.95 * moments[i][1] + 0.05 * gradient**2]
             first, second = moments[i][0] / (1 - 0.9**step), moments[i][1] / (1 - 0.95**step)
             expected[i] = expected[i] * (1 - 1e-2 * decay) - 1e-2 * first / (second.sqrt() + 1e-8)
+    torch.testing.assert_close([p.detach().double() for p in layer.parameters()], expected, atol=1e-6, rtol=0)
+
+
+def test_sgd_steps_are_nesterovs_with_decay_on_the_matrix_only():
+    layer = small_layer()
+    optimizer = make_optimizer(layer, Stage(1, 256, 0.1, optimizer="sgd", weight_decay=5e-4))
+    expected, momenta = [p.detach().double() for p in layer.parameters()], [0.0, 0.0]
+    for step in (1, 2, 3):
+        gradients = set_gradients(layer, step)
+        optimizer.step()
+        for i, (gradient, decay) in enumerate(zip(gradients, (5e-4, 0.0), strict=True)):
+            gradient = gradient.double() + decay * expected[i]
+            momenta[i] = 0.9 * momenta[i] + gradient
+            expected[i] = expected[i] - 0.1 * (gradient + 0.9 * momenta[i])
     torch.testing.assert_close([p.detach().double() for p in layer.parameters()], expected, atol=1e-6, rtol=0)
 
 

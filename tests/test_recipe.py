@@ -92,7 +92,7 @@ def test_later_assignments_build_on_earlier_ones():
         "pretrain.base_lr=true",
         "pretrain.layer_decay=yes",
         "pretrain.betas=0.9",
-        "pretrain.optimizer=sgd",
+        "pretrain.optimizer=adam",
         "pretrain.optimizer=[]",
         "pretrain=5",
         "size=3",

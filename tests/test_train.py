@@ -124,3 +124,21 @@ def test_two_processes_train_on_the_same_effective_batches_as_one(tmp_path):
         logged[name] = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in logged["two"]] == [line["step"] for line in logged["one"]]
     assert [line["loss"] for line in logged["two"]] == pytest.approx([line["loss"] for line in logged["one"]], rel=1e-4)
+
+
+def test_what_follows_a_step_sees_the_weights_after_it_and_is_saved_with_them(tmp_path):
+    class Follower(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def after_step(self, step: int, total_steps: int) -> None:
+            self.seen.append((step, total_steps, self.layer.weight.detach().clone()))
+
+    model = Follower()
+    before = model.layer.weight.detach().clone()
+    _, trained = train(tmp_path, model)
+    assert [(step, total) for step, total, _ in model.seen] == [(step, 6) for step in range(6)]
+    weights = [before, *(weight for _, _, weight in model.seen)]
+    assert all(not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
+    assert torch.equal(weights[-1], trained.layer.weight)
