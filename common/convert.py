@@ -44,6 +44,7 @@ class Coverage:
 def read_checkpoint(path: Path | str) -> State:
     """The tensors of a .safetensors or torch file, out of the containers that official codes use, without `module.`.
 
+    Where a file holds several networks (`encoder`, `predictor` and `target_encoder`, of I-JEPA and StoP) their names come first.
     Nothing in the file is executed (weights_only). Raises ConversionError for a file that cannot be read so.
     """
     path = Path(path)
@@ -63,6 +64,9 @@ def read_checkpoint(path: Path | str) -> State:
         if isinstance(content.get(container), Mapping):
             content = content[container]
     tensors = rename({name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}, {})
+    for part, network in content.items():
+        if isinstance(network, Mapping) and network and all(isinstance(tensor, Tensor) for tensor in network.values()):
+            tensors |= {f"{part}.{name}": tensor for name, tensor in rename(network, {}).items()}
     if not tensors:
         raise ConversionError(f"{path} holds no tensors under 'state_dict', 'model' or at its top")
     return tensors
@@ -80,13 +84,20 @@ def rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> State:
 
 
 def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Sequence[str] = ()) -> Coverage:
-    """Load an encoder from names of timm, MAE or DropPos, or from a method of this project (`encoder.` prefix).
+    """Load an encoder from names of timm, MAE or DropPos, or from a method of this project (`encoder.` prefix). Of I-JEPA and StoP it
+    is the target encoder, which their papers evaluate.
 
     The position embedding is resized to the encoder's grid, and a class token that the encoder lacks is left out with its
     position. Decoders, heads and mask tokens are reported as unexpected.
     Raises ConversionError, and changes nothing, where a tensor of the encoder is missing (unless named in `allow_missing`)
     or has another shape.
     """
+    if any(name.startswith("predictor.predictor_") for name in state):
+        state = {name.removeprefix("target_"): tensor for name, tensor in state.items() if name.startswith("target_encoder.")}
+        if not state:
+            raise ConversionError(
+                "this is a checkpoint of I-JEPA or StoP without a target_encoder, by which they are judged; take a whole one"
+            )
     state = rename(state, {"encoder.": ""})
     wanted = encoder.state_dict()
     found = {name: tensor for name, tensor in state.items() if name in wanted}

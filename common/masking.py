@@ -1,10 +1,17 @@
 """What a token may see, always as indices or ranks, never as a tokens x tokens mask.
 
-Shapes: B images, N tokens, M kept tokens.
+Shapes: B images, N tokens, M kept tokens. Of multi-block masks: G target blocks of T cells, H x W cells of the grid.
 """
+
+import itertools
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from common.positions import Grid
+from common.randomness import generator
 
 
 def kept_tokens(tokens: int, hidden_ratio: float, name: str) -> int:
@@ -35,3 +42,152 @@ def gather_tokens(x_BND: Tensor, index_BM: Tensor) -> Tensor:
     """The tokens x[b, index[b, m]], (B, M, D). x may have one image (B = 1) for an index of many."""
     x_BND = x_BND.expand(index_BM.shape[0], -1, -1)
     return x_BND.gather(1, index_BM[:, :, None].expand(-1, -1, x_BND.shape[2]))
+
+
+class MultiBlock:
+    """I-JEPA's masks (Assran et al. 2023, section 3): `blocks` target blocks per image, and a context that holds nothing of them.
+
+    A target has a share of the grid within `target_scale` and a height / width, in units of the grid's, within `target_aspect`; the
+    context is cut from a block of the grid's shape and a share within `context_scale`. One size of blocks holds for all images of a step.
+
+    sampling="uniform": every cell can be target and context. Sizes are drawn from all that there are, and so are places. Every context
+    has int(context_ratio N) cells, drawn from those that it may have; where these are too few others follow, those of targets last.
+
+    sampling="released": what the official collators draw from the same state of torch's CPU generator, number for number. Scale and
+    aspect follow from one draw; the last row and column stay empty; a context of `min_keep` cells or fewer is drawn again, and after
+    each 20 times may overlap with one more target; the contexts of a batch are cut to the shortest, which takes their last rows away.
+
+    Raises ValueError where the grid has no such blocks, and says what fits.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        sampling: Literal["uniform", "released"] = "uniform",
+        blocks: int = 4,
+        target_scale: tuple[float, float] = (0.15, 0.2),
+        target_aspect: tuple[float, float] = (0.75, 1.5),
+        context_scale: tuple[float, float] = (0.85, 1.0),
+        context_ratio: float = 0.25,
+        min_keep: int = 10,
+    ):
+        if sampling not in ("uniform", "released"):
+            raise ValueError(f"masks={sampling!r} is not known; choose 'uniform' or 'released'")
+        for name, (low, high) in {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}.items():
+            if not 0 < low <= high or ("scale" in name and high > 1):
+                raise ValueError(f"{name}=({low}, {high}) is no range from a smaller to a larger number above 0; of a scale, up to 1")
+        self.grid, self.cells, self.sampling, self.blocks, self.min_keep = grid, grid[0] * grid[1], sampling, blocks, min_keep
+        self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
+        if sampling == "released":
+            self._check_released()
+            return
+        self.target_sizes = self._sizes("target_scale", target_scale, target_aspect)
+        self.context_sizes = self._sizes("context_scale", context_scale, (1, 1))
+        self.context, largest = int(context_ratio * self.cells), max(map(math.prod, self.target_sizes))
+        if not 0 < self.context <= self.cells - largest:
+            fit = f"{1 / self.cells:.3g} to {1 - largest / self.cells:.3g}"
+            raise ValueError(f"context_ratio={context_ratio} of {self.cells} cells, of which one target takes up to {largest}: use {fit}")
+
+    def __call__(self, images: int, step: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Cells of the contexts (B, M), in ascending order, and of the targets (G, B, T). Sizes depend on the step alone, so that all
+        processes agree, places on the global generators."""
+        return self._released(images, step, device) if self.sampling == "released" else self._uniform(images, step, device)
+
+    def _uniform(self, images: int, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        draws = torch.rand(2, generator=generator(step))
+        target, context = (
+            sizes[int(draw * len(sizes))] for sizes, draw in zip((self.target_sizes, self.context_sizes), draws, strict=True)
+        )
+        corner_GB2 = self._corners(target, (self.blocks, images), device)
+        inside_BN = self._inside(self._corners(context, (images,), device), context)
+        taken_BN = self._inside(corner_GB2, target).any(0)
+        order_BN = random_order(torch.rand(images, self.cells, device=device) + ~inside_BN + 2 * taken_BN)
+        return order_BN[:, : self.context].sort(1).values, self._block_cells(corner_GB2, target)
+
+    def _released(self, images: int, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        target, context = self._released_sizes(*torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist())
+        # Each target and each try of a context takes two draws. How many tries an image needs shows when the images before it are done.
+        draws, failures_B = _raw_draws(2 * (self.blocks + 1) * images), torch.zeros(images, dtype=torch.int64)
+        while True:
+            tried_B = failures_B.cumsum(0)
+            first_B = 2 * (self.blocks + 1) * torch.arange(images) + 2 * (tried_B - failures_B)
+            corner_GB2 = self._released_corners(draws, first_B + 2 * torch.arange(self.blocks)[:, None], target)
+            corner_B2 = self._released_corners(draws, first_B + 2 * self.blocks + 2 * failures_B, context)
+            avoided_GB = torch.arange(self.blocks)[:, None] < self.blocks - failures_B // 20
+            taken_BN = (self._inside(corner_GB2, target) & avoided_GB[..., None]).any(0)
+            context_BN = self._inside(corner_B2, context) & ~taken_BN
+            length_B = context_BN.sum(1)
+            short_B = length_B <= self.min_keep
+            if not short_B.any():
+                break
+            failures_B[short_B.int().argmax()] += 1
+            draws = torch.cat([draws, _raw_draws(2)])
+        ascending_BN = (~context_BN).int().sort(dim=1, stable=True).indices
+        return ascending_BN[:, : int(length_B.min())].to(device), self._block_cells(corner_GB2, target).to(device)
+
+    def _corners(self, size: Grid, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+        """Top and left of blocks anywhere on the grid, (*shape, 2)."""
+        places = torch.tensor([side - block + 1 for side, block in zip(self.grid, size, strict=True)], device=device)
+        return (torch.rand(*shape, 2, device=device) * places).long()
+
+    def _released_corners(self, draws: Tensor, first: Tensor, size: Grid) -> Tensor:
+        """As `_corners`, from the two draws that begin at each index `first`; never at the far end."""
+        places = torch.tensor([side - block for side, block in zip(self.grid, size, strict=True)])
+        return torch.stack([draws[first], draws[first + 1]], -1) % places
+
+    def _inside(self, corner_2: Tensor, size: Grid) -> Tensor:
+        """Which cells the block at each corner (..., 2) covers, (..., N) bool."""
+        rows, columns = (
+            (torch.arange(side, device=corner_2.device) - start[..., None]).div(block, rounding_mode="floor") == 0
+            for side, start, block in zip(self.grid, corner_2.unbind(-1), size, strict=True)
+        )
+        return (rows[..., :, None] & columns[..., None, :]).flatten(-2)
+
+    def _block_cells(self, corner_2: Tensor, size: Grid) -> Tensor:
+        """The cells of the block at each corner (..., 2) in row-major order, (..., T)."""
+        down, right = (torch.arange(side, device=corner_2.device) for side in size)
+        top, left = (start[..., None, None] for start in corner_2.unbind(-1))
+        return ((top + down[:, None]) * self.grid[1] + left + right).flatten(-2)
+
+    def _sizes(self, name: str, scale: tuple[float, float], aspect: tuple[float, float]) -> list[Grid]:
+        """All sizes of blocks within the ranges."""
+        (H, W), slack = self.grid, 1e-9
+        shaped = [size for size in itertools.product(range(1, H + 1), range(1, W + 1)) if -slack <= size[0] * W / (size[1] * H) - aspect[0]]
+        shaped = [size for size in shaped if size[0] * W / (size[1] * H) <= aspect[1] + slack]
+        share = {size: math.prod(size) / self.cells for size in shaped}
+        found = [size for size in shaped if scale[0] - slack <= share[size] <= scale[1] + slack]
+        if not found:
+            nearest = min(share, key=lambda size: max(scale[0] - share[size], share[size] - scale[1]), default=self.grid)
+            fits = f"({min(scale[0], share.get(nearest, 1)):.3g}, {max(scale[1], share.get(nearest, 1)):.3g})"
+            raise ValueError(
+                f"{name}={scale}: a grid of {H} x {W} cells has no block of such a share and of a height / width from {aspect[0]} to "
+                f"{aspect[1]}; the nearest is {nearest[0]} x {nearest[1]}: use a larger grid, or {name}={fits}"
+            )
+        return found
+
+    def _released_sizes(self, target_draw: float, context_draw: float) -> tuple[Grid, Grid]:
+        """Height and width of the targets and of the contexts, from a uniform number for each."""
+        sizes = []
+        for draw, scale, aspect in (target_draw, self.target_scale, self.target_aspect), (context_draw, self.context_scale, (1.0, 1.0)):
+            share, ratio = (low + draw * (high - low) for low, high in (scale, aspect))
+            area = int(self.cells * share)
+            sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            sizes.append(tuple(min(side, limit - 1) for side, limit in zip(sides, self.grid, strict=True)))
+        return sizes[0], sizes[1]
+
+    def _check_released(self) -> None:
+        """The official collators never return where a block cannot have more than `min_keep` cells."""
+        smallest = min((size for draw in range(1000) for size in self._released_sizes(draw / 1000, draw / 1000)), key=math.prod)
+        if math.prod(smallest) <= self.min_keep:
+            fits = f"use min_keep={math.prod(smallest) - 1} or less" if math.prod(smallest) else "use a larger grid"
+            raise ValueError(
+                f"min_keep={self.min_keep}: on a grid of {self.grid[0]} x {self.grid[1]} cells there are blocks of {smallest[0]} x "
+                f"{smallest[1]}, not more than that, and the released sampling would try for ever: {fits}, or masks='uniform'"
+            )
+
+
+def _raw_draws(count: int) -> Tensor:
+    """The next `count` (even) 32-bit numbers of torch's CPU generator, of which torch.randint takes one each, modulo its range."""
+    pairs = torch.empty(count // 2, dtype=torch.int64).random_(-(2**63), None)
+    return torch.stack([pairs >> 32 & 0xFFFFFFFF, pairs & 0xFFFFFFFF], 1).flatten()

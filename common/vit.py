@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, RelPosBias
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.attention import attend
 from common.masking import gather_tokens
@@ -70,7 +71,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block with optional LayerScale and stochastic depth."""
+    """Pre-norm Transformer block with optional LayerScale and stochastic depth. `recompute` as in ViT."""
 
     def __init__(
         self,
@@ -80,8 +81,10 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         relative: nn.Module | None = None,
+        recompute: bool = False,
     ):
         super().__init__()
+        self.recompute = recompute
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, relative)
         self.ls1 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
@@ -92,6 +95,11 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, keys: int | None = None) -> Tensor:
         """`keys` as in Attention."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_BTD, keys, use_reentrant=False)
+        return self._forward(x_BTD, keys)
+
+    def _forward(self, x_BTD: Tensor, keys: int | None) -> Tensor:
         x_BTD = x_BTD + self.drop_path(self.ls1(self.attn(self.norm1(x_BTD), keys)))
         return x_BTD + self.drop_path(self.ls2(self.mlp(self.norm2(x_BTD))))
 
@@ -101,7 +109,8 @@ class ViT(nn.Module):
 
     image_size and patch_size in pixels; position is "sincos" (fixed, saved, never trained), "learned" (both added to the
     tokens), "relative" (added to the attention scores, a table per block, zero at first) or "none"; layer_scale is
-    LayerScale's initial value; drop_path the last block's stochastic-depth rate (linear from 0).
+    LayerScale's initial value; drop_path the last block's stochastic-depth rate (linear from 0); with recompute the blocks keep
+    no activations for the backward pass but compute them again: less memory, a third more time.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -119,6 +128,7 @@ class ViT(nn.Module):
         position: Literal["sincos", "learned", "relative", "none"] = "sincos",
         layer_scale: float | None = None,
         drop_path: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -144,7 +154,7 @@ class ViT(nn.Module):
             self.pos_embed = None
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         relative = [RelPosBias(self.grid, heads, self.prefix_tokens) if self.relative else None for _ in rates]
-        blocks = (Block(width, heads, mlp_ratio, layer_scale, *options) for options in zip(rates, relative, strict=True))
+        blocks = (Block(width, heads, mlp_ratio, layer_scale, *options, recompute) for options in zip(rates, relative, strict=True))
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialise(self)
