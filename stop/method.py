@@ -72,6 +72,7 @@ class StoP(nn.Module):
         context_ratio: float = 0.25,
         min_keep: int = 10,
         momentum: float = 0.996,
+        patch_std: float = 0.02,
         predictor_width: int = 384,
         predictor_depth: int = 6,
     ):
@@ -93,6 +94,7 @@ class StoP(nn.Module):
         self.predictor = Predictor(encoder, predictor_width, predictor_depth, position, mask_token=mode == "paper")
         # Truncated normal matrices of deviation 0.02 everywhere. The official rescaling by depth is undone by a second pass.
         initialise_layers(layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+        nn.init.trunc_normal_(self.context_encoder.patch_embed.proj.weight, std=patch_std, a=-1, b=1)
         self.encoder = encoder.requires_grad_(False)
         self.encoder.load_state_dict(self.context_encoder.state_dict())
 
