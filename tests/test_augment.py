@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
+from torchvision.transforms.functional import pil_to_tensor
 
 from common.data import Augmentation, Data, Loader, Split
 from common.data.augment import (
+    BLUR_RADIUS,
     BOX,
     DRAWS,
     augment,
+    blur,
     erase,
     jitter_colors,
     normalize,
@@ -31,6 +34,29 @@ def uniforms(rows: int, columns: int = DRAWS) -> torch.Tensor:
 
 def pictures(count: int, size: int = 12, channels: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def photo(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def copies(image: torch.Tensor, augmentation: Augmentation, path: str, count: int = 400) -> torch.Tensor:
+    """What an image of the right size becomes, `count` times: float 0..255, from a batch in memory or from a worker."""
+    if path == "memory":
+        return augment(image.expand(count, -1, -1, -1), uniforms(count), augmentation, image.shape[-2:])
+    torch.manual_seed(0)
+    transform = worker_transform(augmentation, in_memory(image[None]), image.shape[-2:])
+    return torch.stack([transform(photo(image)) for _ in range(count)]).float()
+
+
+def luma(images: torch.Tensor) -> torch.Tensor:
+    red, green, blue = images.float().unbind(-3)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def steps(images: torch.Tensor) -> torch.Tensor:
+    """Mean square between neighbours across and down, per image: what an image has of high frequencies."""
+    return images.diff(dim=-1).square().mean((-3, -2, -1)) + images.diff(dim=-2).square().mean((-3, -2, -1))
 
 
 def in_memory(images: torch.Tensor) -> Data:
@@ -131,6 +157,78 @@ def test_jitter_accepts_grey_images():
     assert jitter_colors(images, uniforms(4, 3).T, 0.4).shape == images.shape
 
 
+@pytest.mark.parametrize("path", ["memory", "worker"])
+def test_grey_turns_its_share_of_images_into_their_luma_in_three_equal_channels(path):
+    image = pictures(1)[0]
+    results = copies(image, Augmentation(crop="none", flip=0.0, grey=0.2), path)
+    greyed = (results != image).flatten(1).any(1)
+    assert 0.14 < greyed.float().mean() < 0.26
+    rounding = 1e-3 if path == "memory" else 0.51  # Pillow keeps whole numbers
+    torch.testing.assert_close(results[greyed], luma(image).expand_as(results[greyed]), atol=rounding, rtol=0)
+    assert (results[greyed] == results[greyed][:, :1]).all()
+
+
+@pytest.mark.parametrize("path", ["memory", "worker"])
+def test_blur_softens_its_share_of_images_and_keeps_their_mean(path):
+    image = pictures(1, 24)[0]
+    results = copies(image, Augmentation(crop="none", flip=0.0, blur=0.3), path)
+    blurred = (results != image).flatten(1).any(1)
+    assert 0.23 < blurred.float().mean() < 0.37
+    sharpness = steps(results[blurred]) / steps(image.float())
+    assert sharpness.max() < 1 and sharpness.min() < 0.02
+    torch.testing.assert_close(results[blurred].mean((2, 3)), image.float().mean((1, 2)).expand(blurred.sum(), 3), atol=1.5, rtol=0)
+
+
+@pytest.mark.parametrize("path", ["memory", "worker"])
+def test_radii_are_uniform_between_a_tenth_and_two_pixels(path):
+    dot = torch.zeros(3, 31, 31, dtype=torch.uint8)
+    dot[:, 15, 15] = 255
+    heights = copies(dot, Augmentation(crop="none", flip=0.0, blur=1.0), path)[:, 0, 15, 15]
+    expected = blur(dot.expand(2000, -1, -1, -1).float(), torch.linspace(0.1, 2.0, 2000))[:, 0, 15, 15]
+    shares = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    torch.testing.assert_close(heights.quantile(shares), expected.quantile(shares), atol=3, rtol=0.2)
+
+
+@pytest.mark.parametrize("radius", [BLUR_RADIUS[0], 0.3, 0.6, 1.0, 1.5, BLUR_RADIUS[1]])
+@pytest.mark.parametrize("image", ["smooth", "noisy"])
+def test_a_batch_is_blurred_as_pillow_blurs(image, radius):
+    # Both apply three box filters an axis, and Pillow rounds to whole numbers after each of the six: half a level a time, measured at most
+    # 3.0, and 1.04 on average (191 radii). A sampled Gaussian of this radius is up to 33 levels away on noise, and 27 at a border.
+    ramp = torch.arange(48.0)
+    smooth = (127 + 100 * torch.sin(ramp / 7) * torch.cos(ramp / 5)[:, None]).expand(3, -1, -1)
+    before = smooth.round().byte() if image == "smooth" else pictures(1, 48)[0]
+    theirs = pil_to_tensor(photo(before).filter(ImageFilter.GaussianBlur(radius))).float()
+    apart = (blur(before[None].float(), torch.tensor([radius]))[0] - theirs).abs()
+    assert apart.max() < 3.2 and apart.mean() < 1.1
+
+
+def test_the_radius_is_the_deviation_of_what_a_dot_becomes():
+    dots, radii, place = torch.zeros(4, 1, 41, 41), torch.tensor([0.1, 0.7, 1.3, 2.4]), torch.arange(41.0) - 20
+    dots[:, :, 20, 20] = 1
+    for axis in (2, 3):
+        profiles = blur(dots, radii).sum((1, axis))
+        torch.testing.assert_close(profiles.sum(1), torch.ones(4))
+        torch.testing.assert_close((profiles * place**2).sum(1).sqrt(), radii)
+
+
+def test_grey_and_blur_come_after_jitter_in_both_paths():
+    asked = Augmentation(color_jitter=0.4, grey=0.2, blur=0.5)
+    worker = [type(step).__name__ for step in worker_transform(asked, in_memory(pictures(1)), (12, 12)).transforms]
+    assert worker[1:-1] == ["RandomHorizontalFlip", "ColorJitter", "RandomGrayscale", "RandomApply"]
+    images, draws = pictures(8), uniforms(8)
+    before = augment(images, draws, Augmentation(color_jitter=0.4), (12, 12))
+    after = augment(images, draws, replace(asked, grey=1.0, blur=1.0), (12, 12))
+    expected = blur(luma(before)[:, None].expand(-1, 3, -1, -1), 0.1 + 1.9 * draws[:, -3])
+    torch.testing.assert_close(after, expected, atol=1e-2, rtol=0)
+
+
+def test_a_grey_image_is_blurred_too_and_has_no_colours_to_lose():
+    images = pictures(4, channels=1)
+    plain, draws = Augmentation(crop="none"), uniforms(4)
+    assert torch.equal(augment(images, draws, replace(plain, grey=1.0), (12, 12)), augment(images, draws, plain, (12, 12)))
+    assert (steps(augment(images, draws, replace(plain, blur=1.0), (12, 12))) < steps(images.float())).all()
+
+
 def test_erasing_fills_one_box_with_noise_in_its_share_of_images():
     erased = erase(torch.full((400, 3, 32, 32), 9.0), uniforms(400), 0.25)
     changed = (erased != 9).any(1)
@@ -145,12 +243,12 @@ def test_erasing_fills_one_box_with_noise_in_its_share_of_images():
 
 def test_what_an_image_gets_does_not_depend_on_its_batch():
     images, draws = pictures(10), uniforms(10)
-    everything = Augmentation(color_jitter=0.4, erase=0.5)
+    everything = Augmentation(color_jitter=0.4, grey=0.5, blur=0.5, erase=0.5)
 
     def run(part):
         return erase(normalize(augment(images[part], draws[part], everything, (12, 12)), (0.5,) * 3, (0.2,) * 3), draws[part], 0.5)
 
-    torch.testing.assert_close(run(slice(0, 10)), torch.cat([run(slice(0, 3)), run(slice(3, 10))]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(slice(0, 10)), torch.cat([run(slice(i, i + 1)) for i in range(10)]), atol=1e-5, rtol=0)
 
 
 def test_normalised_pixels_undo_to_the_originals():
@@ -173,6 +271,13 @@ def test_resizing_to_the_same_size_changes_nothing():
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Augmentation(**options)
+
+
+@pytest.mark.parametrize("option", ["grey", "blur"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, 20, float("nan")])
+def test_what_is_no_probability_is_refused_by_name_and_value(option, value):
+    with pytest.raises(ValueError, match=rf"^{option}={value}: .*0\.\.1$"):
+        Augmentation(**{option: value})
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -211,7 +316,7 @@ def test_a_gpu_sees_what_the_cpu_sees():
         "data": data,
         "image_size": (16, 16),
         "batch_size": 16,
-        "augmentation": Augmentation(color_jitter=0.4),
+        "augmentation": Augmentation(color_jitter=0.4, grey=0.2, blur=0.5),
         "seed": 0,
         "workers": 0,
     }

@@ -17,7 +17,7 @@ from common.randomness import generator, reseed
 
 IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette"
 CPU = torch.device("cpu")
-STRONG = Augmentation(randaugment="rand-m9-mstd0.5-inc1", color_jitter=0.2, erase=0.5)
+STRONG = Augmentation(randaugment="rand-m9-mstd0.5-inc1", color_jitter=0.2, grey=0.3, blur=0.5, erase=0.5)
 PLAIN = replace(STRONG, randaugment=None)  # what images in memory can get without workers
 
 

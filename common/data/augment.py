@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
@@ -25,8 +25,10 @@ from common.data.sets import Data
 
 TRIES = 10  # boxes drawn before one is cut to the image, as in torchvision and timm
 BOX = 2 * TRIES + 2  # uniform numbers that a random box takes
-DRAWS = 2 * BOX + 6  # uniform numbers per image: crop box | erased box | flip, brightness, contrast, saturation, erase or not, noise
+# uniform numbers per image: crop box | erased box | flip, brightness, contrast, saturation, grey, blur, its radius, erase or not, noise
+DRAWS = 2 * BOX + 9
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's
+BLUR_RADIUS = (0.1, 2.0)  # smallest and largest deviation of the Gaussian, in pixels
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Augmentation:
     flip: float = 0.5  # probability of a mirror image
     randaugment: str | None = None  # timm's string, e.g. "rand-m9-mstd0.5-inc1"; such images go through workers even from memory
     color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation; applied beside randaugment too
+    grey: float = 0.0  # probability of an image without colours
+    blur: float = 0.0  # probability of a Gaussian blur, of a radius between 0.1 and 2 pixels
     erase: float = 0.0  # probability that a box is replaced by noise (random erasing, pixel mode)
     repeats: int = 1  # times an image is drawn in an epoch, each augmented differently (repeated augmentation); the epoch keeps its length
 
@@ -51,13 +55,19 @@ class Augmentation:
             raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area share at most 1")
         if self.randaugment is not None and not self.randaugment.startswith("rand-"):
             raise ValueError(f"randaugment={self.randaugment!r}: it reads like rand-m9-mstd0.5-inc1, or is None")
+        for name, probability in {"grey": self.grey, "blur": self.blur}.items():
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name}={probability}: a probability lies in 0..1")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats}: an image is drawn at least once")
 
 
 def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, image_size: tuple[int, int]) -> Tensor:
-    """Crop, flip and jitter each image by its own row of draws (on the CPU). Takes uint8, returns float 0..255 of `image_size`."""
-    crop_BK, (flip_B, *jitter) = draws_BK[:, :BOX], draws_BK[:, 2 * BOX : 2 * BOX + 4].unbind(1)
+    """Crop, flip, jitter, grey and blur each image by its own row of draws (on the CPU).
+
+    Takes uint8, returns float 0..255 of `image_size`.
+    """
+    crop_BK, (flip_B, *jitter, grey_B, blur_B, radius_B) = draws_BK[:, :BOX], draws_BK[:, 2 * BOX : -2].unbind(1)
     if augmentation.crop == "resized":
         boxes_B4 = random_boxes(crop_BK, augmentation.scale, augmentation.ratio, *images_BCHW.shape[-2:])
         images_BCHW = resized_crop(images_BCHW, boxes_B4, image_size, augmentation.interpolation)
@@ -67,7 +77,16 @@ def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, i
         images_BCHW = padding_crop(images_BCHW, crop_BK[:, :2], augmentation.padding)
     flipped_B111 = (flip_B < augmentation.flip).to(images_BCHW.device)[:, None, None, None]
     images_BCHW = torch.where(flipped_B111, images_BCHW.flip(-1), images_BCHW)
-    return jitter_colors(images_BCHW, torch.stack(jitter), augmentation.color_jitter) if augmentation.color_jitter else images_BCHW
+    if augmentation.color_jitter:
+        images_BCHW = jitter_colors(images_BCHW, torch.stack(jitter), augmentation.color_jitter)
+    if augmentation.grey:
+        greyed_B111 = (grey_B < augmentation.grey).to(images_BCHW.device)[:, None, None, None]
+        images_BCHW = torch.where(greyed_B111, _grey(images_BCHW), images_BCHW)
+    if augmentation.blur:
+        blurred, (low, high) = (blur_B < augmentation.blur).nonzero()[:, 0], BLUR_RADIUS
+        on_device = blurred.to(images_BCHW.device)
+        images_BCHW[on_device] = blur(images_BCHW[on_device], low + (high - low) * radius_B[blurred])
+    return images_BCHW
 
 
 def random_boxes(draws_BK: Tensor, area: tuple[float, float], ratio: tuple[float, float], height: int, width: int) -> Tensor:
@@ -132,6 +151,25 @@ def jitter_colors(images_BCHW: Tensor, draws_3B: Tensor, strength: float) -> Ten
     return (grey_B1HW + saturation_B111 * (images_BCHW - grey_B1HW)).clamp(0, 255)
 
 
+def blur(images_BCHW: Tensor, radius_B: Tensor) -> Tensor:
+    """Pillow's GaussianBlur, each image with its own radius up to 2.4 pixels; float 0..255, not rounded in between as Pillow does.
+
+    Along each axis three box filters, whose ends weigh less than 1 so that the variances add up to radius²; borders are continued outwards.
+    """
+    variance_B = radius_B**2 / 3
+    whole_B = (((12 * variance_B + 1).sqrt() - 1) / 2).floor()  # pixels either side that weigh 1
+    end_B = (2 * whole_B + 1) * (whole_B * (whole_B + 1) - 3 * variance_B) / (6 * (variance_B - (whole_B + 1) ** 2))
+    reach_B1 = (whole_B + end_B)[:, None]
+    weights_BK = (reach_B1 + 1 - torch.arange(-2, 3).abs()).clamp(0, 1) / (2 * reach_B1 + 1)
+    weights_KB111 = weights_BK.T.to(images_BCHW.device)[:, :, None, None, None]
+    for dimension, padding in [(3, (2, 2, 0, 0))] * 3 + [(2, (0, 0, 2, 2))] * 3:
+        size, padded_BCHW = images_BCHW.shape[dimension], F.pad(images_BCHW, padding, mode="replicate")
+        images_BCHW = torch.zeros_like(images_BCHW)
+        for i, weight_B111 in enumerate(weights_KB111):
+            images_BCHW.addcmul_(weight_B111, padded_BCHW.narrow(dimension, i, size))
+    return images_BCHW
+
+
 def _grey(images_BCHW: Tensor) -> Tensor:
     weights = images_BCHW.new_tensor([0.299, 0.587, 0.114] if images_BCHW.shape[1] == 3 else [1.0])  # luma
     return (images_BCHW * weights[:, None, None]).sum(1, keepdim=True)
@@ -184,9 +222,18 @@ def worker_transform(augmentation: Augmentation | None, data: Data, image_size: 
             steps.append(policy)
         if augmentation.color_jitter:
             steps.append(transforms.ColorJitter(*[augmentation.color_jitter] * 3))
+        if augmentation.grey:
+            steps.append(transforms.RandomGrayscale(augmentation.grey))
+        if augmentation.blur:
+            steps.append(transforms.RandomApply([random_blur], augmentation.blur))
     return transforms.Compose([*steps, transforms.PILToTensor()])
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     """Keep the highest `bits` of each colour. Strong draws of RandAugment keep none: a black image, which Pillow 13 refuses."""
     return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def random_blur(image: Image.Image) -> Image.Image:
+    """Pillow's GaussianBlur, of a radius drawn from torch's global generator."""
+    return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(*BLUR_RADIUS).item()))
