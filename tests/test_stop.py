@@ -1,0 +1,327 @@
+"""Claims about StoP and I-JEPA: who sees what, where the noise goes, how the teacher follows, and what collapse looks like."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.convert import ConversionError, load_encoder, load_method, read_checkpoint, rename
+from common.optim import make_optimizer
+from common.recipe import Stage
+from common.vit import ViT
+from stop.method import OFFICIAL_NAMES, UNUSED, StoP, spread
+
+TO_OFFICIAL = {ours: official for official, ours in OFFICIAL_NAMES.items()}
+CONTEXT = torch.tensor([[0, 1, 2, 7, 14, 20], [3, 9, 10, 22, 30, 35]])
+BLOCKS = torch.tensor([[[24, 25, 30, 31], [0, 1, 6, 7]], [[25, 26, 31, 32], [12, 13, 18, 19]]])  # two blocks, which share cells
+
+
+def encoder(**options) -> ViT:
+    return ViT(**{"image_size": 24, "patch_size": 4, "width": 32, "depth": 2, "heads": 2, "class_token": False} | options)
+
+
+def stop(seed: int = 0, vit: dict | None = None, **options) -> StoP:
+    torch.manual_seed(seed)
+    return StoP(encoder(**vit or {}), **{"predictor_width": 16, "predictor_depth": 2} | options)
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+def predictor_input(model: StoP, seed: int = 0, **given) -> Tensor:
+    """The sequences that the predictor's blocks are given: (2 blocks, 2 images, 6 of the context + 4 hidden, P)."""
+    caught = []
+    hook = model.predictor.blocks.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model(images(), cells=(CONTEXT, BLOCKS), **given)
+    hook.remove()
+    return caught[0].unflatten(0, (2, 2))
+
+
+# ---- the identities of I-JEPA and StoP
+
+
+@pytest.mark.parametrize("noise", ["masked", "context", "both"])
+def test_without_deviation_stop_is_ijepa(noise):
+    one, other = stop(sigma=0.0, noise=noise), stop(noise="none")
+    assert torch.equal(predictor_input(one), predictor_input(other))
+
+
+def test_released_stop_without_deviation_is_ijepa_with_the_bias_for_a_mask_token():
+    released, ijepa = stop(mode="released", sigma=0.0), stop(noise="none")
+    nn.init.normal_(released.predictor.embed.bias)
+    ijepa.load_state_dict(released.state_dict(), strict=False)
+    with torch.no_grad():
+        ijepa.predictor.mask_token.copy_(released.predictor.embed.bias)
+    losses = [model(images(), cells=(CONTEXT, BLOCKS)).loss for model in (released, ijepa)]
+    assert torch.equal(*losses)
+
+
+def test_ijepa_draws_no_noise():
+    model, state = stop(noise="none"), torch.get_rng_state()
+    model(images(), cells=(CONTEXT, BLOCKS))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- where the noise goes
+
+
+@pytest.mark.parametrize(("noise", "context", "hidden"), [("masked", False, True), ("context", True, False), ("both", True, True)])
+def test_noise_is_on_the_tokens_that_are_named_and_on_no_other(noise, context, hidden):
+    model = stop(noise=noise)
+    first, second = (predictor_input(model, seed) for seed in (0, 1))
+    changed = (first != second).any(-1)
+    assert changed[..., :6].all().item() == context and changed[..., :6].any().item() == context
+    assert changed[..., 6:].all().item() == hidden and changed[..., 6:].any().item() == hidden
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+@pytest.mark.parametrize("covariance", ["tied", "fixed"])
+def test_noise_has_the_covariance_of_the_projection_or_the_unit_one_and_is_independent(mode, covariance):
+    model = stop(mode=mode, covariance=covariance, sigma=0.5)
+    nn.init.normal_(model.predictor.embed.weight, std=0.3)
+    nn.init.normal_(model.predictor.embed.bias)
+    plain = stop(mode=mode, noise="none")
+    plain.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    cells = CONTEXT[:1].expand(2000, -1), BLOCKS[:, :1].expand(-1, 2000, -1)
+    caught = []
+    for one in (model, plain):
+        one.predictor.blocks.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+        with torch.no_grad():
+            one(images(1).expand(2000, -1, -1, -1), cells=cells)
+    noise_GBTP = (caught[0] - caught[1])[:, 6:].unflatten(0, (2, 2000))
+    weight = model.predictor.embed.weight
+    expected = 0.25 * (weight @ weight.T if covariance == "tied" else torch.eye(16))
+    found = noise_GBTP.flatten(0, 2).T.cov()
+    assert (found - expected).abs().max() < 0.04 * expected.abs().max()
+    assert noise_GBTP.mean((0, 1, 2)).abs().max() < 0.05 * expected.diagonal().max().sqrt()
+    a, b, c = noise_GBTP[0, :, 1], noise_GBTP[0, :, 2], noise_GBTP[1, :, 0]  # cells 25 and 30 of a block, and cell 25 of the other block
+    for one, other in ((a, b), (a, c), (a[:-1], a[1:])):  # tokens, blocks, images
+        assert (one.T @ other / len(one)).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_a_hidden_patch_is_its_position_its_token_and_the_projected_noise_without_bias():
+    model, g = stop(sigma=0.5), torch.Generator().manual_seed(2)
+    nn.init.normal_(model.predictor.embed.bias)
+    n = torch.randn(2, 2, 4, 32, generator=g)
+    hidden = predictor_input(model, noise=(None, n))[..., 6:, :]
+    expected = model.predictor.pos_embed[0][BLOCKS] + model.predictor.mask_token + 0.5 * n @ model.predictor.embed.weight.T
+    torch.testing.assert_close(hidden, expected)
+
+
+def test_the_weight_learns_from_the_noise():
+    def gradient(**options) -> Tensor:
+        model = stop(**options)
+        torch.manual_seed(0)
+        model(images(), cells=(CONTEXT, BLOCKS)).loss.backward()
+        return model.predictor.embed.weight.grad
+
+    assert gradient(sigma=2.0).norm() > 2 * gradient(sigma=0.0).norm()
+
+
+def test_learned_positions_of_the_predictor_learn_and_sine_cosine_ones_do_not():
+    learned, fixed = stop(position="learned"), stop()
+    learned(images()).loss.backward()
+    assert learned.predictor.pos_embed.grad.abs().sum() > 0
+    assert "predictor.pos_embed" not in dict(fixed.named_parameters()) and "predictor.pos_embed" in fixed.state_dict()
+
+
+# ---- who sees what
+
+
+def test_the_context_encoder_sees_its_cells_alone_and_the_target_encoder_all():
+    model, given = stop(), (CONTEXT, BLOCKS)
+    pixels = torch.zeros(2, 36).scatter_(1, CONTEXT, 1.0).view(2, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    other = torch.where(pixels == 1, images(), images().flip(0))
+    one, two = (model(x, cells=given).named for x in (images(), other))
+    assert torch.equal(one["seen"], two["seen"]) and not torch.equal(one["truth"], two["truth"])
+
+
+def test_a_block_is_told_without_the_other_blocks():
+    model, n = stop(), torch.randn(2, 2, 4, 32)
+    moved = BLOCKS.clone()
+    moved[1] = moved[1].flip(0)
+    one, two = (model(images(), cells=(CONTEXT, blocks), noise=(None, n)).named["told"] for blocks in (BLOCKS, moved))
+    assert torch.equal(one[0], two[0]) and not torch.equal(one[1], two[1])
+
+
+def test_targets_are_the_target_encoders_features_normalised_once_more():
+    model = stop()
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        feature = F.layer_norm(model.encoder(images()), (32,))
+    truth = model(images(), cells=(CONTEXT, BLOCKS)).named["truth"]
+    for g, b, t in ((0, 0, 1), (1, 1, 3), (0, 1, 0)):
+        torch.testing.assert_close(truth[g, b, t], feature[b, BLOCKS[g, b, t]])
+    assert truth.mean(-1).abs().max() < 1e-5
+
+
+def test_the_loss_is_the_mean_smooth_l1_of_all_blocks():
+    output = stop()(images(), cells=(CONTEXT, BLOCKS))
+    error = (output.named["told"] - output.named["truth"]).abs()
+    expected = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ---- the teacher
+
+
+def test_the_target_encoder_starts_as_the_context_encoder_and_gets_no_gradient():
+    model = stop()
+    model(images()).loss.backward()
+    both = dict(model.encoder.named_parameters()), dict(model.context_encoder.named_parameters())
+    assert all(torch.equal(both[0][name], both[1][name]) and both[0][name].grad is None for name in both[0])
+    groups = make_optimizer(model, Stage(1, 256, 1e-3)).param_groups
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    assert not trained & {id(parameter) for parameter in both[0].values()}
+    assert trained >= {id(parameter) for parameter in [*both[1].values(), *model.predictor.parameters()]}
+
+
+@pytest.mark.parametrize(("step", "momentum"), [(0, 0.996), (9373, 0.996099979), (187499, 0.997999989), (374999, 0.999999989)])
+def test_the_average_has_the_official_momentum(step, momentum):
+    model = stop()
+    with torch.no_grad():
+        for parameter in model.context_encoder.parameters():
+            parameter.add_(1.0)
+    before = {name: parameter.double() for name, parameter in model.encoder.named_parameters()}
+    model.double().after_step(step, 375000)
+    for name, parameter in model.encoder.named_parameters():
+        torch.testing.assert_close(parameter - before[name], torch.full_like(parameter, 1 - momentum), rtol=1e-2, atol=1e-9)
+
+
+# ---- the collapse watch
+
+
+def test_features_that_say_nothing_of_the_image_have_no_deviation_and_rank_one():
+    collapsed = spread(torch.randn(1, 5, 16).expand(8, -1, -1))
+    assert collapsed["feature_std"] == 0 and collapsed["rankme"].item() == pytest.approx(1, abs=1e-3)
+
+
+def test_rankme_counts_the_directions_of_the_mean_features():
+    orthogonal = torch.linalg.qr(torch.randn(16, 6)).Q.T[:, None]
+    assert spread(orthogonal)["rankme"].item() == pytest.approx(6, rel=1e-4)
+    s = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0, 0.0])
+    p = s[:4] / 8
+    assert spread(s[:, None, None] * orthogonal)["rankme"].item() == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-4)
+
+
+def test_normalised_noise_deviates_by_one():
+    assert spread(F.layer_norm(torch.randn(512, 4, 64), (64,)))["feature_std"].item() == pytest.approx(1, abs=0.01)
+
+
+def test_metrics_name_the_context_length_that_the_masks_gave():
+    for masks, images_ in (("uniform", 2), ("released", 4)):
+        output = stop(masks=masks, min_keep=3)(images(images_))
+        assert output.metrics["context"].item() == output.named["context"].shape[1]
+        assert {"feature_std", "rankme"} < set(output.metrics)
+
+
+def test_at_step_decides_the_sizes_of_the_masks():
+    model, drawn = stop(target_scale=(0.1, 0.3)), set()
+    for step in range(12):
+        model.at_step(step, 12)
+        drawn.add(tuple(model(images()).named["cells"].shape))
+    assert len(drawn) > 1
+
+
+def test_recomputed_activations_change_no_loss_and_no_gradient():
+    kept, recomputed = stop(), stop(vit={"recompute": True})
+    losses = [model(images(), cells=(CONTEXT, BLOCKS), noise=(None, torch.ones(2, 2, 4, 32))).loss for model in (kept, recomputed)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for (name, one), other in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad), name
+    assert all(block.recompute for block in [*recomputed.context_encoder.blocks, *recomputed.predictor.blocks])
+
+
+# ---- official checkpoints
+
+
+def save_official(path, model: StoP, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """A file as the official codes write it: three networks behind DDP's prefix beside what else they save."""
+    official = rename(model.state_dict(), TO_OFFICIAL) | {"predictor.mask_token": torch.ones(1, 1, 16)}
+    content = {"epoch": 600, "loss": 0.1, "batch_size": 64, "world_size": 32, "lr": 8e-4, "scaler": None}
+    content["opt"] = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    for name, tensor in official.items():
+        network, _, rest = name.partition(".")
+        if network not in without:
+            content.setdefault(network, {})[f"module.{rest}"] = tensor
+    torch.save(content, path)
+    return official
+
+
+def different(model: StoP) -> StoP:
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(2)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_an_official_file_loads_whole(tmp_path, mode):
+    model, other = different(stop(mode=mode)), stop(seed=5, mode=mode)
+    official = save_official(tmp_path / "f.pth.tar", model)
+    assert {"encoder.blocks.0.attn.qkv.weight", "target_encoder.pos_embed", "predictor.predictor_pos_embed"} < set(official)
+    coverage = load_method(other, read_checkpoint(tmp_path / "f.pth.tar"), OFFICIAL_NAMES, UNUSED if mode == "released" else ())
+    assert not coverage.missing and not coverage.unexpected
+    expected = model.state_dict() | ({"predictor.mask_token": torch.ones(1, 1, 16)} if mode == "paper" else {})
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in other.state_dict().items())
+
+
+def test_the_encoder_of_an_official_file_is_its_target_encoder(tmp_path):
+    model, loaded = different(stop()), encoder()
+    save_official(tmp_path / "f.pth.tar", model)
+    coverage = load_encoder(loaded, read_checkpoint(tmp_path / "f.pth.tar"))
+    assert not coverage.missing and not coverage.unexpected and len(coverage.loaded) == len(loaded.state_dict())
+    assert all(torch.equal(tensor, model.encoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_our_own_method_gives_its_target_encoder_too():
+    model, loaded = different(stop()), encoder()
+    load_encoder(loaded, model.state_dict())
+    assert all(torch.equal(tensor, model.encoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_an_official_file_without_target_encoder_is_refused(tmp_path):
+    save_official(tmp_path / "f.pth.tar", stop(), without=("target_encoder",))
+    with pytest.raises(ConversionError, match="without a target_encoder"):
+        load_encoder(encoder(), read_checkpoint(tmp_path / "f.pth.tar"))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("vit", "options", "message"),
+    [
+        ({"class_token": True}, {}, "needs positions, and no class token"),
+        ({"position": "none"}, {}, "needs positions, and no class token"),
+        ({}, {"sigma": -0.25}, "sigma=-0.25 is a standard deviation"),
+        ({}, {"sigma": math.nan}, "sigma=nan is a standard deviation"),
+        ({}, {"momentum": 1.5}, "momentum=1.5 is not a share"),
+        ({}, {"mode": "official"}, "mode='official' is not known; choose one of paper, released"),
+        ({}, {"noise": "targets"}, "noise='targets' is not known; choose one of masked, context, both, none"),
+        ({}, {"covariance": "free"}, "covariance='free' is not known; choose one of tied, fixed"),
+        ({}, {"position": "relative"}, "position='relative' is not known"),
+        ({}, {"predictor_width": 18}, "predictor_width=18 is not a multiple of 4 and of the encoder's 2 heads"),
+        ({"image_size": 8}, {}, "a grid of 2 x 2 cells has no block"),
+        ({}, {"masks": "released"}, "min_keep=10.*use min_keep=3 or less"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_value(vit, options, message):
+    with pytest.raises(ValueError, match=message):
+        stop(vit=vit, **options)
+
+
+def test_one_image_per_device_is_refused_in_training_and_taken_in_evaluation():
+    model = stop()
+    with pytest.raises(ValueError, match="a device batch of 1 image"):
+        model(images(1))
+    assert model.eval()(images(1)).loss.isfinite()
