@@ -69,6 +69,7 @@ class Step:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        getattr(self.model, "after_step", lambda step, total: None)(0, 1)
         wait(device)
         return time.perf_counter() - begun
 

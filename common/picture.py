@@ -1,4 +1,4 @@
-"""Pictures of what a model believes about positions."""
+"""Pictures of what a model believes about positions, and of what it tells of hidden patches."""
 
 from pathlib import Path
 
@@ -53,6 +53,32 @@ def draw_positions(
                 _frame(axes[row][1], c, columns, patch, "gold")
             if d:
                 _frame(axes[row][2], p, columns, patch, "limegreen" if c == p else "red")
+    figure.savefig(path, dpi=100)
+
+
+def draw_blocks(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_GBT: Tensor, alike_GBT: Tensor, data: Data, path: Path) -> None:
+    """Write a picture with a row per image: the image, its context, and each hidden block in colours of how well it is told.
+
+    context (B, M) and cell (G, B, T) are the cells of contexts and blocks; alike (G, B, T) is the cosine similarity of what the model
+    told of each hidden patch and what was true, from -1 to 1.
+    """
+    pixels_BCHW, columns = _as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
+    patches_BNP = patchify(pixels_BCHW, patch)
+    figure = Figure(figsize=(1.9 * (2 + len(cell_GBT)), 2.1 * len(images_BCHW)), layout="constrained")
+    axes = figure.subplots(len(images_BCHW), 2 + len(cell_GBT), squeeze=False)
+    for row, (image, patches, context) in enumerate(zip(pixels_BCHW, patches_BNP, context_BM, strict=True)):
+        seen = _assemble(image, patch, zip(context.tolist(), patches[context], strict=True), columns)
+        titles = ["image", f"context: {len(context)} of {len(patches)}", *(f"mean {alike:.2f}" for alike in alike_GBT[:, row].mean(1))]
+        for axis, title, shown in zip(axes[row], titles, [image, seen, *[image] * len(cell_GBT)], strict=True):
+            axis.imshow(_channels_last(shown), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+            axis.set_title(title, fontsize=9)
+        for axis, cells, alike in zip(axes[row, 2:], cell_GBT[:, row], alike_GBT[:, row].float().cpu(), strict=True):
+            told = torch.full((images_BCHW.shape[-2] // patch, columns), torch.nan)
+            told.view(-1)[cells.cpu()] = alike
+            extent = (-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
+            drawn = axis.imshow(told.numpy(), cmap="RdYlGn", vmin=-1, vmax=1, extent=extent, interpolation="nearest")
+    figure.colorbar(drawn, ax=axes, shrink=0.6, label="cosine similarity of told and true features")
     figure.savefig(path, dpi=100)
 
 

@@ -1,6 +1,9 @@
 """Claims about StoP and I-JEPA: who sees what, where the noise goes, how the teacher follows, and what collapse looks like."""
 
 import math
+import os
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ from torch import Tensor, nn
 from common.convert import ConversionError, load_encoder, load_method, read_checkpoint, rename
 from common.optim import make_optimizer
 from common.recipe import Stage
+from common.train import Stopped
 from common.vit import ViT
 from stop.method import OFFICIAL_NAMES, UNUSED, StoP, spread
+from tests.tiny import STAGE, train
 
 TO_OFFICIAL = {ours: official for official, ours in OFFICIAL_NAMES.items()}
 CONTEXT = torch.tensor([[0, 1, 2, 7, 14, 20], [3, 9, 10, 22, 30, 35]])
@@ -325,3 +330,31 @@ def test_one_image_per_device_is_refused_in_training_and_taken_in_evaluation():
     with pytest.raises(ValueError, match="a device batch of 1 image"):
         model(images(1))
     assert model.eval()(images(1)).loss.isfinite()
+
+
+# ---- runs
+
+
+def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit_teacher_included(tmp_path):
+    class Stopping(StoP):
+        def at_step(self, step: int, total_steps: int) -> None:
+            super().at_step(step, total_steps)
+            if step == self.stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def model(stop_at: int | None = None) -> Stopping:
+        torch.manual_seed(0)
+        vit = ViT(image_size=8, patch_size=1, channels=1, width=16, depth=1, heads=2, class_token=False)
+        made = Stopping(vit, predictor_width=8, predictor_depth=1)
+        made.stop_at = stop_at
+        return made
+
+    stage = replace(STAGE, final_weight_decay=0.4, warmup_lr=1e-4)
+    _, undisturbed = train(tmp_path / "undisturbed", model(), stage)
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped", model(stop_at=3), stage)
+    _, resumed = train(tmp_path / "stopped", model(), stage)
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in undisturbed.state_dict().items())
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("undisturbed", "stopped")]
+    assert logs[0] == logs[1] and "rankme" in logs[0]
+    assert not torch.equal(undisturbed.encoder.norm.bias, undisturbed.context_encoder.norm.bias)
