@@ -28,6 +28,11 @@ def pool(tokens_BTD: Tensor, encoder: ViT, how: str) -> Tensor:
     return tokens_BTD[:, 0]
 
 
+def tokens(encoder: ViT, images: Tensor, layers: int = 1) -> Tensor:
+    """The tokens (B, T, layers x D) after the last blocks of an encoder, side by side, those of the last block last."""
+    return encoder(images) if layers == 1 else torch.cat(encoder.last_blocks(images, layers), dim=-1)
+
+
 def position_parameters(model: nn.Module) -> set[str]:
     """Names of class tokens and position embeddings, which supervised training does not decay (DeiT, Swin)."""
     ends = ("_token", "pos_embed", "relative_position_bias_table")
@@ -89,22 +94,28 @@ class Classifier(nn.Module):
 
 
 def best_five(logits_BK: Tensor, targets_B: Tensor) -> Tensor:
-    """Which of the five best answers (of fewer classes, all) are right: (B, 5) bool, the best answer first."""
-    return logits_BK.topk(min(5, logits_BK.shape[1])).indices == targets_B[:, None]
+    """Which of the five best answers (of fewer classes, all) are right: (B, 5) bool, the best answer first. Also of a stack (..., B, K)."""
+    return logits_BK.topk(min(5, logits_BK.shape[-1])).indices == targets_B[:, None]
 
 
 @torch.no_grad()
 def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, float]:
     """top1 and top5 in percent of a model whose output names "logits", over all processes."""
+    return {name: value.item() for name, value in zip(("top1", "top5"), accuracies(fabric, model, loader), strict=True)}
+
+
+@torch.no_grad()
+def accuracies(fabric: Fabric, model: nn.Module, loader: Loader, classifiers: tuple[int, ...] = ()) -> Tensor:
+    """top1 and top5 in percent, (2,) float64; where the logits are a stack (G, B, K) of `classifiers` = (G,), of each: (2, G)."""
     model.eval()
-    hits = torch.zeros(3, device=fabric.device)
+    hits = torch.zeros(3, *classifiers, dtype=torch.float64, device=fabric.device)
     for images, targets in loader.epoch(0):
         with fabric.autocast():
-            logits_BK = model(images).named["logits"]
-        right_B5 = best_five(logits_BK, targets)
-        hits += torch.stack([right_B5[:, 0].sum(), right_B5.sum(), torch.tensor(len(targets), device=fabric.device)])
-    top1, top5, count = fabric.all_reduce(hits, reduce_op="sum").tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+            logits = model(images).named["logits"]
+        right = best_five(logits, targets)
+        hits += torch.stack([right[..., 0].sum(-1), right.sum((-1, -2)), torch.full(classifiers, len(targets), device=fabric.device)])
+    hits = fabric.all_reduce(hits, reduce_op="sum")
+    return 100 * hits[:2] / hits[2]
 
 
 @torch.no_grad()
