@@ -17,7 +17,7 @@ import tyro
 from lightning.fabric import Fabric
 from rich.table import Table
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
 from benchmarks.table import arm_of, comparison, side_by_side
@@ -25,7 +25,20 @@ from common import results
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split, open_data
-from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy, own_metrics
+from common.data.augment import view_size
+from common.evaluate import (
+    Classifier,
+    FeatureLoader,
+    LinearProbe,
+    accuracies,
+    accuracy,
+    can_cache,
+    features,
+    knn_accuracy,
+    layers_name,
+    logistic_accuracy,
+    own_metrics,
+)
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, choose_arms, override
 from common.run import Run, RunError, console
@@ -131,7 +144,7 @@ class Reproduction:
                 run.finish(found | {"hours": hours})
                 self.fabric.barrier()
             what = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
-            return self.rows(run, *what, [name for name in run.result if name.endswith(("top1", "top5"))])
+            return self.rows(run, *what, {name: run.result[name] for name in run.result if name.endswith(("top1", "top5"))})
 
     def convert(self, path: Path) -> list[results.Row]:
         """Put somebody else's encoder where a pre-trained one would be; there is no number of ours to report on it."""
@@ -147,34 +160,81 @@ class Reproduction:
     def evaluate(self, protocol: Protocol, start: str) -> list[results.Row]:
         with self.open(f"{protocol.name}-{start}", protocol) as run:
             if run.result is None:
-                run.finish(self.knn(protocol, start) if protocol.kind == "knn" else self.train_classifier(run, protocol, start))
+                judge = {"finetune": self.finetune, "linear": self.probe, "logistic": self.logistic, "knn": self.knn}[protocol.kind]
+                run.finish(judge(run, protocol, start))
                 self.fabric.barrier()
-            return self.rows(run, protocol.name, start, ["top1"])
+            found = run.result["rows"].items()
+            return [row for part, told in found for row in self.rows(run, protocol.name + part, start, {"top1": told["top1"]}, told["how"])]
 
-    def train_classifier(self, run: Run, protocol: Protocol, start: str) -> dict[str, float]:
-        split = self.data.train
-        if protocol.labels_per_class is not None:
-            split = split.per_class(protocol.labels_per_class, self.seed)
-        if protocol.kind == "finetune":
-            model: nn.Module = Classifier(self.start_encoder(start, protocol), self.data.classes, protocol)
-        else:
-            model = LinearProbe(self.start_encoder(start, protocol), self.data.classes, protocol)
-        train = self.loader(split, protocol.stage, protocol.stage.augmentation)
+    def finetune(self, run: Run, protocol: Protocol, start: str) -> dict:
+        model = Classifier(self.start_encoder(start, protocol), self.data.classes, protocol)
+        train = self.loader(self.labelled(protocol), protocol.stage, protocol.stage.augmentation)
         model, hours = fit(run, self.fabric, model, protocol.stage, train, self.seed, **self.fitting)
-        found = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage, None))
-        return found | {"hours": hours}
+        found = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage, None, protocol))
+        return found | {"hours": hours, "rows": {"": {"top1": found["top1"], "how": self.how(protocol, pool=protocol.pool)}}}
 
-    def knn(self, protocol: Protocol, start: str) -> dict[str, float]:
-        begun = time.perf_counter()
+    def probe(self, run: Run, protocol: Protocol, start: str) -> dict:
+        """The whole grid in one training, on features that are computed once where every epoch shows the same images."""
+        model = LinearProbe(self.start_encoder(start, protocol), self.data.classes, protocol)
+        train = self.loader(self.labelled(protocol), protocol.stage, protocol.stage.augmentation)
+        test = self.loader(self.data.val, protocol.stage, None, protocol)
+        if can_cache(protocol):
+            train, test = (FeatureLoader(*pair) for pair in zip((train, test), self.features(protocol, start), strict=True))
+        model, hours = fit(run, self.fabric, model, protocol.stage, train, self.seed, **self.fitting)
+        top1_G, top5_G = accuracies(self.fabric, model, test, (len(model.grid),)).tolist()
+        seen = self.how(protocol, pool=protocol.pool)
+        grid = [{"top1": top1, "how": f"{name} {seen}"} for name, top1 in zip(model.names(), top1_G, strict=True)]
+        for told in grid:
+            run.say(f"{run.directory.name} {told['how']}: top1 {told['top1']:.6g}")
+        rows = {part: grid[index] for part, index in model.best(top1_G).items()}
+        place = top1_G.index(max(top1_G))
+        return {"top1": top1_G[place], "top5": top5_G[place], "hours": hours, "rows": rows, "grid": grid}
+
+    def logistic(self, run: Run, protocol: Protocol, start: str) -> dict:
+        begun, options = time.perf_counter(), {"statistics": protocol.statistics, "strength": protocol.strength}
+        train, test = self.features(protocol, start)
+        found = logistic_accuracy(*train, *test, classes=self.data.classes, **options)
+        if not found["converged"]:
+            run.say(f"{run.directory.name}: the weights have not converged, so the number is of a fit that was cut short")
+        row = {"top1": found["top1"], "how": self.how(protocol, **self.frozen(protocol), **options)}
+        return found | {"hours": (time.perf_counter() - begun) / 3600, "rows": {"": row}}
+
+    def knn(self, run: Run, protocol: Protocol, start: str) -> dict:
+        begun, options = time.perf_counter(), {"neighbours": protocol.neighbours, "temperature": protocol.temperature}
+        train, test = self.features(protocol, start)
+        top1 = knn_accuracy(*train, *test, classes=self.data.classes, **options)
+        row = {"top1": top1, "how": self.how(protocol, **({} if start == "pixels" else self.frozen(protocol)), **options)}
+        return {"top1": top1, "hours": (time.perf_counter() - begun) / 3600, "rows": {"": row}}
+
+    def features(self, protocol: Protocol, start: str) -> list[tuple[Tensor, Tensor]]:
+        """Features and classes of the training images that have labels, and of the test images; on disk after the first time."""
         encoder = None if start == "pixels" else self.start_encoder(start, protocol)
-        found = [
-            features(self.fabric, encoder, self.loader(split, self.recipe.pretrain, None, alone=True), protocol.pool)
-            for split in (self.data.train, self.data.val)
-        ]
-        (train_ND, train_N), (val_ND, val_N) = found
-        settings = {"classes": self.data.classes, "neighbours": protocol.neighbours, "temperature": protocol.temperature}
-        top1 = knn_accuracy(train_ND, train_N, val_ND, val_N, **settings)
-        return {"top1": top1, "hours": (time.perf_counter() - begun) / 3600}
+        found = []
+        for part, split in ("train", self.labelled(protocol)), ("val", self.data.val):
+            loader = self.loader(split, self.recipe.pretrain, None, protocol, alone=True)
+            cache = self.root / "features" / f"{start}-{part}"
+            found.append(features(self.fabric, encoder, loader, protocol.pool, max(protocol.layers), cache))
+        return found
+
+    def labelled(self, protocol: Protocol) -> Split:
+        """The training images whose labels the protocol may use."""
+        if protocol.labels_per_class is not None:
+            return self.data.train.per_class(protocol.labels_per_class, self.seed)
+        if protocol.label_share is not None:
+            return self.data.train.balanced(protocol.label_share, self.seed)
+        return self.data.train if protocol.label_list is None else self.data.train.listed(Path(protocol.label_list))
+
+    def how(self, protocol: Protocol, **facts) -> str:
+        """What tells a number besides recipe and data, for its row."""
+        if self.data.val.paths is not None:
+            facts |= {"resize": min(view_size(self.data, self.size, protocol.resize)), "interpolation": protocol.interpolation}
+        if len(labelled := self.labelled(protocol)) < len(self.data.train):
+            facts["labels"] = len(labelled)
+        return " ".join(f"{name}={value}" for name, value in facts.items())
+
+    def frozen(self, protocol: Protocol) -> dict[str, str]:
+        """What a frozen encoder gives, for a row."""
+        return {"layers": layers_name(protocol.layers[0]), "pool": protocol.pool}
 
     def new_encoder(self, **changes) -> nn.Module:
         """A fresh encoder, the same for the same seed."""
@@ -191,8 +251,10 @@ class Reproduction:
             load_encoder(encoder, load_file(self.root / "pretrain" / "encoder.safetensors"), allow_missing=added)
         return encoder
 
-    def loader(self, split: Split, stage: Stage, augmentation: Augmentation | None, alone: bool = False) -> Loader:
-        """Batches for this process; `alone` where every process must see all images."""
+    def loader(
+        self, split: Split, stage: Stage, augmentation: Augmentation | None, protocol: Protocol | None = None, alone: bool = False
+    ) -> Loader:
+        """Batches for this process, seen as the protocol says; `alone` where every process must see all images."""
         world = self.fabric.world_size
         batch = device_batch(stage, world)
         return Loader(
@@ -207,6 +269,7 @@ class Reproduction:
             rank=0 if alone else self.fabric.global_rank,
             world_size=1 if alone else world,
             accumulate=stage.batch_size // (batch * world),
+            **({"resize": protocol.resize, "interpolation": protocol.interpolation} if protocol else {}),
         )
 
     def open(self, stage: str, protocol: Protocol | None = None) -> Run:
@@ -218,7 +281,7 @@ class Reproduction:
         settings |= {"recipe": asked} | ({"protocol": as_json(protocol)} if protocol else {})
         return Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
 
-    def rows(self, run: Run, protocol: str, start: str, metrics: list[str]) -> list[results.Row]:
+    def rows(self, run: Run, protocol: str, start: str, values: dict[str, float], how: str = "") -> list[results.Row]:
         """The ledger's rows of a finished stage, with the facts of when it ran, which may be before this call."""
         result = run.result
         environment, home = result["environment"], folder(self.paper)
@@ -237,9 +300,10 @@ class Reproduction:
             "precision": self.precision,
             "hours": round(result["hours"], 5),
             "versions": environment["versions"],
+            "settings": how,
             "log": (home / "logs" / f"{'' if home.name == self.paper else self.paper + '-'}{self.root.name}.txt").as_posix(),
         }
-        return [results.Row(metric=metric, value=round(result[metric], 4), **facts) for metric in metrics]
+        return [results.Row(metric=metric, value=round(value, 4), **facts) for metric, value in values.items()]
 
     def record(self, rows: list[results.Row]) -> None:
         """Put the rows into the paper's ledger, and the logs of all stages, as one file, beside it."""

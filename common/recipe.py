@@ -72,16 +72,40 @@ DEIT = Stage(
 DEIT_LABELS = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 DEIT_DROP_PATH = 0.1
 
+# The linear probe of VISSL, by which StoP is judged, with heads=("norm_affine", "linear") and layers=(1, 4): StoP's configurations of
+# ViT-B and L. 28 epochs are for ImageNet and CIFAR.
+VISSL_SGD = Stage(
+    epochs=28,
+    batch_size=256,
+    base_lr=0.01,
+    drops=(8, 16, 24),
+    optimizer="sgd",
+    weight_decay=5e-4,
+    augmentation=Augmentation(scale=(0.08, 1.0)),
+)
+# The same by LARS: I-JEPA (appendix A.2) tries rates=(1.0, 5.0, 0.1) and decays=(5e-4, 0.0); of 0.01 per 256 images, as StoP's
+# configuration of ViT-H has its 0.1, and the paper does not say.
+VISSL_LARS = dataclasses.replace(VISSL_SGD, epochs=50, batch_size=16384, drops=(15, 30, 45), optimizer="lars")
+
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way to judge an encoder; its name stands in the results."""
+    """One way to judge an encoder; its name stands in the results. Raises RecipeError for values that make no sense, alone or together.
+
+    The kinds: "finetune" trains all weights, "linear" linear layers on frozen features by SGD or the like, "logistic" one such layer to
+    the optimum of a penalised likelihood, "knn" nothing. "linear" trains a layer for each of layers x heads x rates x decays at once.
+    """
 
     name: str  # as it stands in results.csv
-    kind: Literal["finetune", "linear", "knn"]  # all weights trained; a linear layer on frozen features; no training
-    stage: Stage | None = None  # how to train; k-NN has none
+    kind: Literal["finetune", "linear", "logistic", "knn"]  # see above
+    stage: Stage | None = None  # how to train; logistic regression and k-NN have none
     labels_per_class: int | None = None  # train on so many labels per class, drawn with the run's seed; None = all
+    label_share: float | None = None  # or on this share of all labels, as equal per class as can be, drawn likewise
+    label_list: str | None = None  # or on the images named in this file, one a line, by file name or class/file name
     pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
+    layers: tuple[int, ...] = (1,)  # frozen: how many last blocks are concatenated, each after the final norm; several for linear only
+    resize: int | None = None  # of test images and frozen ones from files: pixels of the short side; None: see common.data's view_size
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # by which these are resized
     position: Literal["sincos", "learned", "relative", "none"] | None = None  # fine-tuning: see common.vit.ViT; None = as pre-trained
     drop_path: float = 0.0  # fine-tuning: stochastic depth of the last block
     mixup: float = 0.0  # fine-tuning: mixup alpha
@@ -89,6 +113,37 @@ class Protocol:
     smoothing: float = 0.0  # fine-tuning: label smoothing
     neighbours: int = 20  # k-NN: how many
     temperature: float = 0.07  # k-NN: of the similarity weights
+    statistics: Literal["train", "own"] = "train"  # logistic: whose mean and deviation standardise the test features
+    strength: float = 0.0025  # logistic: weight of half the squared norm beside the summed loss; scikit-learn's 1 / C
+    # linear: MAE's batch norm without parameters, VISSL's with, or none, before the layer; or a query that attends to the tokens
+    heads: tuple[Literal["norm", "norm_affine", "linear", "attentive"], ...] = ("norm",)
+    rates: tuple[float, ...] = (1.0,)  # linear: multiples of the stage's learning rate
+    decays: tuple[float, ...] = ()  # linear: weight decays; () = the stage's
+
+    def __post_init__(self) -> None:
+        def check(sound: bool, names: str, mend: str) -> None:
+            if not sound:
+                given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+                raise RecipeError(f"protocol {self.name}: {given} makes no sense: {mend}")
+
+        check(self.kind not in ("finetune", "linear") or self.stage is not None, "kind stage", "give it a stage to train by")
+        labels = self.labels_per_class, self.label_share, self.label_list
+        check(sum(value is not None for value in labels) <= 1, "labels_per_class label_share label_list", "at most one may be given")
+        check(self.labels_per_class is None or self.labels_per_class > 0, "labels_per_class", "give a whole number from 1 up")
+        check(self.label_share is None or 0 < self.label_share <= 1, "label_share", "give a share above 0, at most 1")
+        check(min(self.layers, default=0) > 0, "layers", "give numbers from 1 up")
+        check(self.kind == "linear" or len(self.layers) == 1, "kind layers", "give one number of layers")
+        check(self.kind != "finetune" or self.layers == (1,), "kind layers", "fine-tuning reads the last layer, (1,)")
+        check(self.resize is None or self.resize > 0, "resize", "give pixels, from the image size up")
+        check(self.strength > 0, "strength", "give a number above 0")
+        check(len(self.heads) > 0, "heads", "name at least one")
+        check(min(self.rates, default=0) > 0, "rates", "give numbers above 0")
+        check(min(self.decays, default=0) >= 0, "decays", "give numbers from 0 up")
+        for name in ("layers", "heads", "rates", "decays"):
+            check(len(set(getattr(self, name))) == len(getattr(self, name)), name, "give each once")
+        many = len(self.layers) * len(self.heads) * len(self.rates) * max(1, len(self.decays)) > 1
+        shared = self.stage is not None and (self.stage.clip_norm is not None or self.stage.final_weight_decay is not None)
+        check(not (many and shared), "stage", "several layers, heads, rates or decays share no clip_norm and no final_weight_decay")
 
 
 @dataclass(frozen=True)
@@ -228,7 +283,7 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
             return value
         if origin is tuple and isinstance(value, list):
             parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-            if len(parts) == len(value) > 0:
+            if len(parts) == len(value):
                 return tuple(_typed(item, part, path) for item, part in zip(value, parts, strict=True))
         if option is float and type(value) in (int, float) and math.isfinite(value):
             return float(value)

@@ -40,6 +40,7 @@ class Row:
     precision: str  # Fabric's name: 32-true, bf16-mixed
     hours: float  # wall-clock hours of the stage that gave the number
     versions: str  # see versions(): torch 2.13.0, timm 1.0.31, python 3.11.7
+    settings: str  # what else tells the number: layers=last4 pool=mean head=linear lr=0.05 decay=0.0005 resize=256
     log: str  # committed log of the run, relative to the repository's root: droppos/logs/digits-200ep-seed0.txt
 
 

@@ -65,7 +65,8 @@ class Run:
     def finish(self, result: dict[str, Any]) -> None:
         """Log what came out and write it to result.json, with the day, code and machine (commit "+mixed" after a change of code)."""
         if self.main:
-            self.say(f"{self.directory.name} done: {', '.join(f'{name} {value:.6g}' for name, value in result.items())}")
+            numbers = {name: value for name, value in result.items() if isinstance(value, (int, float))}
+            self.say(f"{self.directory.name} done: {', '.join(f'{name} {value:.6g}' for name, value in numbers.items())}")
             starts = json.loads((self.directory / "environment.json").read_text())
             came_from = starts[0]
             if len({start["commit"] for start in starts}) > 1:

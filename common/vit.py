@@ -177,6 +177,10 @@ class ViT(nn.Module):
         Where `context` is given, only the class token and the first `context` of the M tokens are keys, in every block (MP3).
         Raises ValueError for a context of more tokens than there are or none, and for a subset under relative positions.
         """
+        return self._encode(x_BMD, context)[-1]
+
+    def _encode(self, x_BMD: Tensor, context: int | None = None, count: int = 1) -> list[Tensor]:
+        """The outputs of the last `count` blocks, each through the final norm."""
         if context is not None and not 0 < context <= x_BMD.shape[1]:
             raise ValueError(f"context={context}: it takes 1 to {x_BMD.shape[1]} of the {x_BMD.shape[1]} tokens {tuple(x_BMD.shape)}")
         if self.relative and (context is not None or x_BMD.shape[1] != self.grid[0] * self.grid[1]):
@@ -185,16 +189,32 @@ class ViT(nn.Module):
             first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
             x_BMD = torch.cat([first.to(x_BMD.dtype).expand(x_BMD.shape[0], -1, -1), x_BMD], dim=1)
         keys = None if context is None else self.prefix_tokens + context
-        for block in self.blocks:
+        normed = []
+        for number, block in enumerate(self.blocks, 1):
             x_BMD = block(x_BMD, keys)
-        return self.norm(x_BMD)
+            if number > len(self.blocks) - count:
+                normed.append(self.norm(x_BMD))
+        return normed
 
     def forward(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
         """Images to normed tokens (B, T, D), of all patches or of those at the indices `keep`."""
+        return self.encode(self._place(images_BCHW, keep_BM))
+
+    def last_blocks(self, images_BCHW: Tensor, count: int) -> list[Tensor]:
+        """The tokens (B, T, D) after each of the last `count` blocks, all through the final norm; the last ones are forward's.
+
+        So VISSL's linear probes read several layers. Raises ValueError where there are not so many blocks, or none are asked for.
+        """
+        if not 1 <= count <= len(self.blocks):
+            raise ValueError(f"the last {count} blocks were asked for; this encoder has {len(self.blocks)}, so ask for 1 to so many")
+        return self._encode(self._place(images_BCHW), count=count)
+
+    def _place(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
+        """Patch tokens, each with the position of its cell."""
         x = self.embed(images_BCHW, keep_BM)
-        if self.pos_embed is not None:
-            x = x + (self.patch_positions if keep_BM is None else gather_tokens(self.patch_positions, keep_BM))
-        return self.encode(x)
+        if self.pos_embed is None:
+            return x
+        return x + (self.patch_positions if keep_BM is None else gather_tokens(self.patch_positions, keep_BM))
 
 
 def vit(size: str, **options: Any) -> ViT:

@@ -207,7 +207,7 @@ def test_a_probe_trains_its_head_and_nothing_of_the_encoder():
     assert all(p.grad is None for p in probe.encoder.parameters())
     optimizer.step()
     changed = {name for name, tensor in probe.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"head.weight", "head.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert changed == {f"heads.0.{name}" for name in ("1.weight", "1.bias", "0.running_mean", "0.running_var", "0.num_batches_tracked")}
     assert torch.equal(probe.encoder(images), features_before)
 
 
@@ -215,7 +215,7 @@ def test_in_training_a_probes_encoder_stays_in_evaluation_mode():
     probe = LinearProbe(encoder(drop_path=0.5), CLASSES, protocol("linear"))
     for mode in (True, False, True):
         assert probe.train(mode) is probe
-        assert (probe.training, probe.norm.training, probe.head.training) == (mode,) * 3
+        assert {module.training for module in (probe, *probe.heads.modules())} == {mode}
         assert not any(module.training for module in probe.encoder.modules())
 
 
@@ -223,11 +223,11 @@ def test_a_probe_is_a_linear_layer_on_features_normed_over_the_batch():
     probe, (images, targets) = LinearProbe(encoder(), CLASSES, protocol("linear", pool="class")).train(), batch()
     feature = probe.encoder(images)[:, 0]
     normed = (feature - feature.mean(0)) / (feature.var(0, correction=0) + 1e-6).sqrt()
-    output = probe(images, targets)
-    torch.testing.assert_close(output.named["logits"], normed @ probe.head.weight.T + probe.head.bias, atol=1e-5, rtol=0)
-    assert output.loss.item() == pytest.approx(mean_over_batch(one_hot(targets, 0), output.named["logits"]), abs=1e-5)
-    assert {name for name, _ in probe.norm.named_parameters()} == set()
-    wide = LinearProbe(encoder(), 1000, protocol("linear")).head
+    output, (norm, head) = probe(images, targets), probe.heads[0]
+    torch.testing.assert_close(output.named["logits"], (normed @ head.weight.T + head.bias)[None], atol=1e-5, rtol=0)
+    assert output.loss.item() == pytest.approx(mean_over_batch(one_hot(targets, 0), output.named["logits"][0]), abs=1e-5)
+    assert {name for name, _ in norm.named_parameters()} == set()
+    wide = LinearProbe(encoder(), 1000, protocol("linear")).heads[0][1]
     assert wide.weight.std().item() == pytest.approx(0.01, rel=0.03) and (wide.bias == 0).all()
 
 

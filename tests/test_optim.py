@@ -67,8 +67,8 @@ def test_fine_tuning_does_not_decay_tokens_positions_biases_and_norms(layer_deca
 
 
 def test_frozen_parameters_are_not_given_to_the_optimizer():
-    probe = LinearProbe(ViT(image_size=8, patch_size=4, width=16, depth=1, heads=2), 5, Protocol("linear", "linear"))
-    assert set(names(probe, make_optimizer(probe, STAGE))) == {"head.weight", "head.bias"}
+    probe = LinearProbe(ViT(image_size=8, patch_size=4, width=16, depth=1, heads=2), 5, Protocol("linear", "linear", STAGE))
+    assert set(names(probe, make_optimizer(probe, STAGE))) == {"heads.0.1.weight", "heads.0.1.bias"}
 
 
 # ---- learning rates

@@ -30,6 +30,7 @@ ROW = Row(
     precision="bf16-mixed",
     hours=0.02,
     versions="torch 2.13.0, timm 1.0.31, python 3.11.7",
+    settings="layers=last4 pool=mean",
     log="droppos/logs/2026-11-20-digits-seed0.txt",
 )
 

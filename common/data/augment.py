@@ -195,15 +195,31 @@ def erase(images_BCHW: Tensor, draws_BK: Tensor, probability: float) -> Tensor:
     return images_BCHW
 
 
-def worker_transform(augmentation: Augmentation | None, data: Data, image_size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
+def view_size(data: Data, image_size: tuple[int, int], resize: int | None = None) -> tuple[int, int]:
+    """(height, width) that a whole image is resized to, keeping its shape, before `image_size` is cut out of its centre.
+
+    The short side is `resize`, or 256/224 of `image_size`; that itself for sizes up to 64 pixels and sets whose images have one size.
+    """
+    if resize is not None:
+        return round(resize * image_size[0] / min(image_size)), round(resize * image_size[1] / min(image_size))
+    share = 1.0 if data.image_size is not None or min(image_size) <= 64 else 224 / 256
+    return int(image_size[0] / share), int(image_size[1] / share)
+
+
+def worker_transform(
+    augmentation: Augmentation | None,
+    data: Data,
+    image_size: tuple[int, int],
+    resize: int | None = None,
+    interpolation: str = "bicubic",
+) -> Callable[[Image.Image], Tensor]:
     """The same, for one RGB image in a worker, drawing from the global generators; None is the evaluation transform.
 
-    The result is uint8 (3, H, W). Evaluation resizes the short side to 256/224 of `image_size` and cuts out the centre; sets whose images
-    have one size, and sizes up to 64 pixels, lose nothing but what hangs over.
+    The result is uint8 (3, H, W). Evaluation resizes, by `resize` (see view_size) and `interpolation`, and cuts out the centre.
     """
-    share = 1.0 if data.image_size is not None or min(image_size) <= 64 else 224 / 256
-    interpolation = augmentation.interpolation if augmentation else "bicubic"
-    whole = [ResizeKeepRatio([int(side / share) for side in image_size], interpolation=interpolation), transforms.CenterCrop(image_size)]
+    interpolation = augmentation.interpolation if augmentation else interpolation
+    size = view_size(data, image_size, None if augmentation else resize)
+    whole = [ResizeKeepRatio(size, interpolation=interpolation), transforms.CenterCrop(image_size)]
     steps: list[Callable] = whole
     if augmentation is not None:
         if augmentation.crop == "resized":

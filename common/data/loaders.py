@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, worker_transform
+from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, view_size, worker_transform
 from common.data.sets import Data, DataError, Split, read_image
 from common.randomness import generator, reseed
 
@@ -38,7 +38,7 @@ class Loader:
     the same however they are divided. Evaluation, where there is none: every image once over all ranks, in order. Images in memory live on
     the device and are augmented there; files, and images that RandAugment needs on the CPU, go through worker processes.
 
-    Raises DataError where the split is smaller than one effective batch of training.
+    Raises DataError where the split is smaller than one effective batch of training, and for a `resize` that cannot be.
     """
 
     split: Split
@@ -53,6 +53,8 @@ class Loader:
     rank: int = 0
     world_size: int = 1
     accumulate: int = 1  # micro-batches per optimizer step; in evaluation it means nothing
+    resize: int | None = None  # evaluation, images from files: pixels of the short side before the centre is cut out; None: see view_size
+    interpolation: str = "bicubic"  # evaluation: how images are resized
 
     def __post_init__(self) -> None:
         self.effective = self.batch_size * self.accumulate * self.world_size
@@ -65,13 +67,16 @@ class Loader:
                 f"{len(self.split)} training images are fewer than one effective batch of {self.effective} ({self.batch_size} x "
                 f"{self.accumulate} accumulated x {self.world_size} devices): choose an effective batch of at most {len(self.split)}"
             )
+        if self.resize is not None and (self.split.paths is None or self.resize < min(self.image_size)):
+            short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but these have one size"
+            raise DataError(f"images are to be resized to {self.resize} pixels, {short}: choose a larger `resize`, or None")
         self.in_memory = self.split.images is not None and (self.augmentation is None or self.augmentation.randaugment is None)
         if self.in_memory:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
             return
         self.schedule, self.reported = _Schedule(), set[str]()
         self.worker_batches = DataLoader(
-            _Images(self.split, self.data, self.image_size, self.augmentation, self.seed),
+            _Images(self),
             batch_sampler=self.schedule,  # type: ignore[arg-type]
             num_workers=self.workers,
             worker_init_fn=_own_group,
@@ -80,6 +85,13 @@ class Loader:
             # torch seeds its workers from this; left out, it would draw from the caller's global generator
             generator=torch.Generator(),
         )
+
+    @property
+    def view(self) -> dict[str, str]:
+        """How evaluation sees an image, as text: what the features of a frozen encoder depend on besides the image."""
+        height, width = self.image_size if self.in_memory else view_size(self.data, self.image_size, self.resize)
+        sizes = {"image_size": "x".join(map(str, self.image_size)), "resize": f"{min(height, width)}", "interpolation": self.interpolation}
+        return sizes | {"mean": str(self.data.mean), "std": str(self.data.std)}
 
     def __len__(self) -> int:
         """Micro-batches per epoch for this rank. In evaluation ranks may differ by one."""
@@ -122,7 +134,7 @@ class Loader:
             on_device_B = (chosen_B % len(self.split)).to(self.device)
             images_BCHW, labels_B = self.images[on_device_B], self.labels[on_device_B]
             if self.augmentation is None:
-                yield normalize(resize(images_BCHW, self.image_size), self.data.mean, self.data.std), labels_B
+                yield normalize(resize(images_BCHW, self.image_size, self.interpolation), self.data.mean, self.data.std), labels_B
             else:
                 images_BCHW = augment(images_BCHW, draws_RK[chosen_B], self.augmentation, self.image_size)
                 images_BCHW = normalize(images_BCHW, self.data.mean, self.data.std)
@@ -163,9 +175,11 @@ class _Schedule:
 class _Images(Dataset):
     """(epoch, row) -> uint8 image (C, H, W), label, its uniform numbers (K,), and the files skipped on the way, one a line."""
 
-    def __init__(self, split: Split, data: Data, image_size: tuple[int, int], augmentation: Augmentation | None, seed: int) -> None:
-        self.split, self.channels, self.seed, self.random = split, data.channels, seed, augmentation is not None
-        self.transform = worker_transform(augmentation, data, image_size)
+    def __init__(self, loader: Loader) -> None:
+        self.split, self.channels, self.seed = loader.split, loader.data.channels, loader.seed
+        self.random = loader.augmentation is not None
+        view = loader.image_size, loader.resize, loader.interpolation
+        self.transform = worker_transform(loader.augmentation, loader.data, *view)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, str]:
         epoch, (copy, index) = key[0], divmod(key[1], len(self.split))

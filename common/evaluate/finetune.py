@@ -1,9 +1,7 @@
-"""How an encoder is judged: full fine-tuning, linear probe, weighted k-NN. Training from scratch is fine-tuning from nothing.
+"""A whole network that learns to classify, from a pre-trained encoder or from nothing, and how answers are counted.
 
 Shapes: B images, T tokens (the class token, if any, first), D width, K classes.
 """
-
-import copy
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +26,11 @@ def pool(tokens_BTD: Tensor, encoder: ViT, how: str) -> Tensor:
     if not encoder.prefix_tokens:
         raise ValueError("pool='class' needs an encoder with a class token; use pool='mean'")
     return tokens_BTD[:, 0]
+
+
+def tokens(encoder: ViT, images: Tensor, layers: int = 1) -> Tensor:
+    """The tokens (B, T, layers x D) after the last blocks of an encoder, side by side, those of the last block last."""
+    return encoder(images) if layers == 1 else torch.cat(encoder.last_blocks(images, layers), dim=-1)
 
 
 def position_parameters(model: nn.Module) -> set[str]:
@@ -90,48 +93,29 @@ class Classifier(nn.Module):
         return {"stem": r"^encoder\.(?:cls_token|pos_embed|patch_embed)", "blocks": [(r"^encoder\.blocks\.(\d+)", None)]}
 
 
-class LinearProbe(nn.Module):
-    """A linear layer on frozen features, behind a batch norm without affine parameters (MAE, appendix A.1)."""
-
-    def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
-        super().__init__()
-        self.encoder, self.how = encoder.requires_grad_(False), protocol.pool
-        self.norm = nn.BatchNorm1d(encoder.width, affine=False, eps=1e-6)
-        self.head = nn.Linear(encoder.width, classes)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
-        """images (B, C, H, W) and, in training, class indices (B,). `named["logits"]` is (B, K)."""
-        with torch.no_grad():
-            feature_BD = pool(self.encoder(images), self.encoder, self.how).float()
-        logits_BK = self.head(self.norm(feature_BD)).float()
-        loss = logits_BK.new_zeros(()) if targets is None else F.cross_entropy(logits_BK, targets)
-        return Output(loss, named={"logits": logits_BK})
-
-    def train(self, mode: bool = True) -> "LinearProbe":
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
-
 def best_five(logits_BK: Tensor, targets_B: Tensor) -> Tensor:
-    """Which of the five best answers (of fewer classes, all) are right: (B, 5) bool, the best answer first."""
-    return logits_BK.topk(min(5, logits_BK.shape[1])).indices == targets_B[:, None]
+    """Which of the five best answers (of fewer classes, all) are right: (B, 5) bool, the best answer first. Also of a stack (..., B, K)."""
+    return logits_BK.topk(min(5, logits_BK.shape[-1])).indices == targets_B[:, None]
 
 
 @torch.no_grad()
 def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, float]:
     """top1 and top5 in percent of a model whose output names "logits", over all processes."""
+    return {name: value.item() for name, value in zip(("top1", "top5"), accuracies(fabric, model, loader), strict=True)}
+
+
+@torch.no_grad()
+def accuracies(fabric: Fabric, model: nn.Module, loader: Loader, classifiers: tuple[int, ...] = ()) -> Tensor:
+    """top1 and top5 in percent, (2,) float64; where the logits are a stack (G, B, K) of `classifiers` = (G,), of each: (2, G)."""
     model.eval()
-    hits = torch.zeros(3, device=fabric.device)
+    hits = torch.zeros(3, *classifiers, dtype=torch.float64, device=fabric.device)
     for images, targets in loader.epoch(0):
         with fabric.autocast():
-            logits_BK = model(images).named["logits"]
-        right_B5 = best_five(logits_BK, targets)
-        hits += torch.stack([right_B5[:, 0].sum(), right_B5.sum(), torch.tensor(len(targets), device=fabric.device)])
-    top1, top5, count = fabric.all_reduce(hits, reduce_op="sum").tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+            logits = model(images).named["logits"]
+        right = best_five(logits, targets)
+        hits += torch.stack([right[..., 0].sum(-1), right.sum((-1, -2)), torch.full(classifiers, len(targets), device=fabric.device)])
+    hits = fabric.all_reduce(hits, reduce_op="sum")
+    return 100 * hits[:2] / hits[2]
 
 
 @torch.no_grad()
@@ -150,31 +134,3 @@ def own_metrics(fabric: Fabric, method: nn.Module, loader: Loader, seed: int) ->
     totals = torch.tensor([*sums.values(), count], dtype=torch.float64, device=fabric.device)
     totals = fabric.all_reduce(totals, reduce_op="sum").tolist()
     return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
-
-
-@torch.no_grad()
-def features(fabric: Fabric, encoder: ViT | None, loader: Loader, how: str) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, D) of every image and their classes (N,); raw pixels where the encoder is None."""
-    found = []
-    if encoder is not None:
-        encoder = copy.deepcopy(encoder).to(fabric.device).eval()
-    for images, targets in loader.epoch(0):
-        with fabric.autocast():
-            feature = images.flatten(1) if encoder is None else pool(encoder(images), encoder, how)
-        found.append((feature.float(), targets))
-    feature_ND, target_N = (torch.cat(part) for part in zip(*found, strict=True))
-    return feature_ND, target_N
-
-
-def knn_accuracy(
-    train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, neighbours: int = 20, temperature: float = 0.07
-) -> float:
-    """top1 in percent of the weighted nearest-neighbour classifier: a neighbour of cosine similarity s has exp(s / temperature) votes."""
-    train_ND, test_MD = F.normalize(train_ND, dim=1), F.normalize(test_MD, dim=1)
-    hits = 0
-    for block_BD, block_B in zip(test_MD.split(1024), test_M.split(1024), strict=True):
-        similarity_BK, index_BK = (block_BD @ train_ND.T).topk(min(neighbours, len(train_ND)), dim=1)
-        votes = torch.zeros(len(block_BD), classes, device=train_ND.device)
-        votes.scatter_add_(1, train_N[index_BK], ((similarity_BK - 1) / temperature).exp())  # up to a factor; without the 1 it overflows
-        hits += int((votes.argmax(1) == block_B).sum())
-    return 100 * hits / len(test_M)

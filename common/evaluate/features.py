@@ -1,0 +1,153 @@
+"""Features of a frozen encoder, kept on disk, and what needs nothing else: logistic regression and weighted k-NN.
+
+Shapes: N training images, M test images, B images, L layers side by side, D width (of all of them), K classes or neighbours.
+"""
+
+import copy
+import hashlib
+import warnings
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.data import Loader
+from common.evaluate.finetune import best_five, pool, tokens
+from common.files import replacing
+from common.run import RunError
+from common.vit import ViT
+
+# Of the largest entry of the gradient: with many classes and a weak penalty scikit-learn's own 1e-4 stops at half the accuracy.
+TOLERANCE, ITERATIONS = 1e-9, 1000
+
+
+@torch.no_grad()
+def features(
+    fabric: Fabric, encoder: ViT | None, loader: Loader, how: str, layers: int = 1, cache: Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, D) after the last blocks of an encoder, and the classes (N,), of every image; raw pixels where it is None.
+
+    Where `cache` is given, such as runs/x/features/pretrained-train, they are read from a file whose name begins so, or written to it.
+    Raises RunError where that file holds features of another encoder, or of the same seen, read or computed in another way.
+    """
+    if encoder is None:
+        return _extract(fabric, None, loader, how, layers)
+    encoder = copy.deepcopy(encoder).to(fabric.device).eval()
+    if cache is None:
+        return _extract(fabric, encoder, loader, how, layers)
+    key = {"encoder": fingerprint(encoder), "data": loader.data.name, "images": loader.split.digest(), **loader.view}
+    key |= {"layers": str(layers), "pool": how, "precision": str(fabric._precision.precision)}
+    file = cache.with_name(f"{cache.name}-{layers_name(layers)}-{how}-{key['resize']}-{key['images'][:8]}.safetensors")
+    if file.exists():
+        return _read(file, key, fabric.device)
+    feature_ND, target_N = _extract(fabric, encoder, loader, how, layers)
+    if fabric.is_global_zero:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            save_file({"features": feature_ND.cpu(), "classes": target_N.cpu()}, temporary, metadata=key)
+    return feature_ND, target_N
+
+
+def _extract(fabric: Fabric, encoder: ViT | None, loader: Loader, how: str, layers: int) -> tuple[Tensor, Tensor]:
+    found = []
+    for images, targets in loader.epoch(0):
+        with fabric.autocast():
+            feature = images.flatten(1) if encoder is None else pool(tokens(encoder, images, layers), encoder, how)
+        found.append((feature.float(), targets))
+    feature_ND, target_N = (torch.cat(part) for part in zip(*found, strict=True))
+    return feature_ND, target_N
+
+
+def _read(file: Path, key: dict[str, str], device: torch.device) -> tuple[Tensor, Tensor]:
+    try:
+        with safe_open(file, "pt", str(device)) as held:
+            differing = [name for name in key if (held.metadata() or {}).get(name) != key[name]]
+            if not differing:
+                return held.get_tensor("features"), held.get_tensor("classes")
+    except SafetensorError as error:
+        raise RunError(f"{file} cannot be read ({error}); delete it to have it made again") from error
+    raise RunError(f"{file} holds features with another {', '.join(differing)}; delete it to have them made again, or use another OUT=")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The SHA-256 of a model's state, in hexadecimal: names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def layers_name(layers: int) -> str:
+    """How a number of last blocks is called in names and results: last, last4."""
+    return "last" if layers == 1 else f"last{layers}"
+
+
+def standardise(train_ND: Tensor, test_MD: Tensor, statistics: str = "train") -> tuple[Tensor, Tensor]:
+    """Both with mean 0 and (unbiased) deviation 1 by the train features; the test features by their own where statistics="own".
+
+    That is how StoP was released; it lets an answer depend on the other test images. A feature that is constant becomes 0.
+    """
+
+    def moments(feature_ND: Tensor) -> tuple[Tensor, Tensor]:
+        deviation_D, mean_D = torch.std_mean(feature_ND.double(), 0)
+        return mean_D, deviation_D.where(deviation_D > 1e-6 * mean_D.abs(), 1.0)  # less is rounding
+
+    mean_D, deviation_D = moments(train_ND)
+    other_mean_D, other_deviation_D = moments(test_MD) if statistics == "own" else (mean_D, deviation_D)
+    return ((train_ND - mean_D) / deviation_D).float(), ((test_MD - other_mean_D) / other_deviation_D).float()
+
+
+def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, strength: float) -> tuple[Tensor, bool]:
+    """Weights (K, D), without bias, of multinomial logistic regression, and whether the solver has reached the optimum.
+
+    They minimise the mean cross-entropy + strength / N * |W|^2 / 2, as cyanure does for StoP. StoP turns the features to their principal
+    axes before; the penalty is the same in all directions, so that changes nothing and is left out.
+    Raises ValueError where a class has no label.
+    """
+    # imported here because scikit-learn takes a second to load, and nothing else needs it
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    absent = (torch.bincount(train_N, minlength=classes) == 0).nonzero()[:, 0].tolist()
+    if absent:
+        raise ValueError(f"{len(absent)} of {classes} classes have no label to learn from, the first is class {absent[0]}: add one of each")
+    # of two classes scikit-learn fits the difference w: the halves of it have the penalty |w|^2 / 4
+    scale = 2 if classes == 2 else 1
+    model = LogisticRegression(C=scale / strength, fit_intercept=False, tol=TOLERANCE, max_iter=ITERATIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(train_ND.double().cpu().numpy(), train_N.cpu().numpy())
+    weights_KD = numpy.concatenate([-model.coef_, model.coef_]) / 2 if scale == 2 else model.coef_
+    return torch.from_numpy(weights_KD), not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+
+
+def logistic_accuracy(
+    train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, strength: float, statistics: str = "train"
+) -> dict[str, float]:
+    """top1 and top5 in percent of logistic regression on standardised features, and whether it has `converged`."""
+    train_ND, test_MD = standardise(train_ND, test_MD, statistics)
+    weights_KD, converged = fit_logistic(train_ND, train_N, classes, strength)
+    logits_MK = test_MD @ weights_KD.float().to(test_MD.device).T
+    right_M5 = best_five(logits_MK, test_M)
+    top1, top5 = (100 * right.double().mean().item() for right in (right_M5[:, 0], right_M5.any(1)))
+    return {"top1": top1, "top5": top5, "converged": converged}
+
+
+def knn_accuracy(
+    train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, neighbours: int = 20, temperature: float = 0.07
+) -> float:
+    """top1 in percent of the weighted nearest-neighbour classifier: a neighbour of cosine similarity s has exp(s / temperature) votes."""
+    train_ND, test_MD = F.normalize(train_ND, dim=1), F.normalize(test_MD, dim=1)
+    hits = 0
+    for block_BD, block_B in zip(test_MD.split(1024), test_M.split(1024), strict=True):
+        similarity_BK, index_BK = (block_BD @ train_ND.T).topk(min(neighbours, len(train_ND)), dim=1)
+        votes = torch.zeros(len(block_BD), classes, device=train_ND.device)
+        votes.scatter_add_(1, train_N[index_BK], ((similarity_BK - 1) / temperature).exp())  # up to a factor; without the 1 it overflows
+        hits += int((votes.argmax(1) == block_B).sum())
+    return 100 * hits / len(test_M)
