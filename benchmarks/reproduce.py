@@ -25,7 +25,7 @@ from common import results
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split, open_data
-from common.data.augment import view_size
+from common.data.augment import view_name
 from common.evaluate import (
     Classifier,
     FeatureLoader,
@@ -227,7 +227,7 @@ class Reproduction:
     def how(self, protocol: Protocol, **facts) -> str:
         """What tells a number besides recipe and data, for its row."""
         if self.data.val.paths is not None:
-            facts |= {"resize": min(view_size(self.data, self.size, protocol.resize)), "interpolation": protocol.interpolation}
+            facts |= {"resize": view_name(self.data, self.size, protocol.resize), "interpolation": protocol.interpolation}
         if len(labelled := self.labelled(protocol)) < len(self.data.train):
             facts["labels"] = len(labelled)
         return " ".join(f"{name}={value}" for name, value in facts.items())

@@ -76,9 +76,9 @@ class Step:
     def flops(self, images: torch.Tensor) -> int:
         """Useful FLOPs of forward and backward."""
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            self.loss(self.model, images[:1]).backward()
+            self.loss(self.model, images).backward()
         self.model.zero_grad()
-        return counter.get_total_flops() * len(images)
+        return counter.get_total_flops()
 
     def memory(self, images: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
         """GB of the largest allocation of a step that is not its first."""

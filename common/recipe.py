@@ -104,7 +104,9 @@ class Protocol:
     label_list: str | None = None  # or on the images named in this file, one a line, by file name or class/file name
     pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
     layers: tuple[int, ...] = (1,)  # frozen: how many last blocks are concatenated, each after the final norm; several for linear only
-    resize: int | None = None  # of test images and frozen ones from files: pixels of the short side; None: see common.data's view_size
+    # of test images and frozen ones from files: pixels of the short side before the middle is cut out, 0 to press them into shape; None:
+    # 256/224 of the image size, or see common.data's view_size
+    resize: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # by which these are resized
     position: Literal["sincos", "learned", "relative", "none"] | None = None  # fine-tuning: see common.vit.ViT; None = as pre-trained
     drop_path: float = 0.0  # fine-tuning: stochastic depth of the last block
@@ -134,7 +136,7 @@ class Protocol:
         check(min(self.layers, default=0) > 0, "layers", "give numbers from 1 up")
         check(self.kind == "linear" or len(self.layers) == 1, "kind layers", "give one number of layers")
         check(self.kind != "finetune" or self.layers == (1,), "kind layers", "fine-tuning reads the last layer, (1,)")
-        check(self.resize is None or self.resize > 0, "resize", "give pixels, from the image size up")
+        check(self.resize is None or self.resize >= 0, "resize", "give pixels, from the image size up, or 0")
         check(self.strength > 0, "strength", "give a number above 0")
         check(len(self.heads) > 0, "heads", "name at least one")
         check(min(self.rates, default=0) > 0, "rates", "give numbers above 0")
@@ -276,7 +278,7 @@ def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
 
 def _typed(value: Any, hint: Any, path: str) -> Any:
     """The value as the field's type wants it. Raises RecipeError where it is of another."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
         origin, parts = typing.get_origin(option), typing.get_args(option)
         if origin is Literal and value in parts:

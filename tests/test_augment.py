@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torchvision.transforms.functional import pil_to_tensor
 
-from common.data import Augmentation, Data, Loader, Split
+from common.data import Augmentation, Data, Loader, Split, open_data
 from common.data.augment import (
     BLUR_RADIUS,
     BOX,
@@ -126,6 +126,17 @@ def test_box_areas_follow_torchvision():
 def test_impossible_boxes_are_cut_to_the_image():
     boxes = random_boxes(uniforms(10, BOX), (1.0, 1.0), (1.0, 1.0), 10, 40)
     torch.testing.assert_close(boxes[:, 2:], torch.tensor([[10.0, 20.0]]).expand(10, 2))
+
+
+def test_squeezed_images_are_whole_in_training_and_in_evaluation_whatever_their_shape():
+    """The other views cut off the red column at the left of a wide image."""
+    image = Image.new("RGB", (60, 20))
+    image.paste((255, 0, 0), (0, 0, 6, 20))
+    data = replace(open_data("digits"), image_size=None)
+    for crop, side, kept in (("squeezed", 0, True), ("none", None, False)):
+        for augmentation in (Augmentation(crop=crop, flip=0.0), None):
+            seen = worker_transform(augmentation, data, (20, 20), side)(image)
+            assert seen.shape == (3, 20, 20) and (seen[0, :, 0] > 200).all().item() == kept
 
 
 def test_flip_mirrors_left_and_right_at_its_rate():

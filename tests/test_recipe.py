@@ -76,6 +76,11 @@ def test_a_protocol_is_changed_by_its_name_alone():
     assert changed.pretrain == STAGE
 
 
+@pytest.mark.parametrize(("value", "taken"), [("learned", "learned"), ("null", None)])
+def test_a_choice_that_may_be_left_open_can_be_made_and_left_open(value, taken):
+    assert override(RECIPE, [f"finetune.position={value}"]).protocols[0].position == taken
+
+
 def test_later_assignments_build_on_earlier_ones():
     changed = override(RECIPE, ["pretrain.epochs=20", "pretrain.batch_size=32", "pretrain.epochs=30"])
     assert (changed.pretrain.epochs, changed.pretrain.batch_size) == (30, 32)
@@ -329,7 +334,7 @@ def test_every_recipe_has_a_docstring_and_protocols_that_can_be_named(paper):
         protocols = [protocol.name for protocol in recipe.protocols]
         assert len(set(protocols)) == len(protocols) and not set(protocols) & set(asdict(recipe)), name
         for protocol in recipe.protocols:
-            assert (protocol.stage is None) == (protocol.kind == "knn"), (name, protocol.name)
+            assert (protocol.stage is None) == (protocol.kind in ("knn", "logistic")), (name, protocol.name)
 
 
 def test_an_unknown_paper_recipe_or_data_offers_the_nearest():
@@ -362,4 +367,4 @@ def test_every_recipe_builds_its_method_and_says_how_to_run_it(paper, name, monk
             assert encoder.embed(images).shape == (2, encoder.grid[0] * encoder.grid[1], encoder.width)
     assert 0 < recipe.pretrain.warmup_epochs < recipe.pretrain.epochs
     for protocol in recipe.protocols:
-        assert (protocol.stage is None) == (protocol.kind == "knn")
+        assert (protocol.stage is None) == (protocol.kind in ("knn", "logistic"))

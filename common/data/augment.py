@@ -35,7 +35,8 @@ BLUR_RADIUS = (0.1, 2.0)  # smallest and largest deviation of the Gaussian, in p
 class Augmentation:
     """What happens to a training image, in this order, and how often. Raises ValueError where an option makes no sense."""
 
-    crop: Literal["none", "padding", "resized"] = "resized"  # whole image | shifted inside a black border | random part, resized
+    # whole image, its middle where it has another shape | pressed into the shape | shifted inside a black border | random part, resized
+    crop: Literal["none", "squeezed", "padding", "resized"] = "resized"
     padding: int = 4  # width of that border in pixels, for crop="padding"
     scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, for crop="resized"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for crop="resized"
@@ -49,8 +50,8 @@ class Augmentation:
     repeats: int = 1  # times an image is drawn in an epoch, each augmented differently (repeated augmentation); the epoch keeps its length
 
     def __post_init__(self) -> None:
-        if self.crop not in ("none", "padding", "resized"):
-            raise ValueError(f"crop={self.crop!r}: it is none, padding or resized")
+        if self.crop not in ("none", "squeezed", "padding", "resized"):
+            raise ValueError(f"crop={self.crop!r}: it is none, squeezed, padding or resized")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area share at most 1")
         if self.randaugment is not None and not self.randaugment.startswith("rand-"):
@@ -198,12 +199,20 @@ def erase(images_BCHW: Tensor, draws_BK: Tensor, probability: float) -> Tensor:
 def view_size(data: Data, image_size: tuple[int, int], resize: int | None = None) -> tuple[int, int]:
     """(height, width) that a whole image is resized to, keeping its shape, before `image_size` is cut out of its centre.
 
-    The short side is `resize`, or 256/224 of `image_size`; that itself for sizes up to 64 pixels and sets whose images have one size.
+    The short side is `resize`, or 256/224 of `image_size`; that itself for sizes up to 64 pixels and sets whose images have one size. With
+    resize=0 no shape is kept: the image is pressed into `image_size`.
     """
+    if resize == 0:
+        return image_size
     if resize is not None:
         return round(resize * image_size[0] / min(image_size)), round(resize * image_size[1] / min(image_size))
     share = 1.0 if data.image_size is not None or min(image_size) <= 64 else 224 / 256
     return int(image_size[0] / share), int(image_size[1] / share)
+
+
+def view_name(data: Data, image_size: tuple[int, int], resize: int | None = None) -> str:
+    """How view_size is called in results and files: the short side in pixels, or squeezed."""
+    return "squeezed" if resize == 0 else f"{min(view_size(data, image_size, resize))}"
 
 
 def worker_transform(
@@ -218,12 +227,14 @@ def worker_transform(
     The result is uint8 (3, H, W). Evaluation resizes, by `resize` (see view_size) and `interpolation`, and cuts out the centre.
     """
     interpolation = augmentation.interpolation if augmentation else interpolation
+    mode = transforms.InterpolationMode(interpolation)
     size = view_size(data, image_size, None if augmentation else resize)
     whole = [ResizeKeepRatio(size, interpolation=interpolation), transforms.CenterCrop(image_size)]
+    if resize == 0 if augmentation is None else augmentation.crop == "squeezed":
+        whole = [transforms.Resize(image_size, mode)]
     steps: list[Callable] = whole
     if augmentation is not None:
         if augmentation.crop == "resized":
-            mode = transforms.InterpolationMode(interpolation)
             steps = [transforms.RandomResizedCrop(image_size, augmentation.scale, augmentation.ratio, mode)]
         elif augmentation.crop == "padding":
             steps = [*whole, transforms.RandomCrop(image_size, padding=augmentation.padding)]

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, view_size, worker_transform
+from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, view_name, worker_transform
 from common.data.sets import Data, DataError, Split, read_image
 from common.randomness import generator, reseed
 
@@ -53,7 +53,7 @@ class Loader:
     rank: int = 0
     world_size: int = 1
     accumulate: int = 1  # micro-batches per optimizer step; in evaluation it means nothing
-    resize: int | None = None  # evaluation, images from files: pixels of the short side before the centre is cut out; None: see view_size
+    resize: int | None = None  # evaluation, images from files: pixels of the short side before the centre is cut out; see view_size
     interpolation: str = "bicubic"  # evaluation: how images are resized
 
     def __post_init__(self) -> None:
@@ -67,9 +67,11 @@ class Loader:
                 f"{len(self.split)} training images are fewer than one effective batch of {self.effective} ({self.batch_size} x "
                 f"{self.accumulate} accumulated x {self.world_size} devices): choose an effective batch of at most {len(self.split)}"
             )
-        if self.resize is not None and (self.split.paths is None or self.resize < min(self.image_size)):
+        if self.resize is not None and (self.split.paths is None or 0 < self.resize < min(self.image_size)):
             short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but these have one size"
-            raise DataError(f"images are to be resized to {self.resize} pixels, {short}: choose a larger `resize`, or None")
+            raise DataError(
+                f"images are to be resized to {self.resize} pixels, {short}: choose a larger `resize`, None, or 0 to squeeze images"
+            )
         self.in_memory = self.split.images is not None and (self.augmentation is None or self.augmentation.randaugment is None)
         if self.in_memory:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
@@ -89,8 +91,8 @@ class Loader:
     @property
     def view(self) -> dict[str, str]:
         """How evaluation sees an image, as text: what the features of a frozen encoder depend on besides the image."""
-        height, width = self.image_size if self.in_memory else view_size(self.data, self.image_size, self.resize)
-        sizes = {"image_size": "x".join(map(str, self.image_size)), "resize": f"{min(height, width)}", "interpolation": self.interpolation}
+        resized = f"{min(self.image_size)}" if self.in_memory else view_name(self.data, self.image_size, self.resize)
+        sizes = {"image_size": "x".join(map(str, self.image_size)), "resize": resized, "interpolation": self.interpolation}
         return sizes | {"mean": str(self.data.mean), "std": str(self.data.std)}
 
     def __len__(self) -> int:
