@@ -116,6 +116,7 @@ class Reproduction:
 
     def run(self, baselines: bool = True) -> list[results.Row]:
         """All stages in order, with or without what is not pre-trained; returns a row per number."""
+        self.check()
         rows = self.pretrain() if self.options.encoder is None else self.convert(self.options.encoder)
         for protocol in self.recipe.protocols:
             starts = ["pretrained", "scratch" if protocol.kind == "finetune" else "random"]
@@ -124,6 +125,16 @@ class Reproduction:
             for start in starts if baselines else starts[:1]:
                 rows += self.evaluate(protocol, start)
         return rows
+
+    def check(self) -> None:
+        """Refuse before the training what an evaluation could not do after it: labels, resizing and layers that there are not."""
+        with torch.device("meta"):
+            depth = len(getattr(self.recipe.build_encoder(self.data.channels), "blocks", ()))
+        for protocol in self.recipe.protocols:
+            self.labelled(protocol)
+            self.loader(self.data.val, self.recipe.pretrain, None, protocol)
+            if max(protocol.layers) > max(depth, 1):
+                raise RecipeError(f"protocol {protocol.name}: layers={protocol.layers}, and the encoder has {depth}: ask for no more")
 
     def pretrain(self) -> list[results.Row]:
         stage = self.recipe.pretrain

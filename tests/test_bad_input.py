@@ -38,6 +38,24 @@ def test_epochs_that_are_no_number_from_1_up_are_refused_by_value(capsys, epochs
     assert f"EPOCHS={epochs}" in said or f"'{epochs}'" in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["linear.label_share=2"], "label_share=2.0 makes no sense: give a share above 0, at most 1"),
+        (["linear.label_share=0.005"], "share of 0.005 is 7 of 1437 labels, for 10 classes"),
+        (["finetune_5_per_class.labels_per_class=500"], "ask for at most"),
+        (["knn.label_list={}"], "list.txt lists images by name, and these have none"),
+        (["knn.resize=16"], "resized to 16 pixels, but these have one size"),
+        (["linear.layers=[1, 7]"], "protocol linear: layers=(1, 7), and the encoder has 6"),
+    ],
+)
+def test_what_an_evaluation_could_not_do_is_refused_before_the_training(changes, message, capsys, tmp_path):
+    (tmp_path / "list.txt").write_text("0.png\n")
+    words = [word for change in changes for word in ("--set", change.format(tmp_path / "list.txt"))]
+    assert message in refused(capsys, "droppos", "--out", str(tmp_path / "runs"), *words)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_cuda_asked_for_and_absent_is_said_before_anything_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees no CUDA GPU here; use DEVICE=cpu" in refused(capsys, "droppos", "--device", "cuda", "--out", str(tmp_path))

@@ -63,6 +63,28 @@ def test_an_assignment_changes_what_it_names_and_nothing_else(assignment, change
     assert asdict(RECIPE) == before
 
 
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("kind=linear", "linear"),
+        ("label_share=0.01", 0.01),
+        ("label_list=lists/1percent.txt", "lists/1percent.txt"),
+        ("layers=[4]", (4,)),
+        ("resize=224", 224),
+        ("interpolation=bilinear", "bilinear"),
+        ("statistics=own", "own"),
+        ("strength=1", 1.0),
+        ('heads=["linear", "norm_affine"]', ("linear", "norm_affine")),
+        ("rates=[1, 0.1]", (1.0, 0.1)),
+        ("decays=[0]", (0.0,)),
+        ("decays=[]", ()),
+    ],
+)
+def test_every_setting_of_a_frozen_evaluation_can_be_changed(assignment, value):
+    recipe = replace(RECIPE, protocols=(Protocol("frozen", "logistic", STAGE, decays=(0.5,)),))
+    assert getattr(override(recipe, [f"frozen.{assignment}"]).protocols[0], assignment.partition("=")[0]) == value
+
+
 def test_whole_numbers_become_floats_where_a_float_is_wanted():
     assert isinstance(override(RECIPE, ["pretrain.base_lr=1"]).pretrain.base_lr, float)
 

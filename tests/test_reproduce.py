@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from benchmarks import reproduce
 from benchmarks.papers import choose_recipe, paper_module
@@ -140,3 +140,75 @@ def test_arms_are_trained_and_printed_side_by_side_and_leave_timms_backbone(tmp_
     assert " step " not in capsys.readouterr().out  # that arm was trained before
     assert main([*arguments[:-1], "vitt"]) == 2
     assert "vitt" in capsys.readouterr().out
+
+
+FROZEN = [
+    "finetune.stage.epochs=1",
+    "finetune_20_per_class.kind=linear",
+    "finetune_20_per_class.stage.epochs=1",
+    "finetune_20_per_class.stage.augmentation.crop=none",
+    "finetune_20_per_class.layers=[1, 4]",
+    'finetune_20_per_class.heads=["norm_affine", "linear"]',
+    "finetune_20_per_class.rates=[1, 2]",
+    "finetune_5_per_class.kind=logistic",
+    "finetune_5_per_class.layers=[4]",
+    "finetune_5_per_class.statistics=own",
+    "linear.kind=logistic",
+]
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """A run that judges frozen features in every way, and its rows."""
+    out = tmp_path_factory.mktemp("frozen")
+    return out, reproduce.reproduce(Options("droppos", device="cpu", epochs=1, out=out, set=FROZEN))
+
+
+def test_a_grid_gives_a_row_for_each_number_of_layers_and_one_for_the_best(frozen):
+    out, rows = frozen
+    mine = {row.protocol: row for row in rows if row.protocol.startswith("finetune_20") and row.start == "pretrained"}
+    assert list(mine) == [f"finetune_20_per_class_{part}" for part in ("last", "last4", "best")]
+    result = json.loads((out / "droppos" / "digits-1ep-seed0" / "finetune_20_per_class-pretrained" / "result.json").read_text())
+    grid = {told["how"]: told["top1"] for told in result["grid"]}
+    assert len(grid) == 8
+    for part, row in mine.items():
+        beginning = "" if part.endswith("best") else f"layers={part.rpartition('_')[2]} "
+        assert row.value == round(grid[row.settings], 4) == round(max(v for how, v in grid.items() if how.startswith(beginning)), 4)
+    log = (out / "droppos" / "digits-1ep-seed0" / "finetune_20_per_class-pretrained" / "log.txt").read_text()
+    assert all(f"{how}: top1 " in log for how in grid)
+
+
+def test_every_row_says_how_its_number_came_about(frozen):
+    said = {row.protocol: row.settings for row in frozen[1] if row.start == "pretrained"}
+    assert said["finetune"] == "pool=mean" and said["pretrain"] == ""
+    assert re.fullmatch(
+        r"layers=last4? head=(norm_affine|linear) lr=[\d.e-]+ decay=0.05 pool=mean labels=200", said["finetune_20_per_class_best"]
+    )
+    assert said["finetune_5_per_class"] == "layers=last4 pool=mean statistics=own strength=0.0025 labels=50"
+    assert said["linear"] == "layers=last pool=mean statistics=train strength=0.0025"
+    assert said["knn"] == "layers=last pool=mean neighbours=20 temperature=0.07"
+    pixels = next(row.settings for row in frozen[1] if row.start == "pixels")
+    assert pixels == "neighbours=20 temperature=0.07"
+
+
+def test_features_are_kept_once_for_all_protocols_that_read_them(frozen):
+    names = [path.name for path in (frozen[0] / "droppos" / "digits-1ep-seed0" / "features").iterdir()]
+    for start in ("pretrained", "random"):
+        mine = sorted(name.rsplit("-", 1)[0] for name in names if name.startswith(start))
+        # of all labels for linear and k-NN; of 20 and of 5 labels per class, four layers each; of the test images, one layer and four
+        assert mine == sorted(f"{start}-{part}-mean-8" for part in ["train-last", *["train-last4"] * 2, "val-last", "val-last4"])
+
+
+def test_features_of_another_encoder_are_refused(frozen, capsys):
+    directory = frozen[0] / "droppos" / "digits-1ep-seed0"
+    (directory / "knn-pretrained" / "result.json").unlink()
+    (directory / "pretrain" / "encoder.safetensors").write_bytes(encoder_file(1.5))
+    changes = [word for change in FROZEN for word in ("--set", change)]
+    assert main(["droppos", "--device", "cpu", "--epochs", "1", "--out", str(frozen[0]), *changes]) == 2
+    assert "holds features with another encoder; delete it" in capsys.readouterr().out
+
+
+def encoder_file(scale: float) -> bytes:
+    """An encoder of the digits recipe that nobody trained, as a file."""
+    fresh = choose_recipe(paper_module("droppos"), "digits", None)[1].build_encoder(1)
+    return save({name: scale * tensor for name, tensor in fresh.state_dict().items()})

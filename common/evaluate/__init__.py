@@ -1,7 +1,7 @@
 """How an encoder is judged: full fine-tuning, linear probes, logistic regression, k-NN. From scratch is fine-tuning too."""
 
-from common.evaluate.features import features, knn_accuracy, layers_name, logistic_accuracy
 from common.evaluate.finetune import Classifier, Supervision, accuracies, accuracy, best_five, own_metrics, pool, position_parameters
+from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
 from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache
 
 __all__ = [

@@ -12,8 +12,8 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from common.data import Augmentation, Loader
-from common.evaluate.features import layers_name
 from common.evaluate.finetune import pool, tokens
+from common.evaluate.frozen import layers_name
 from common.method import Output
 from common.recipe import Protocol
 from common.vit import ViT

@@ -22,8 +22,9 @@ from common.files import replacing
 from common.run import RunError
 from common.vit import ViT
 
-# Of the largest entry of the gradient: with many classes and a weak penalty scikit-learn's own 1e-4 stops at half the accuracy.
-TOLERANCE, ITERATIONS = 1e-9, 1000
+# Largest entry of the gradient where the solver stops: with many classes and a weak penalty scikit-learn's own 1e-4 stops far too early.
+# Newton's steps, because the features of an encoder are so correlated that L-BFGS has not arrived there after a thousand of its own.
+SOLVER = {"solver": "newton-cg", "tol": 1e-9, "max_iter": 100}
 
 
 @torch.no_grad()
@@ -119,7 +120,7 @@ def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, strength: floa
         raise ValueError(f"{len(absent)} of {classes} classes have no label to learn from, the first is class {absent[0]}: add one of each")
     # of two classes scikit-learn fits the difference w: the halves of it have the penalty |w|^2 / 4
     scale = 2 if classes == 2 else 1
-    model = LogisticRegression(C=scale / strength, fit_intercept=False, tol=TOLERANCE, max_iter=ITERATIONS)
+    model = LogisticRegression(C=scale / strength, fit_intercept=False, **SOLVER)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(train_ND.double().cpu().numpy(), train_N.cpu().numpy())

@@ -1,0 +1,261 @@
+"""Claims about grids of linear probes: which classifiers there are, that each learns as if alone, and what is reported."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from common.data import Augmentation, Loader, open_data
+from common.evaluate import FeatureLoader, LinearProbe, accuracies, accuracy, can_cache, features
+from common.method import Output
+from common.optim import Schedule, make_optimizer
+from common.recipe import VISSL_LARS, VISSL_SGD, Protocol, RecipeError, Stage
+from common.run import Run
+from common.train import device_batch, fit, make_fabric
+from common.vit import ViT
+
+STILL = Augmentation(crop="none", flip=0.0)
+STAGE = Stage(epochs=2, batch_size=100, base_lr=0.5, lr_batch=100, warmup_epochs=0.5, optimizer="sgd", weight_decay=0.1, augmentation=STILL)
+GRID = {"layers": (1, 3), "heads": ("norm", "norm_affine", "linear", "attentive"), "rates": (1.0, 0.2), "decays": (0.1, 0.0)}
+
+
+def encoder() -> ViT:
+    torch.manual_seed(0)
+    return ViT(image_size=8, patch_size=4, channels=1, width=16, depth=3, heads=2)
+
+
+def probe(stage: Stage = STAGE, **options) -> LinearProbe:
+    model = encoder()
+    torch.manual_seed(1)
+    return LinearProbe(model, 10, Protocol("linear", "linear", stage, **options))
+
+
+def loader(augmentation: Augmentation | None, seed: int = 0, batch: int = 100) -> Loader:
+    data = open_data("digits")
+    train = data.train.subset(range(400)) if augmentation else data.val.subset(range(90))
+    settings = {"seed": seed, "device": torch.device("cpu"), "workers": 0}
+    return Loader(train, data=data, image_size=(8, 8), batch_size=batch, augmentation=augmentation, **settings)
+
+
+def train(model: LinearProbe, directory, batches=None) -> LinearProbe:
+    fabric = make_fabric("cpu", "32-true")
+    with Run(directory, {}, torch.device("cpu")) as run:
+        return fit(run, fabric, model, model.stage, batches or loader(STILL), seed=0)[0].eval()
+
+
+# ---- the grid
+
+
+def test_there_is_a_classifier_for_each_of_layers_heads_rates_and_decays():
+    model = probe(**GRID)
+    assert len(model.grid) == len(model.heads) == len(set(model.names())) == 32
+    assert model(torch.randn(5, 1, 8, 8)).named["logits"].shape == (32, 5, 10)
+    for (layers, head, *_), classifier in zip(model.grid, model.heads, strict=True):
+        assert classifier[-1].weight.shape == (10, 16 * layers)
+        first = {"norm": nn.BatchNorm1d, "norm_affine": nn.BatchNorm1d, "linear": nn.Linear}
+        if head in first:
+            assert type(classifier[0]) is first[head]
+    assert model.names()[0] == "layers=last head=norm lr=0.5 decay=0.1"
+    assert model.names()[-1] == "layers=last3 head=attentive lr=0.1 decay=0"
+
+
+def test_the_batch_norms_are_maes_and_vissls():
+    mae, vissl = (classifier[0] for classifier in probe(heads=("norm", "norm_affine")).heads)
+    assert (mae.affine, mae.eps) == (False, 1e-6) and (vissl.affine, vissl.eps, vissl.momentum) == (True, 1e-5, 0.1)
+
+
+def test_without_decays_the_grid_has_the_stages():
+    assert [decay for *_, decay in probe().grid] == [0.1]
+
+
+def test_every_layer_reads_the_blocks_it_is_named_after():
+    model, images = probe(layers=(1, 2, 3), heads=("linear",)).eval(), torch.randn(4, 1, 8, 8)
+    blocks = [tokens[:, 1:].mean(1) for tokens in model.encoder.last_blocks(images, 3)]
+    for logits, head, count in zip(model(images).named["logits"], model.heads, (1, 2, 3), strict=True):
+        torch.testing.assert_close(logits, head[0](torch.cat(blocks[-count:], 1)), atol=1e-6, rtol=0)
+
+
+def test_an_attentive_head_sees_where_things_are_and_the_others_only_their_mean():
+    model, images = probe(heads=("attentive", "linear")).eval(), torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        model.heads[0][0].latent.mul_(50)  # a query as sharp as learning makes it
+    tokens = model.encoder(images)
+    spread = torch.tensor([0.0, 3, -3, 3, -3])[:, None] * torch.randn(16)  # the class token and the mean of the patches stay
+    seen = []
+    for shown in (tokens, tokens + spread):
+        model.encoder.forward = lambda _, shown=shown: shown
+        seen.append(model(images).named["logits"])
+    (attentive, linear), (attentive_spread, linear_spread) = seen
+    torch.testing.assert_close(linear, linear_spread, atol=1e-5, rtol=0)
+    assert (attentive - attentive_spread).abs().max() > 1e-3
+
+
+def test_more_layers_than_the_encoder_has_are_refused():
+    with pytest.raises(ValueError, match=r"layers=\(1, 4\): the encoder has 3"):
+        probe(layers=(1, 4))
+
+
+# ---- learning
+
+
+def test_each_classifier_has_its_rate_and_decay_and_biases_and_norms_have_no_decay():
+    for optimizer in ("sgd", "lars", "adamw"):
+        model = probe(replace(STAGE, optimizer=optimizer), **GRID)
+        made = make_optimizer(model, model.stage)
+        schedule, names = Schedule(made, model.stage, 10), {id(parameter): name for name, parameter in model.named_parameters()}
+        schedule.step_update(5)  # the end of the warm-up
+        found = {names[id(p)]: (group["lr"], group["weight_decay"], p.ndim) for group in made.param_groups for p in group["params"]}
+        assert set(found) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name, (rate, decay, ndim) in found.items():
+            *_, multiple, own = model.grid[int(name.split(".")[1])]
+            assert rate == pytest.approx(0.5 * multiple) and decay == (own if ndim > 1 else 0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_a_classifier_in_a_grid_ends_where_it_ends_alone(optimizer, tmp_path):
+    stage = replace(STAGE, optimizer=optimizer, base_lr={"sgd": 0.5, "lars": 20.0, "adamw": 1e-3}[optimizer])
+    together = train(probe(stage, **GRID), tmp_path / "all")
+    assert len({head[-1].weight.double().square().sum().item() for head in together.heads}) == 32
+    for index in (0, 5, 15, 23, 31):
+        names = dict(zip(GRID, ((value,) for value in together.grid[index]), strict=True))
+        alone = train(probe(stage, **names), tmp_path / str(index))
+        for name, value in alone.heads[0].state_dict().items():
+            torch.testing.assert_close(together.heads[index].state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_all_start_from_the_same_draw_and_the_loss_is_their_sum():
+    model = probe(layers=(2,), heads=("norm", "linear"), rates=(1.0, 2.0))
+    assert all(torch.equal(head[-1].weight, model.heads[0][-1].weight) for head in model.heads)
+    images, targets = torch.randn(6, 1, 8, 8), torch.arange(6)
+    output = model.train()(images, targets)
+    losses = [nn.functional.cross_entropy(logits, targets) for logits in output.named["logits"]]
+    assert output.loss.item() == pytest.approx(sum(losses).item()) and len(losses) == 4
+
+
+def test_only_heads_learn(tmp_path):
+    before, after = probe(**GRID).state_dict(), train(probe(**GRID), tmp_path).state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith("encoder.")}
+
+
+# ---- on features that are computed once
+
+
+def test_features_come_in_the_order_of_the_images_for_every_epoch_rank_and_start():
+    data = loader(STILL)
+    rows = torch.arange(400.0)[:, None].expand(400, 2)
+    for rank, repeats in [(0, 1), (1, 1), (1, 3)]:
+        images = Loader(
+            data.split, data=data.data, image_size=(8, 8), batch_size=50, augmentation=replace(STILL, repeats=repeats), seed=3,
+            device=torch.device("cpu"), workers=0, rank=rank, world_size=2, accumulate=2,
+        )  # fmt: skip
+        cached = FeatureLoader(images, (rows, data.labels))
+        assert len(cached) == len(images) == 4
+        for epoch, start in [(0, 0), (1, 0), (1, 3)]:
+            for (feature, target), (_, label), row in zip(
+                cached.epoch(epoch, start), images.epoch(epoch, start), images.indices(epoch)[start:], strict=True
+            ):
+                assert torch.equal(target, label) and feature[:, 0].tolist() == (row % 400).tolist()
+
+
+def test_training_on_features_is_training_on_images(tmp_path):
+    options = {name: value for name, value in GRID.items() if name != "heads"} | {"heads": ("norm_affine", "linear")}
+    model, shown = probe(**options), loader(STILL)
+    found = features(make_fabric("cpu", "32-true"), model.encoder, replace(shown, augmentation=None), "mean", 3)
+    on_images = train(model, tmp_path / "images", shown)
+    on_features = train(probe(**options), tmp_path / "features", FeatureLoader(shown, found))
+    for name, value in on_images.state_dict().items():
+        torch.testing.assert_close(on_features.state_dict()[name], value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"crop": "padding"}, {"crop": "resized"}, {"flip": 0.1}, {"randaugment": "rand-m9"}, {"color_jitter": 0.1}, {"erase": 0.1}]
+)
+def test_features_are_computed_once_only_where_every_epoch_shows_the_same(change):
+    def protocol(**options) -> Protocol:
+        return Protocol("linear", "linear", replace(STAGE, augmentation=replace(STILL, **options)))
+
+    assert can_cache(protocol()) and can_cache(protocol(repeats=3, padding=2, scale=(0.5, 1.0), interpolation="bilinear"))
+    assert not can_cache(protocol(**change)) and not can_cache(replace(protocol(), heads=("linear", "attentive")))
+
+
+def test_an_attentive_head_refuses_pooled_features():
+    with pytest.raises(ValueError, match="an attentive head needs tokens"):
+        probe(heads=("attentive",))(torch.randn(3, 16), torch.arange(3))
+
+
+# ---- what is reported
+
+
+class Stack(nn.Module):
+    def forward(self, images: Tensor) -> Output:
+        return Output(torch.zeros(()), named={"logits": torch.stack([images, -images])})
+
+
+class One(nn.Module):
+    def forward(self, images: Tensor) -> Output:
+        return Output(torch.zeros(()), named={"logits": images})
+
+
+class Batches:
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def epoch(self, epoch: int):
+        yield from self.batches
+
+
+def test_every_classifier_of_a_stack_is_counted_as_it_would_be_alone():
+    fabric, g = Fabric(accelerator="cpu", devices=1), torch.Generator().manual_seed(0)
+    parts = [(torch.randn(n, 7, generator=g), torch.randint(7, (n,), generator=g)) for n in (5, 5, 2)]
+    found = accuracies(fabric, Stack(), Batches(*parts), (2,))
+    for place, sign in enumerate((1, -1)):
+        alone = accuracy(fabric, One(), Batches(*[(sign * x, y) for x, y in parts]))
+        assert found[:, place].tolist() == [alone["top1"], alone["top5"]]
+
+
+def test_the_best_is_told_of_each_number_of_layers_and_of_all():
+    model = probe(layers=(1, 3), heads=("norm", "linear"))
+    assert model.best([1.0, 5.0, 7.0, 2.0]) == {"_last": 1, "_last3": 2, "_best": 2}
+    assert model.best([8.0, 5.0, 7.0, 2.0])["_best"] == 0
+    assert probe(heads=("norm", "linear")).best([1.0, 5.0]) == {"": 1}
+
+
+# ---- protocols
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels_per_class": 5, "label_share": 0.1}, r"labels_per_class=5, label_share=0.1, label_list=None .*: at most one"),
+        ({"label_share": 0.1, "label_list": "a.txt"}, "at most one"),
+        ({"labels_per_class": 0}, "labels_per_class=0 .* from 1 up"),
+        ({"label_share": 0.0}, "label_share=0.0 .* above 0"),
+        ({"label_share": 1.5}, "label_share=1.5 .* at most 1"),
+        ({"layers": ()}, r"layers=\(\) .* from 1 up"),
+        ({"layers": (1, 0)}, r"layers=\(1, 0\) .* from 1 up"),
+        ({"layers": (4, 4)}, r"layers=\(4, 4\) .* each once"),
+        ({"kind": "knn", "layers": (1, 4)}, r"kind='knn', layers=\(1, 4\) .* one number of layers"),
+        ({"kind": "finetune", "layers": (4,)}, "fine-tuning reads the last layer"),
+        ({"stage": None}, "kind='linear', stage=None .* give it a stage"),
+        ({"resize": 0}, "resize=0 .* from the image size up"),
+        ({"strength": 0.0}, "strength=0.0 .* above 0"),
+        ({"heads": ()}, r"heads=\(\) .* at least one"),
+        ({"rates": (1.0, -1.0)}, "rates=.* above 0"),
+        ({"rates": ()}, "rates=.* above 0"),
+        ({"decays": (-0.1,)}, "decays=.* from 0 up"),
+        ({"rates": (1.0, 2.0), "stage": replace(STAGE, clip_norm=1.0)}, "stage=.* share no clip_norm"),
+        ({"decays": (1.0, 2.0), "stage": replace(STAGE, final_weight_decay=1.0)}, "no final_weight_decay"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_with_value_and_mend(options, message):
+    with pytest.raises(RecipeError, match=f"protocol p: .*{message}"):
+        Protocol(**{"name": "p", "kind": "linear", "stage": STAGE} | options)
+
+
+def test_the_recipes_of_vissl_are_the_papers():
+    assert (VISSL_SGD.lr, VISSL_SGD.epochs, VISSL_SGD.drops, VISSL_SGD.weight_decay) == (0.01, 28, (8, 16, 24), 5e-4)
+    assert (VISSL_LARS.lr, VISSL_LARS.batch_size, VISSL_LARS.epochs, VISSL_LARS.drops) == (0.64, 16384, 50, (15, 30, 45))
+    assert VISSL_SGD.betas[0] == VISSL_LARS.betas[0] == 0.9 and device_batch(VISSL_LARS, 64) == 256
