@@ -12,7 +12,7 @@ help:  ## this text
 	@printf '\nVariables of make reproduce:\n'
 	@sed -n 's/^#: //p' Makefile
 
-#:   PAPER=droppos   which paper, by its folder, or a baseline: deit, mae
+#:   PAPER=droppos   which paper, by its folder, or a baseline: deit, ijepa, mae
 #:   EPOCHS=800      epochs of pre-training, in place of the recipe's
 #:   DATA=digits     digits, cifar10, cifar100, tiny-imagenet, mini-imagenet, or a folder with train/ and val/ in ImageFolder layout
 #:   RECIPE=digits   a recipe of the paper by name; by default the one meant for the data

@@ -51,7 +51,7 @@ class Options:
     """Pre-train by a paper's recipe, evaluate by its protocols, print the table. A stopped run goes on where it was."""
 
     paper: Annotated[str, tyro.conf.Positional]
-    """Which paper, by its folder, such as droppos or positional_label, or a baseline: deit, mae."""
+    """Which paper, by its folder, such as droppos or positional_label, or a baseline: deit, ijepa, mae."""
     data: str = "digits"
     """digits (no download), cifar10, cifar100, tiny-imagenet, mini-imagenet, or a folder with train/ and val/ in ImageFolder layout."""
     data_name: str | None = None

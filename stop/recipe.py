@@ -166,26 +166,24 @@ def transfer_cifar100() -> Recipe:
 
 
 def transfer_places205() -> Recipe:
-    """Likewise on Places205: `DATA=/datasets/places205 RECIPE=transfer_places205 ARGS="--data-name places205 ..."`. Published: StoP 54.3, I-JEPA 53.4."""
+    """Likewise on Places205: `DATA=/datasets/places205 RECIPE=transfer_places205`. Published: StoP 54.3, I-JEPA 53.4."""
     return _transfer(replace(VISSL_SGD, epochs=14, drops=(4, 8, 12)))
 
 
 def transfer_inat18() -> Recipe:
-    """Likewise on iNaturalist 2018: `DATA=/datasets/inat18 RECIPE=transfer_inat18 ARGS="--data-name inat18 ..."`. Published: StoP 44.7, I-JEPA 43.4."""
+    """Likewise on iNaturalist 2018: `DATA=/datasets/inat18 RECIPE=transfer_inat18`. Published: StoP 44.7, I-JEPA 43.4."""
     return _transfer(replace(VISSL_SGD, epochs=84, drops=(24, 48, 72)))
 
 
 def transfer_clevr_count() -> Recipe:
-    """Likewise on CLEVR/Count, 8 classes, whole images: `DATA=/datasets/clevr-count RECIPE=transfer_clevr_count ARGS="--data-name clevr-count ..."`.
+    """Likewise on CLEVR/Count, 8 classes, whole images: `DATA=/datasets/clevr-count RECIPE=transfer_clevr_count`.
 
     Published: StoP 83.7, I-JEPA 82.2."""
     return _transfer(replace(VISSL_SGD, epochs=50, drops=(), min_lr=1e-4, augmentation=_WHOLE), resize=0)
 
 
 def transfer_clevr_dist() -> Recipe:
-    """Likewise on CLEVR/Dist, 6 classes: `DATA=/datasets/clevr-dist RECIPE=transfer_clevr_dist ARGS="--data-name clevr-dist ..."`.
-
-    Published: StoP 71.3, I-JEPA 70.7."""
+    """Likewise on CLEVR/Dist, 6 classes: `DATA=/datasets/clevr-dist RECIPE=transfer_clevr_dist`. Published: StoP 71.3, I-JEPA 70.7."""
     return _transfer(replace(transfer_clevr_count().protocols[0].stage, epochs=100), resize=0)
 
 

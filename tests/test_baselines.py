@@ -297,8 +297,8 @@ def test_the_distilled_recipe_asks_for_the_papers_teacher(monkeypatch):
 # ---- as papers of the reproduce command
 
 
-def test_the_baselines_are_these_two_and_each_is_one_short_file():
-    assert baselines() == ["deit", "mae"]
+def test_the_baselines_are_these_three_and_each_is_one_short_file():
+    assert baselines() == ["deit", "ijepa", "mae"]
     for name in baselines():
         assert len((ROOT / BASELINES / f"{name}.py").read_text().splitlines()) <= 150
 
