@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import table
+from benchmarks.numbers import PUBLISHED
 from common.results import Row, append, frame, summary
 from tests.test_results import ROW
 
-HEADER = ",".join(table.PUBLISHED)
+HEADER = ",".join(PUBLISHED)
 BASE = "vit_base_patch16_224"
 IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE, pretrain_epochs=200, value=82.75)
 
