@@ -35,9 +35,14 @@ def measured(paper: str, root: Path = ROOT) -> pandas.DataFrame:
 
 
 def claims(paper: str, root: Path) -> pandas.DataFrame:
-    """The numbers that the paper's authors print for their own method."""
+    """The numbers that the paper's authors print for their own method: one that has its name, or adds something to another."""
     frame = published(paper, root).query("confidence == 'first_hand'")
-    return frame.loc[[plain(paper) in plain(method) for method in frame["method"]]]
+    return frame.loc[["+" in method or plain(paper) in plain(method) for method in frame["method"]]]
+
+
+def of_method(lines: pandas.DataFrame) -> pandas.Series:
+    """Of each summary line whether it is a method's, pre-trained or supervised, and not a baseline's."""
+    return (lines["start"] == "pretrained") | (lines["protocol"] == "scratch")
 
 
 def pairs(lines: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
@@ -46,7 +51,7 @@ def pairs(lines: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
     One of them is the arm without what this one adds. Starts without pre-training are run with one arm and are baselines of all.
     """
     stems, twin = lines["recipe"].map(stem), ["start", "pretrain_epochs", "precision"]
-    for line in lines[(lines["start"] == "pretrained") | (lines["protocol"] == "scratch")].itertuples():
+    for line in lines[of_method(lines)].itertuples():
         same = (lines[BESIDE] == [getattr(line, name) for name in BESIDE]).all(axis=1) & (stems == stem(line.recipe))
         starts = lines["start"].isin(STARTS) & lines["pretrain_epochs"].isin([line.pretrain_epochs, 0]) & (lines["protocol"] != "scratch")
         alone = (lines["recipe"] == stems) & (lines[twin] == [getattr(line, name) for name in twin]).all(axis=1)
@@ -70,10 +75,16 @@ def alike(row: Any, line: Any) -> bool:
     return plain(line.protocol) in protocols and row.metric == line.metric
 
 
+def of_arm(row: Any, line: Any) -> bool:
+    """Whether a published row adds to its method what a summary line's arm adds; without an arm, whether it has the paper's name."""
+    arm = arm_of(line.recipe)
+    return plain(row.method.partition("+")[2]) == plain(arm.partition("+")[2]) if arm else plain(line.paper) in plain(row.method)
+
+
 def closeness(row: Any, line: Any) -> tuple[bool, bool, bool]:
-    """Whether a published row and a summary line agree in data, backbone (a bare ViT-S is one of any patch) and epochs."""
+    """Whether a published row and a summary line agree in data, backbone (a bare ViT-S is one of any patch) and epochs, where printed."""
     backbone = row.backbone in (line.backbone, title(line.backbone).partition("/")[0])
-    return plain(row.dataset) == plain(line.data), backbone, row.pretrain_epochs == str(line.pretrain_epochs)
+    return plain(row.dataset) == plain(line.data), backbone, row.pretrain_epochs in ("", str(line.pretrain_epochs))
 
 
 def plain(name: str) -> str:
@@ -97,12 +108,19 @@ def protocol(line: Any) -> str:
 def number(line: Any, seeds: bool = True) -> str:
     """A mean with its spread and how many seeds it stands on."""
     spread = f" ± {line.sd:.2f}" if pandas.notna(line.sd) else ""
-    return f"{line.mean:.2f}{spread}" + (f" ({line.seeds} seed{'s' if line.seeds > 1 else ''})" if seeds else "")
+    return f"{line.mean:.2f}{spread}" + (f" ({counted(line.seeds)})" if seeds else "")
 
 
-def links(logs: str, root: Path, folder: Path) -> str:
-    """Links to logs, as seen from a README in `folder`."""
+def counted(seeds: int) -> str:
+    """How many seeds, in words."""
+    return f"{seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def links(logs: str, root: Path, folder: Path, short: bool = False) -> str:
+    """Links to logs, as seen from a README in `folder`; the short ones count from 0, as seeds do."""
     paths = [Path(os.path.relpath(root / log, folder)).as_posix() for log in dict.fromkeys(logs.split())]
+    if short:
+        return ", ".join(f"[{index}]({path})" for index, path in enumerate(paths))
     return ", ".join(f"[log {index}]({path})" for index, path in enumerate(paths, 1)).replace("log 1]", "log]")
 
 

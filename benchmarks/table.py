@@ -27,12 +27,14 @@ from benchmarks.numbers import (
     markdown,
     measured,
     number,
+    of_arm,
     pairs,
     protocol,
     published,
     stem,
     title,
 )
+from benchmarks.overview import results_table, together_table
 from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
 from common.results import GROUP, load, summary
 
@@ -48,7 +50,7 @@ def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.
     """
     table, own = [], list(claims(paper, root).itertuples())
     for line, others in pairs(summary(rows)):
-        near = max((row for row in own if alike(row, line)), key=partial(closeness, line=line), default=None)
+        near = max((row for row in own if of_arm(row, line) and alike(row, line)), key=partial(closeness, line=line), default=None)
         scratch = next(others[others["start"].isin(["scratch", "random"])].itertuples(), None)
         table.append(
             {
@@ -95,6 +97,7 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
     table = []
     for ours, theirs in entries:
         line, others = next(iter(ours.values()), (None, lines[:0]))
+        starts = others[others["start"] != getattr(line, "start", "")].itertuples()
         row = next(iter(theirs.values()), None)
         said = {added: (number(one, seeds=False), one.mean) for added, (one, _) in ours.items()}
         printed = {added: (one.value, float(one.value)) for added, one in theirs.items()}
@@ -106,46 +109,12 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
             "Epochs": str((line or row).pretrain_epochs),
             "Protocol": protocol(line or row),
             **{f"+ {added}" if added else "Alone": against(said, added, NOT_YET if added in theirs else "") for added in variants},
-            "From scratch": beside(others[others["start"] != getattr(line, "start", "")], seeds=False),
+            "From scratch": "; ".join(number(start, seeds=False) + STARTS[start.start] for start in starts),
             **{f"Published + {added}" if added else "Published alone": against(printed, added) for added in variants},
             "Log": links(logs, root, root / folder(paper, root)),
         }
         table.append({name: cell or "-" for name, cell in cells.items()})
     return pandas.DataFrame(table)
-
-
-def results_table(root: Path) -> str:
-    """The root README's table: every fine-tuning number that a paper prints with ours beside it, then the top-1 that only we measured.
-
-    Of the baselines it has what we measured.
-    """
-    table = []
-    wanted = "task == 'classification' and protocol in ('finetune', 'scratch') and metric == 'top1'"
-    own = papers(root)
-    for paper in [*own, *baselines(root)]:
-        ours = list(pairs(measured(paper, root)))
-        entries: list[tuple[Any, Any, Any]] = []  # published row, our line, its baselines
-        for row in claims(paper, root).query(wanted).itertuples():
-            equals = [(row, *pair) for pair in ours if alike(row, pair[0]) and all(closeness(row, pair[0]))]
-            entries += equals or ([(row, None, None)] if paper in own else [])
-        matched = [line for _, line, _ in entries]
-        entries += [(None, line, others) for line, others in ours if line.metric == "top1" and line not in matched]
-        for row, line, others in entries:
-            table.append(
-                {
-                    "Paper": paper,
-                    "Data": title(row.dataset if row else line.data),
-                    "Backbone": ", ".join(filter(None, [title((row or line).backbone), line and arm_of(line.recipe)])),
-                    "Epochs": (row or line).pretrain_epochs,
-                    "Protocol": protocol(row or line),
-                    "Published": " ".join(filter(None, [row.value, row.setting and f"({row.setting})"])) if row else "",
-                    "Ours": number(line) if line else NOT_YET,
-                    "From scratch": beside(others) if line else "",
-                    "Difference": f"{line.mean - float(row.value):+.2f}" if row and line else "",
-                    "Log": links(" ".join([line.log, *others["log"]]), root, root) if line else "",
-                }
-            )
-    return markdown(pandas.DataFrame(table))
 
 
 def published_table(paper: str, root: Path) -> str:
@@ -212,13 +181,6 @@ def against(numbers: Mapping[str, tuple[str, float]], added: str, missing: str =
     return f"{text} ({value - numbers[''][1]:+.2f})" if added in numbers and "" in numbers and added else text
 
 
-def beside(others: pandas.DataFrame, seeds: bool = True) -> str:
-    """All baselines of a line in one cell, each that is not training from scratch with its name, an arm with its own."""
-    starts = others["start"].mask(others["protocol"] == "scratch", "supervised")
-    names = [STARTS.get(start, f", {arm_of(recipe)}") for start, recipe in zip(starts, others["recipe"], strict=True)]
-    return "; ".join(number(other, seeds) + name for other, name in zip(others.itertuples(), names, strict=True)) or "-"
-
-
 def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tuple[str, list[str]]:
     """Put each table between its markers. Returns the new text and a line for each table that was stale.
 
@@ -246,7 +208,11 @@ def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tupl
 def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
     """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot mend."""
     readmes: dict[str, dict[str, Callable[[], str]]] = {
-        "README.md": {"results": lambda: results_table(root), "speed": lambda: speed_table(root)},
+        "README.md": {
+            "results": partial(results_table, root),
+            "together": partial(together_table, root),
+            "speed": lambda: speed_table(root),
+        },
         "benchmarks/README.md": {"speed": lambda: speed_table(root), "attention": lambda: attention_table(root)},
     }
     for paper in papers(root):
