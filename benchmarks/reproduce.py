@@ -19,8 +19,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.numbers import arm_of
 from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
-from benchmarks.table import arm_of, comparison, side_by_side
+from benchmarks.table import comparison, side_by_side
 from common import results
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint

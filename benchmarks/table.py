@@ -5,10 +5,9 @@ A README asks for a table with the line `<!-- table: NAME -->` and ends it with 
 """
 
 import argparse
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,32 +16,30 @@ from typing import Any
 import pandas
 
 from benchmarks.measure import wide
+from benchmarks.numbers import (
+    NOT_YET,
+    STARTS,
+    alike,
+    arm_of,
+    claims,
+    closeness,
+    links,
+    markdown,
+    measured,
+    number,
+    of_arm,
+    pairs,
+    protocol,
+    published,
+    stem,
+    title,
+)
+from benchmarks.overview import results_table, together_table
 from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
 from common.results import GROUP, load, summary
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
 OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
-PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting protocol metric value source confidence".split()
-BESIDE = ["paper", "data", "backbone", "protocol", "metric", "device"]  # what a run shares with its baselines, besides its recipe's stem
-STARTS = {"scratch": "", "random": ", random encoder", "pixels": ", raw pixels"}  # of the baselines of a run
-NOT_YET = "not measured yet"
-
-
-def published(paper: str, root: Path = ROOT) -> pandas.DataFrame:
-    """The published numbers of a paper, every cell as it was printed; an empty frame where there is no `published.csv`."""
-    path = root / folder(paper, root) / "published.csv"
-    if not path.exists():
-        return pandas.DataFrame(columns=PUBLISHED, dtype=str)
-    return pandas.read_csv(path, dtype=str, keep_default_na=False).query("paper == @paper")
-
-
-def measured(paper: str, root: Path = ROOT) -> pandas.DataFrame:
-    """Our numbers of a paper, summarised; a number without its log is left out.
-
-    Raises ValueError where `results.csv` is not a ledger.
-    """
-    ledger = load(root / folder(paper, root) / "results.csv").query("paper == @paper")
-    return summary(ledger.loc[[(root / log).is_file() for log in ledger["log"]]])
 
 
 def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
@@ -53,7 +50,7 @@ def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.
     """
     table, own = [], list(claims(paper, root).itertuples())
     for line, others in pairs(summary(rows)):
-        near = max((row for row in own if alike(row, line)), key=partial(closeness, line=line), default=None)
+        near = max((row for row in own if of_arm(row, line) and alike(row, line)), key=partial(closeness, line=line), default=None)
         scratch = next(others[others["start"].isin(["scratch", "random"])].itertuples(), None)
         table.append(
             {
@@ -100,6 +97,7 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
     table = []
     for ours, theirs in entries:
         line, others = next(iter(ours.values()), (None, lines[:0]))
+        starts = others[others["start"] != getattr(line, "start", "")].itertuples()
         row = next(iter(theirs.values()), None)
         said = {added: (number(one, seeds=False), one.mean) for added, (one, _) in ours.items()}
         printed = {added: (one.value, float(one.value)) for added, one in theirs.items()}
@@ -111,46 +109,12 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
             "Epochs": str((line or row).pretrain_epochs),
             "Protocol": protocol(line or row),
             **{f"+ {added}" if added else "Alone": against(said, added, NOT_YET if added in theirs else "") for added in variants},
-            "From scratch": beside(others[others["start"] != getattr(line, "start", "")], seeds=False),
+            "From scratch": "; ".join(number(start, seeds=False) + STARTS[start.start] for start in starts),
             **{f"Published + {added}" if added else "Published alone": against(printed, added) for added in variants},
             "Log": links(logs, root, root / folder(paper, root)),
         }
         table.append({name: cell or "-" for name, cell in cells.items()})
     return pandas.DataFrame(table)
-
-
-def results_table(root: Path) -> str:
-    """The root README's table: every fine-tuning number that a paper prints with ours beside it, then the top-1 that only we measured.
-
-    Of the baselines it has what we measured.
-    """
-    table = []
-    wanted = "task == 'classification' and protocol in ('finetune', 'scratch') and metric == 'top1'"
-    own = papers(root)
-    for paper in [*own, *baselines(root)]:
-        ours = list(pairs(measured(paper, root)))
-        entries: list[tuple[Any, Any, Any]] = []  # published row, our line, its baselines
-        for row in claims(paper, root).query(wanted).itertuples():
-            equals = [(row, *pair) for pair in ours if alike(row, pair[0]) and all(closeness(row, pair[0]))]
-            entries += equals or ([(row, None, None)] if paper in own else [])
-        matched = [line for _, line, _ in entries]
-        entries += [(None, line, others) for line, others in ours if line.metric == "top1" and line not in matched]
-        for row, line, others in entries:
-            table.append(
-                {
-                    "Paper": paper,
-                    "Data": title(row.dataset if row else line.data),
-                    "Backbone": ", ".join(filter(None, [title((row or line).backbone), line and arm_of(line.recipe)])),
-                    "Epochs": (row or line).pretrain_epochs,
-                    "Protocol": protocol(row or line),
-                    "Published": " ".join(filter(None, [row.value, row.setting and f"({row.setting})"])) if row else "",
-                    "Ours": number(line) if line else NOT_YET,
-                    "From scratch": beside(others) if line else "",
-                    "Difference": f"{line.mean - float(row.value):+.2f}" if row and line else "",
-                    "Log": links(" ".join([line.log, *others["log"]]), root, root) if line else "",
-                }
-            )
-    return markdown(pandas.DataFrame(table))
 
 
 def published_table(paper: str, root: Path) -> str:
@@ -204,36 +168,6 @@ def attention_table(root: Path) -> str:
     return markdown(pandas.concat(parts).astype(str).rename(columns=str.capitalize))
 
 
-def claims(paper: str, root: Path) -> pandas.DataFrame:
-    """The numbers that the paper's authors print for their own method."""
-    frame = published(paper, root).query("confidence == 'first_hand'")
-    return frame.loc[[plain(paper) in plain(method) for method in frame["method"]]]
-
-
-def pairs(lines: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
-    """Each summary line of a pre-trained start, or of a supervised method, with its baselines: scratch first, raw pixels last.
-
-    One of them is the arm without what this one adds. Starts without pre-training are run with one arm and are baselines of all.
-    """
-    stems, twin = lines["recipe"].map(stem), ["start", "pretrain_epochs", "precision"]
-    for line in lines[(lines["start"] == "pretrained") | (lines["protocol"] == "scratch")].itertuples():
-        same = (lines[BESIDE] == [getattr(line, name) for name in BESIDE]).all(axis=1) & (stems == stem(line.recipe))
-        starts = lines["start"].isin(STARTS) & lines["pretrain_epochs"].isin([line.pretrain_epochs, 0]) & (lines["protocol"] != "scratch")
-        alone = (lines["recipe"] == stems) & (lines[twin] == [getattr(line, name) for name in twin]).all(axis=1)
-        yield line, lines[same & (starts | alone) & (lines.index != line.Index)].sort_values("start", ascending=False)
-
-
-def arm_of(recipe: str) -> str:
-    """The arm in a ledger's `recipe`, which is "name arm change=value ..."; empty where it has none."""
-    word = [*recipe.split(), "", ""][1]
-    return "" if "=" in word else word
-
-
-def stem(recipe: str) -> str:
-    """A ledger's `recipe` without what its arm adds: of "digits vit+rpl" it is "digits vit"."""
-    return recipe.replace(arm_of(recipe), arm_of(recipe).partition("+")[0], 1) if "+" in arm_of(recipe) else recipe
-
-
 def adds(paper: str, root: Path) -> bool:
     """Whether a paper adds something to other methods, in what was published or measured."""
     with suppress(ValueError):  # a broken ledger is named by the tables that are made from it
@@ -241,67 +175,10 @@ def adds(paper: str, root: Path) -> bool:
     return False
 
 
-def alike(row: Any, line: Any) -> bool:
-    """Whether a published row and a summary line are the same kind of number: `finetune_none` is also finetune with position=none."""
-    protocols = {plain(row.protocol), plain(row.protocol + row.setting.rpartition("=")[2])}
-    return plain(line.protocol) in protocols and row.metric == line.metric
-
-
-def closeness(row: Any, line: Any) -> tuple[bool, bool, bool]:
-    """Whether a published row and a summary line agree in data, backbone (a bare ViT-S is one of any patch) and epochs."""
-    backbone = row.backbone in (line.backbone, title(line.backbone).partition("/")[0])
-    return plain(row.dataset) == plain(line.data), backbone, row.pretrain_epochs == str(line.pretrain_epochs)
-
-
-def plain(name: str) -> str:
-    """A name without case and punctuation: ImageNet-1k and imagenet1k are one data set."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def title(name: str) -> str:
-    """A data set or backbone as papers write it, where that is known."""
-    if vit := re.fullmatch(r"vit_(s|b|l|h)(?:mall|ase|arge|uge)_patch(\d+)_\d+", name):
-        return f"ViT-{vit[1].upper()}/{vit[2]}"
-    names = ["ImageNet-1K", "Mini-ImageNet", "CIFAR-10", "CIFAR-100", "ADE20K", "COCO"]
-    return next((known for known in names if plain(known) == plain(name)), name)
-
-
-def protocol(line: Any) -> str:
-    """The protocol in words, with the metric where it is not the usual one."""
-    return (line.protocol if line.metric == "top1" else f"{line.protocol} ({line.metric})").replace("_", " ")
-
-
-def number(line: Any, seeds: bool = True) -> str:
-    """A mean with its spread and how many seeds it stands on."""
-    spread = f" ± {line.sd:.2f}" if pandas.notna(line.sd) else ""
-    return f"{line.mean:.2f}{spread}" + (f" ({line.seeds} seed{'s' if line.seeds > 1 else ''})" if seeds else "")
-
-
 def against(numbers: Mapping[str, tuple[str, float]], added: str, missing: str = "") -> str:
     """The number with something added to the method, in brackets the difference to the method alone."""
     text, value = numbers.get(added, (missing, 0.0))
     return f"{text} ({value - numbers[''][1]:+.2f})" if added in numbers and "" in numbers and added else text
-
-
-def beside(others: pandas.DataFrame, seeds: bool = True) -> str:
-    """All baselines of a line in one cell, each that is not training from scratch with its name, an arm with its own."""
-    starts = others["start"].mask(others["protocol"] == "scratch", "supervised")
-    names = [STARTS.get(start, f", {arm_of(recipe)}") for start, recipe in zip(starts, others["recipe"], strict=True)]
-    return "; ".join(number(other, seeds) + name for other, name in zip(others.itertuples(), names, strict=True)) or "-"
-
-
-def links(logs: str, root: Path, folder: Path) -> str:
-    """Links to logs, as seen from a README in `folder`."""
-    paths = [Path(os.path.relpath(root / log, folder)).as_posix() for log in dict.fromkeys(logs.split())]
-    return ", ".join(f"[log {index}]({path})" for index, path in enumerate(paths, 1)).replace("log 1]", "log]")
-
-
-def markdown(frame: pandas.DataFrame, nothing: str = NOT_YET) -> str:
-    """A data frame of text and whole numbers as a Markdown table, an empty cell as a dash; `nothing` where there is no row."""
-    if frame.empty:
-        return f"{nothing}\n"
-    rows = [frame.columns, ["---"] * len(frame.columns), *frame.replace("", "-").itertuples(index=False)]
-    return "".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |\n" for row in rows)
 
 
 def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tuple[str, list[str]]:
@@ -331,7 +208,11 @@ def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tupl
 def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
     """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot mend."""
     readmes: dict[str, dict[str, Callable[[], str]]] = {
-        "README.md": {"results": lambda: results_table(root), "speed": lambda: speed_table(root)},
+        "README.md": {
+            "results": partial(results_table, root),
+            "together": partial(together_table, root),
+            "speed": lambda: speed_table(root),
+        },
         "benchmarks/README.md": {"speed": lambda: speed_table(root), "attention": lambda: attention_table(root)},
     }
     for paper in papers(root):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.numbers import alike, claims, closeness
 from benchmarks.papers import choose_recipe, paper_module
-from benchmarks.table import alike, claims, closeness, comparison
+from benchmarks.table import comparison
 from common.convert import ConversionError, load_encoder
 from common.data import open_data
 from common.evaluate import Classifier

@@ -116,6 +116,10 @@ def test_all_faults_of_the_only_other_code_stand_in_the_deviations(paper: str, s
         assert re.search(r"\b(Executed|Read|[Nn]ot verified)\b", cells[-1]), f"{fault}: how is it known?"
 
 
+def test_the_first_readme_can_be_read_in_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+
+
 @each_readme
 def test_every_relative_link_leads_somewhere(readme: Path) -> None:
     text = prose(readme.read_text(encoding="utf-8"))

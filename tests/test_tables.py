@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import table
+from benchmarks.numbers import PUBLISHED
 from common.results import Row, append, frame, summary
 from tests.test_results import ROW
 
-HEADER = ",".join(table.PUBLISHED)
+HEADER = ",".join(PUBLISHED)
 BASE = "vit_base_patch16_224"
 IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE, pretrain_epochs=200, value=82.75)
 
@@ -19,7 +20,8 @@ IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE,
 def root(tmp_path: Path) -> Path:
     """A repository with one paper, two published numbers, no result, and tables not written yet."""
     markers = "<!-- table: {} -->\n<!-- /table -->\n"
-    (tmp_path / "README.md").write_text("# Title\n\n" + markers.format("results") + "\nbetween\n\n" + markers.format("speed") + "\nend")
+    parts = [markers.format(name) for name in ("results", "together", "speed")]
+    (tmp_path / "README.md").write_text("# Title\n\n" + "\nbetween\n\n".join(parts) + "\nend")
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "recipe.py").touch()
     (tmp_path / "droppos").mkdir()
@@ -57,7 +59,8 @@ def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytes
     out = capsys.readouterr().out
     assert re.findall(r"^(\S+): table '(\w+)' is stale.*`make table`$", out, re.MULTILINE) == [
         ("README.md:3", "results"),
-        ("README.md:8", "speed"),
+        ("README.md:8", "together"),
+        ("README.md:13", "speed"),
         ("droppos/README.md:1", "published"),
         ("droppos/README.md:3", "measured"),
     ]
@@ -75,12 +78,8 @@ def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytes
 
 def test_an_unmeasured_published_number_says_not_measured_yet(root: Path) -> None:
     table.update(root)
-    assert cells(root / "README.md", "84.2") == "droppos ImageNet-1K ViT-B/16 800 finetune 84.2".split() + [
-        "not measured yet",
-        "-",
-        "-",
-        "-",
-    ]
+    printed = "ViT-B/16 83.0 (200 ep), 84.2 (800 ep)"
+    assert cells(root / "README.md", "84.2") == ["droppos", "ImageNet-1K", "finetune", printed, "not measured yet", "-"]
     assert "\n\nnot measured yet\n\n" in (root / "droppos" / "README.md").read_text()
 
 
@@ -103,7 +102,8 @@ def test_of_a_baseline_the_root_readme_has_what_was_measured_and_its_own_page_al
     (folder / "logs").mkdir()
     (root / row.log).touch()
     assert table.update(root)[1] == []
-    assert cells(root / "README.md", "80.50")[4:7] == ["scratch", "81.8", "80.50 (1 seed)"]
+    ours = "ViT-B/16 DeiT-B 80.50 (-1.30) (300 ep, 1 seed, imagenet-b16)"
+    assert cells(root / "README.md", "81.8") == ["deit", "ImageNet-1K", "scratch", "ViT-B/16 DeiT-B 81.8 (300 ep)", ours, f"[0]({row.log})"]
     assert "79.8" not in (root / "README.md").read_text() and "83.6" not in (folder / "README.md").read_text()
     assert cells(folder / "README.md", "79.8") and cells(folder / "README.md", "80.50")[-1] == "[log](logs/a.txt)"
 
@@ -117,14 +117,11 @@ def test_only_what_the_authors_say_of_their_own_method_counts_as_published(root:
 def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path) -> None:
     record(root, IMAGENET, replace(IMAGENET, start="scratch", value=80.0, pretrain_epochs=0, log="droppos/logs/scratch.txt"))
     table.update(root)
-    assert cells(root / "README.md", "83.0")[5:] == [
-        "83.0",
-        "82.75 (1 seed)",
-        "80.00 (1 seed)",
-        "-0.25",
-        f"[log]({IMAGENET.log}), [log 2](droppos/logs/scratch.txt)",
+    assert cells(root / "README.md", "83.0")[3:] == [
+        "ViT-B/16 83.0 (200 ep), 84.2 (800 ep)",
+        "ViT-B/16 82.75 (-0.25) (200 ep, 1 seed, imagenet-b16)",
+        f"[0]({IMAGENET.log})",
     ]
-    assert cells(root / "README.md", "84.2")[6] == "not measured yet"
     assert cells(root / "droppos" / "README.md", "pretrained")[-3:] == ["0.02", IMAGENET.commit, "[log](logs/2026-11-20-digits-seed0.txt)"]
 
 
@@ -133,9 +130,8 @@ def test_numbers_of_different_data_are_never_subtracted(root: Path, change: dict
     other = replace(IMAGENET, **change)
     record(root, other)
     table.update(root)
-    assert cells(root / "README.md", "83.0")[6] == "not measured yet"
+    assert cells(root / "README.md", "83.0")[4] == "not measured yet"
     assert cells(root / "README.md", "82.75")[2] == {"backbone": "vit_micro"}.get(*change, "ViT-B/16")
-    assert cells(root / "README.md", "82.75")[5:9] == ["-", "82.75 (1 seed)", "-", "-"]
     said = table.comparison("droppos", frame([other, replace(other, start="scratch", value=80.0)]), root).iloc[0]
     assert said["Difference"] == "+2.75"
     assert said["Published"] == ("-" if other.protocol == "linear" else "83.0 (ImageNet-1K, ViT-B/16, 200 ep)")
@@ -173,7 +169,10 @@ def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("one\n<!-- table: reslts -->\n<!-- /table -->\n", "README.md:2: there is no table 'reslts'; the tables here are results, speed"),
+        (
+            "one\n<!-- table: reslts -->\n<!-- /table -->\n",
+            "README.md:2: there is no table 'reslts'; the tables here are results, together",
+        ),
         ("one\n\n<!-- table: speed -->\n", "README.md:3: table 'speed' is not closed by"),
         ("<!-- table: speed -->\n<!-- table: results -->\n<!-- /table -->\n", "README.md:1: table 'speed' is not closed by"),
         ("x\n  <!--table:speeed-->  \n", "README.md:2: there is no table 'speeed'"),
@@ -208,7 +207,8 @@ def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> No
     (root / "droppos" / "published.csv").write_text(HEADER + "\n")
     record(root, ROW)
     assert table.update(root)[1] == []
-    assert cells(root / "README.md", "97.30")[5] == "-"
+    assert "\n\nnot measured yet\n\n<!-- /table -->\n\nbetween" in (root / "README.md").read_text()
+    assert cells(root / "README.md", "97.30")[1] == "droppos"
     assert "no published number is known" in (root / "droppos" / "README.md").read_text()
     assert table.comparison("unheard_of", frame([ROW]), root)["Published"].tolist() == ["-"]
 
@@ -282,6 +282,10 @@ def test_a_start_without_pretraining_is_the_baseline_of_every_arm(added: Path) -
     said = table.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
     assert said[["Alone", "+ RPL", "From scratch"]].tolist() == ["91.00 ± 1.41", "93.50 ± 1.41 (+2.50)", "80.00"]
     assert table.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["+11.00", "+12.00", "+13.50"]
+    knn = replace(mae, protocol="knn")
+    rows = [knn, replace(knn, start="random", value=40.0), replace(knn, start="pixels", value=95.0)]
+    said = table.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
+    assert said["From scratch"] == "40.00, random encoder; 95.00, raw pixels"
 
 
 def test_a_paper_that_adds_nothing_to_others_needs_no_side_by_side_table(root: Path) -> None:
@@ -289,3 +293,182 @@ def test_a_paper_that_adds_nothing_to_others_needs_no_side_by_side_table(root: P
     assert table.update(root)[1] == []
     record(root, *arms(SWIN))
     assert [fault for fault in table.update(root)[1] if "'side by side' is missing" in fault]
+
+
+# ---- the root README's two tables
+
+
+def print_numbers(root: Path, *lines: str) -> None:
+    """Make the paper's published numbers anew: of each the cells from task to value. All are first-hand."""
+    (root / "droppos" / "published.csv").write_text("\n".join([HEADER, *(f"droppos,T,{line},paper,first_hand" for line in lines)]) + "\n")
+
+
+def lines_of(root: Path, name: str) -> list[dict[str, str]]:
+    """The lines of a table of the root README, by its headings."""
+    _, found = table.update(root)
+    assert all("is missing" in fault for fault in found), found
+    text = (root / "README.md").read_text().partition(f"<!-- table: {name} -->")[2].partition("<!-- /table -->")[0]
+    heads, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")] or [[], []]
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def test_numbers_of_one_paper_data_set_and_protocol_share_a_line_and_one_printed_twice_is_told_once(root: Path) -> None:
+    large = "vit_large_patch16_224"
+    print_numbers(
+        root,
+        f"classification,imagenet1k,DropPos,{BASE},200,,finetune,top1,83.0",
+        f"classification,imagenet1k,DropPos,{large},800,,finetune,top1,85.8",
+        f"transfer,cifar10,DropPos,{BASE},200,,finetune,top1,97.0",
+        f"linear_probe,imagenet1k,DropPos,{BASE},200,last,linear_last,top1,60.1",
+        f"linear_probe,imagenet1k,DropPos,{BASE},200,last,linear_last,top1,60.1",
+        f"low_shot,imagenet1k,DropPos,{BASE},200,,logistic_1pct,top1,50.2",
+        f"classification,imagenet1k,DropPos,{BASE},800,,finetune,top1,84.2",
+    )
+    assert [(line["Data"], line["Protocol"], line["Published"]) for line in lines_of(root, "results")] == [
+        ("ImageNet-1K", "finetune", "ViT-B/16 83.0 (200 ep), 84.2 (800 ep); ViT-L/16 85.8 (800 ep)"),
+        ("ImageNet-1K", "linear last", "ViT-B/16 60.1 (200 ep)"),
+        ("ImageNet-1K", "logistic 1pct", "ViT-B/16 50.2 (200 ep)"),
+        ("CIFAR-10", "finetune", "ViT-B/16 97.0 (200 ep)"),
+    ]
+
+
+def test_ablations_gains_and_other_tasks_stay_on_the_papers_page(root: Path) -> None:
+    kept = f"classification,imagenet1k,DropPos,{BASE},200,,finetune,top1,11.1"
+    others = [("ablation", "top1"), ("classification", "top1_gain"), ("classification", "top5"), ("detection", "top1")]
+    print_numbers(root, kept, *(f"{task},imagenet1k,DropPos,{BASE},200,,finetune,{metric},22.2" for task, metric in others))
+    assert [line["Published"] for line in lines_of(root, "results")] == ["ViT-B/16 11.1 (200 ep)"]
+    assert (root / "droppos" / "README.md").read_text().count("22.2") == len(others)
+
+
+def test_what_sets_the_numbers_of_a_line_apart_is_told_and_what_they_share_is_not(root: Path) -> None:
+    row = f"{BASE},200,{{}},finetune,top1,{{}}"
+    many = [("cifar10", "position=none", 90.1), ("cifar10", "position=2D relative", 90.2), ("cifar100", "best of two", 70.1)]
+    many += [("tiny-imagenet", "", 60.1), ("tiny-imagenet", "longer", 60.2)]
+    print_numbers(root, *(f"classification,{data},DropPos," + row.format(setting, value) for data, setting, value in many))
+    record(root, replace(IMAGENET, data="cifar10", protocol="finetune_2d_relative", value=90.0))
+    assert [(line["Protocol"], line["Published"]) for line in lines_of(root, "results")] == [
+        ("finetune, by position", "ViT-B/16 90.1 (200 ep, none), 90.2 (200 ep, 2D relative)"),
+        ("finetune", "ViT-B/16 70.1 (200 ep)"),
+        ("finetune", "ViT-B/16 60.1 (200 ep), 60.2 (200 ep, longer)"),
+    ]
+    assert lines_of(root, "results")[0]["Ours"] == "ViT-B/16 90.00 (-0.20) (200 ep, 2D relative, 1 seed, imagenet-b16)"
+
+
+def test_a_published_number_of_something_added_stands_beside_that_arm_and_no_other(added: Path) -> None:
+    others = [replace(SWIN, recipe=recipe, value=1.0) for recipe in ("imagenet_swin", "imagenet_swin swin+other")]
+    record(added, *arms(SWIN), *others)
+    (line,) = lines_of(added, "results")
+    assert line["Published"] == "Swin-B + APL 83.76, + RPL 84.09"
+    told = "(100 ep, 2 seeds, imagenet_swin swin+"  # the paper does not say how many epochs
+    assert line["Ours"] == f"Swin-B + APL 92.00 ± 1.41 (+8.24) {told}apl), + RPL 93.50 ± 1.41 (+9.41) {told}rpl)"
+    alone = table.comparison("droppos", frame(arms(SWIN)[:2]), added)
+    assert alone["Published"].tolist() == ["-"]
+
+
+def test_a_method_that_does_not_name_its_backbone_is_told_with_it(root: Path) -> None:
+    large = "vit_large_patch16_224"
+    linear = "linear_probe,imagenet1k,{},{},600,last,linear_last,top1,{}"
+    lines = [("I-JEPA", BASE, 70.9), ("I-JEPA + StoP", BASE, 72.6), ("I-JEPA + StoP", large, 77.1)]
+    print_numbers(root, *(linear.format(*line) for line in lines))
+    stop = replace(IMAGENET, recipe="imagenet ijepa+stop", protocol="linear_last", pretrain_epochs=600, value=72.5)
+    record(root, stop, replace(stop, recipe="imagenet ijepa", value=71.0), replace(stop, recipe="imagenet ijepa+stop lr=1", value=72.0))
+    (line,) = lines_of(root, "results")
+    assert line["Published"] == "ViT-B/16 I-JEPA + StoP 72.6 (600 ep); ViT-L/16 I-JEPA + StoP 77.1 (600 ep)"
+    assert line["Ours"] == (
+        "ViT-B/16 I-JEPA + StoP 72.50 (-0.10) (600 ep, 1 seed, imagenet ijepa+stop), "
+        "+ StoP 72.00 (-0.60) (600 ep, 1 seed, imagenet ijepa+stop lr=1)"
+    )
+
+
+def test_runs_of_one_recipe_on_two_devices_are_told_apart(root: Path) -> None:
+    record(root, IMAGENET, replace(IMAGENET, device="H100", value=82.9), replace(IMAGENET, device="H100", precision="32-true", value=83.1))
+    (line,) = lines_of(root, "results")
+    shared = "(200 ep, 1 seed, imagenet-b16"
+    assert line["Ours"].count(shared) == 3 and f"82.90 (-0.10) {shared}, H100, bf16-mixed)" in line["Ours"]
+    measured = [(line["Device"], line["Fine-tuned"]) for line in lines_of(root, "together")]
+    assert measured == [("2-core Intel Xeon, bf16-mixed", "82.75"), ("H100, 32-true", "83.10"), ("H100, bf16-mixed", "82.90")]
+
+
+def test_protocols_stand_in_one_line_per_run_and_those_of_a_kind_in_one_cell(root: Path) -> None:
+    values = {"knn": 70, "linear_last": 71, "linear": 72, "linear_last4": 73, "finetune_5_per_class": 74, "finetune": 75, "rotation_2x": 76}
+    record(root, *(replace(ROW, protocol=name, value=value, seed=seed) for name, value in values.items() for seed in (0, 1)))
+    record(root, replace(ROW, protocol="knn", value=70, seed=2), replace(ROW, metric="top5", value=99.0))
+    (line,) = lines_of(root, "together")
+    assert list(line) == "Data Method Backbone Epochs Seeds Fine-tuned".split() + ["5 per class", "Linear", "k-NN", "rotation 2x", "Log"]
+    assert list(line.values())[:6] == ["digits", "droppos", "vit_micro", "100", "2 to 3", "75.00 ± 0.00"]
+    assert line["Linear"] == "72.00 ± 0.00, 71.00 ± 0.00 (last), 73.00 ± 0.00 (last4)" and line["rotation 2x"] == "76.00 ± 0.00"
+
+
+def papers_that_measured(root: Path, *names: str) -> None:
+    """More papers, of which nothing was published."""
+    for name in names:
+        (root / name).mkdir()
+        (root / name / "recipe.py").touch()
+        (root / name / "README.md").write_text("".join(f"<!-- table: {mark} -->\n<!-- /table -->\n" for mark in ("published", "measured")))
+
+
+def baselines_of(row: Row, **changes: float) -> list[Row]:
+    """A run of a paper with its baselines, whose numbers are given by protocol."""
+    starts = {"finetune": "scratch", "knn": "random", "linear": "random"}
+    rows = [row, replace(row, protocol="knn", value=88.0), replace(row, protocol="knn", start="pixels", value=98.0)]
+    return rows + [replace(row, protocol=name, start=starts[name], value=value) for name, value in changes.items()]
+
+
+def test_baselines_on_which_methods_agree_are_told_once_and_the_others_by_name(root: Path) -> None:
+    papers_that_measured(root, "mp3", "stop")
+    values = {"droppos": {"finetune": 80.0, "knn": 40.0}, "mp3": {"finetune": 80.0, "linear": 50.0}, "stop": {"finetune": 79.0}}
+    for paper, changes in values.items():
+        rows = baselines_of(replace(ROW, paper=paper, log=f"{paper}/logs/0.txt"), **changes)
+        append(root / paper / "results.csv", rows)
+        (root / paper / "logs").mkdir()
+        (root / rows[0].log).touch()
+    names = ["Method", "Epochs", "Fine-tuned", "Linear", "k-NN", "Log"]
+    logs = {paper: f"[0]({paper}/logs/0.txt)" for paper in values}
+    assert [[line[name] for name in names] for line in lines_of(root, "together")] == [
+        *([paper, "100", "97.30", "-", "88.00", logs[paper]] for paper in values),
+        ["no pre-training: droppos, mp3", "0", "80.00", "50.00", "40.00", "[0](droppos/logs/0.txt), [1](mp3/logs/0.txt)"],
+        ["no pre-training: stop", "0", "79.00", "-", "-", logs["stop"]],
+        ["raw pixels", "0", "-", "-", "98.00", logs["droppos"]],
+    ]
+
+
+def test_baselines_without_a_protocol_or_a_device_in_common_stay_apart(root: Path) -> None:
+    record(root, replace(ROW, start="scratch", value=80.0), replace(ROW, start="scratch", value=80.0, device="H100"))
+    record(root, replace(ROW, recipe="other", protocol="linear", start="random", value=80.0))
+    record(root, *(replace(ROW, protocol="knn", start="pixels", recipe=recipe, value=len(recipe)) for recipe in ("digits", "digits k=5")))
+    found = [(line["Method"], line["Device"].split(",")[0], line["Fine-tuned"], line["Linear"]) for line in lines_of(root, "together")]
+    assert found == [
+        ("no pre-training: droppos", "2-core Intel Xeon", "80.00", "-"),
+        ("no pre-training: droppos", "H100", "80.00", "-"),
+        ("no pre-training: droppos other", "2-core Intel Xeon", "-", "80.00"),
+        ("raw pixels: droppos", "2-core Intel Xeon", "-", "-"),
+        ("raw pixels: droppos k=5", "2-core Intel Xeon", "-", "-"),
+    ]
+
+
+def test_changes_epochs_backbones_and_recipes_are_lines_that_can_be_told_apart(root: Path) -> None:
+    record(root, *baselines_of(ROW, finetune=80.0), *baselines_of(replace(ROW, pretrain_epochs=300), finetune=81.0))
+    record(root, replace(ROW, recipe="digits lr=1"), replace(ROW, recipe="digits_mae mae lr=1"), replace(ROW, backbone="vit_nano"))
+    assert [(line["Method"], line["Backbone"], line["Epochs"]) for line in lines_of(root, "together")] == [
+        ("droppos", "vit_micro", "100"),
+        ("droppos", "vit_micro", "300"),
+        ("droppos lr=1", "vit_micro", "100"),
+        ("droppos digits_mae mae lr=1", "vit_micro", "100"),
+        ("no pre-training: droppos 100 ep", "vit_micro", "0"),
+        ("no pre-training: droppos 300 ep", "vit_micro", "0"),
+        ("droppos", "vit_nano", "100"),
+        ("raw pixels", "-", "0"),
+    ]
+
+
+def test_supervised_methods_are_marked_and_have_a_line_for_all_that_is_added(root: Path) -> None:
+    record(root, *arms(replace(SWIN, recipe="digits swin", data="digits")), *arms(replace(ROW, recipe="digits_mae mae")))
+    record(root, replace(SWIN, recipe="digits swin", data="digits", protocol="knn", start="pretrained", value=66.0))
+    found = [(line["Method"], line["Fine-tuned"], line["k-NN"]) for line in lines_of(root, "together")]
+    swin = "91.00 ± 1.41, 92.00 ± 1.41 (+apl), 93.50 ± 1.41 (+rpl)"
+    assert sorted(found) == [
+        ("droppos digits_mae mae", "91.00 ± 1.41", "-"),
+        ("droppos digits_mae mae+apl", "92.00 ± 1.41", "-"),
+        ("droppos digits_mae mae+rpl", "93.50 ± 1.41", "-"),
+        ("droppos swin, supervised", swin, "66.00"),
+    ]
