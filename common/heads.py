@@ -207,8 +207,8 @@ def _check_label_head(width: int, grid: Grid) -> None:
         raise ValueError(f"a position head halves its channels twice, so the width must be a multiple of 4, got {width}")
 
 
-def initialise_layers(layers: Iterable[nn.Module]) -> None:
-    """Truncated normal weights of deviation 0.02 and zero biases, as Positional Label's Swin has them, classifier and position head."""
+def initialise_layers(layers: Iterable[nn.Module], deviation: float = 0.02) -> None:
+    """Truncated normal weights and zero biases, as Positional Label's Swin has them, classifier and position head; and as I-JEPA and StoP."""
     for layer in layers:
-        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.trunc_normal_(layer.weight, std=deviation)
         nn.init.zeros_(layer.bias)

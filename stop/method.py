@@ -19,7 +19,7 @@ from common.heads import initialise_layers
 from common.masking import MultiBlock, gather_tokens
 from common.method import Output
 from common.positions import sincos_2d
-from common.vit import Block, ViT
+from common.vit import Block, ViT, initialise
 
 
 class Predictor(nn.Module):
@@ -37,11 +37,12 @@ class Predictor(nn.Module):
         if position == "sincos":
             self.register_buffer("pos_embed", sincos_2d(encoder.grid, width)[None])
         else:
-            self.pos_embed = nn.Parameter(torch.empty(1, cells, width).normal_(std=0.02))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02)) if mask_token else None
+            self.pos_embed = nn.Parameter(torch.empty(1, cells, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_token else None
         self.blocks = nn.Sequential(*(Block(width, heads, recompute=first.recompute) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, encoder.width)
+        initialise(self)
 
 
 class StoP(nn.Module):
@@ -72,7 +73,7 @@ class StoP(nn.Module):
         context_ratio: float = 0.25,
         min_keep: int = 10,
         momentum: float = 0.996,
-        patch_std: float = 0.02,
+        init_std: float | None = 0.02,
         predictor_width: int = 384,
         predictor_depth: int = 6,
     ):
@@ -92,9 +93,8 @@ class StoP(nn.Module):
         self.masks = MultiBlock(encoder.grid, sampling=masks, context_ratio=context_ratio, min_keep=min_keep, **ranges)
         self.context_encoder = copy.deepcopy(encoder)
         self.predictor = Predictor(encoder, predictor_width, predictor_depth, position, mask_token=mode == "paper")
-        # Truncated normal matrices of deviation 0.02 everywhere. The official rescaling by depth is undone by a second pass.
-        initialise_layers(layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
-        nn.init.trunc_normal_(self.context_encoder.patch_embed.proj.weight, std=patch_std, a=-1, b=1)
+        if init_std is not None:  # the official rescaling by depth is left out: a second pass over all layers undoes it
+            initialise_layers((layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Conv2d)), init_std)
         self.encoder = encoder.requires_grad_(False)
         self.encoder.load_state_dict(self.context_encoder.state_dict())
 
