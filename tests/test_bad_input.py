@@ -52,7 +52,7 @@ def test_epochs_that_are_no_number_from_1_up_are_refused_by_value(capsys, epochs
 def test_what_an_evaluation_could_not_do_is_refused_before_the_training(changes, message, capsys, tmp_path):
     (tmp_path / "list.txt").write_text("0.png\n")
     words = [word for change in changes for word in ("--set", change.format(tmp_path / "list.txt"))]
-    assert message in refused(capsys, "droppos", "--out", str(tmp_path / "runs"), *words)
+    assert message in refused(capsys, "droppos", "--epochs", "1", "--out", str(tmp_path / "runs"), *words)
     assert not (tmp_path / "runs").exists()
 
 

@@ -196,7 +196,7 @@ def test_features_are_kept_once_for_all_protocols_that_read_them(frozen):
     for start in ("pretrained", "random"):
         mine = sorted(name.rsplit("-", 1)[0] for name in names if name.startswith(start))
         # of all labels for linear and k-NN; of 20 and of 5 labels per class, four layers each; of the test images, one layer and four
-        assert mine == sorted(f"{start}-{part}-mean-8" for part in ["train-last", *["train-last4"] * 2, "val-last", "val-last4"])
+        assert mine == sorted(f"{start}-{part}-mean-8-bicubic" for part in ["train-last", *["train-last4"] * 2, "val-last", "val-last4"])
 
 
 def test_features_of_another_encoder_are_refused(frozen, capsys):

@@ -43,7 +43,8 @@ def features(
         return _extract(fabric, encoder, loader, how, layers)
     key = {"encoder": fingerprint(encoder), "data": loader.data.name, "images": loader.split.digest(), **loader.view}
     key |= {"layers": str(layers), "pool": how, "precision": str(fabric._precision.precision)}
-    file = cache.with_name(f"{cache.name}-{layers_name(layers)}-{how}-{key['resize']}-{key['images'][:8]}.safetensors")
+    seen = f"{layers_name(layers)}-{how}-{key['resize']}-{key['interpolation']}-{key['images'][:8]}"
+    file = cache.with_name(f"{cache.name}-{seen}.safetensors")
     if file.exists():
         return _read(file, key, fabric.device)
     feature_ND, target_N = _extract(fabric, encoder, loader, how, layers)
