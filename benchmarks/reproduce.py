@@ -254,13 +254,16 @@ class Reproduction:
         return self.recipe.build_encoder(self.data.channels, **changes)
 
     def start_encoder(self, start: str, protocol: Protocol) -> ViT:
-        """The encoder that an evaluation starts from: pre-trained, or fresh."""
+        """The encoder that an evaluation starts from: pre-trained, fresh, or where it stays frozen as its pre-training finds it."""
         encoder = self.new_encoder(drop_path=protocol.drop_path, **({"position": protocol.position} if protocol.position else {}))
         if start == "pretrained":
             with torch.device("meta"):  # for the names alone: every start then draws the same head
                 own = self.recipe.build_encoder(self.data.channels).state_dict()
             added = [name for name in encoder.state_dict() if name not in own]  # positions that pre-training had none of
             load_encoder(encoder, load_file(self.root / "pretrain" / "encoder.safetensors"), allow_missing=added)
+        if start == "random":
+            with torch.random.fork_rng(devices=[]):  # some methods draw the first weights of their encoder themselves
+                encoder = self.module.build(self.recipe, self.new_encoder(), self.data.classes).encoder
         return encoder
 
     def loader(

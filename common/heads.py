@@ -208,7 +208,7 @@ def _check_label_head(width: int, grid: Grid) -> None:
 
 
 def initialise_layers(layers: Iterable[nn.Module], deviation: float = 0.02) -> None:
-    """Truncated normal weights and zero biases, as Positional Label's Swin has them, classifier and position head; and as I-JEPA and StoP."""
+    """Truncated normal weights and zero biases, as Positional Label's Swin, its heads, I-JEPA and StoP have them."""
     for layer in layers:
         nn.init.trunc_normal_(layer.weight, std=deviation)
         nn.init.zeros_(layer.bias)

@@ -56,18 +56,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.rel_pos = relative
 
-    def forward(self, x_BTD: Tensor, keys: int | None = None) -> Tensor:
-        """Every token asks the first `keys` tokens, or all. Keys and values are computed for those only."""
+    def forward(self, x_BTD: Tensor, keys: int | None = None, queries: int | None = None) -> Tensor:
+        """The last `queries` tokens, or all, ask the first `keys` tokens, or all. Nothing is computed for others: (B, queries, D)."""
         B, T, D = x_BTD.shape
-        if keys is None:
+        keys, queries = keys or T, queries or T
+        if keys == queries == T:
             q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         else:
             weights, biases = (parameter.split([D, 2 * D]) for parameter in (self.qkv.weight, self.qkv.bias))
-            q = F.linear(x_BTD, weights[0], biases[0]).view(B, T, self.heads, D // self.heads).transpose(1, 2)
+            q_BQD = F.linear(x_BTD[:, T - queries :], weights[0], biases[0])
             kv_BKD = F.linear(x_BTD[:, :keys], weights[1], biases[1])
+            q = q_BQD.view(B, queries, self.heads, D // self.heads).transpose(1, 2)
             k, v = kv_BKD.view(B, keys, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if self.rel_pos is None else self.rel_pos.get_bias()[0]
-        return self.proj(attend(q, k, v, bias_HQK=bias).transpose(1, 2).reshape(B, T, D))
+        return self.proj(attend(q, k, v, bias_HQK=bias).transpose(1, 2).reshape(B, queries, D))
 
 
 class Block(nn.Module):
@@ -93,15 +95,16 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x_BTD: Tensor, keys: int | None = None) -> Tensor:
-        """`keys` as in Attention."""
+    def forward(self, x_BTD: Tensor, keys: int | None = None, queries: int | None = None) -> Tensor:
+        """`keys` and `queries` as in Attention; the tokens that ask come out."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_BTD, keys, use_reentrant=False)
-        return self._forward(x_BTD, keys)
+            return checkpoint(self._forward, x_BTD, keys, queries, use_reentrant=False)
+        return self._forward(x_BTD, keys, queries)
 
-    def _forward(self, x_BTD: Tensor, keys: int | None) -> Tensor:
-        x_BTD = x_BTD + self.drop_path(self.ls1(self.attn(self.norm1(x_BTD), keys)))
-        return x_BTD + self.drop_path(self.ls2(self.mlp(self.norm2(x_BTD))))
+    def _forward(self, x_BTD: Tensor, keys: int | None, queries: int | None) -> Tensor:
+        asking_BQD = x_BTD[:, -(queries or 0) :]
+        asking_BQD = asking_BQD + self.drop_path(self.ls1(self.attn(self.norm1(x_BTD), keys, queries)))
+        return asking_BQD + self.drop_path(self.ls2(self.mlp(self.norm2(asking_BQD))))
 
 
 class ViT(nn.Module):

@@ -23,7 +23,7 @@ from common.vit import Block, ViT, initialise
 
 
 class Predictor(nn.Module):
-    """A narrow ViT that tells features (.., T, D) of hidden patches from those of the context. Positions are its own, of width P."""
+    """A narrow ViT that tells features of hidden patches from those of the context. It has positions of its own, of width P."""
 
     def __init__(self, encoder: ViT, width: int, depth: int, position: Literal["sincos", "learned"], mask_token: bool):
         super().__init__()
@@ -44,6 +44,13 @@ class Predictor(nn.Module):
         self.head = nn.Linear(width, encoder.width)
         initialise(self)
 
+    def forward(self, x_CSP: Tensor, hidden: int) -> Tensor:
+        """Sequences (C, S, P), the hidden patches last, to features of those (C, T, D). The last block has no use for the others."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x_CSP = block(x_CSP)
+        return self.head(self.norm(last(x_CSP, queries=hidden)))
+
 
 class StoP(nn.Module):
     """StoP around two encoders with fixed or learned positions and without class token: the one that is given becomes `encoder`, the target
@@ -53,7 +60,8 @@ class StoP(nn.Module):
     place). noise: who gets noise, "masked" patches, the "context", "both" (Table 7), or "none": I-JEPA. sigma: its standard deviation, in
     units of encoder features. covariance: noise through the context's projection ("tied", equation 6) or straight into the predictor
     ("fixed", Figure 3). position: the predictor's, "sincos" or "learned" (Table 6). masks: "uniform" or "released", with
-    target_scale and the like as in common.masking.MultiBlock. momentum: of the target encoder at first; it rises linearly to 1.
+    target_scale and the like as in common.masking.MultiBlock. momentum: of the target encoder at first; it rises linearly to 1. patch_std:
+    deviation of the patch embedding at first; at .02 the few numbers of a small patch vanish beside its position.
     Raises ValueError for values that make no sense and, as MultiBlock, for a grid that is too small.
     """
 
@@ -73,7 +81,7 @@ class StoP(nn.Module):
         context_ratio: float = 0.25,
         min_keep: int = 10,
         momentum: float = 0.996,
-        init_std: float | None = 0.02,
+        patch_std: float = 0.02,
         predictor_width: int = 384,
         predictor_depth: int = 6,
     ):
@@ -93,8 +101,9 @@ class StoP(nn.Module):
         self.masks = MultiBlock(encoder.grid, sampling=masks, context_ratio=context_ratio, min_keep=min_keep, **ranges)
         self.context_encoder = copy.deepcopy(encoder)
         self.predictor = Predictor(encoder, predictor_width, predictor_depth, position, mask_token=mode == "paper")
-        if init_std is not None:  # the official rescaling by depth is left out: a second pass over all layers undoes it
-            initialise_layers((layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Conv2d)), init_std)
+        # Truncated normal matrices of deviation .02; the official rescaling by depth is undone by a second pass over all layers.
+        initialise_layers(layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+        initialise_layers([self.context_encoder.patch_embed.proj], patch_std)
         self.encoder = encoder.requires_grad_(False)
         self.encoder.load_state_dict(self.context_encoder.state_dict())
 
@@ -137,8 +146,7 @@ class StoP(nn.Module):
 
         # Predictor: each block beside the context, not beside the other blocks; four sequences of an image are as many images.
         x_GBSP = torch.cat([seen_BMP.expand(G, -1, -1, -1), hidden_GBTP], dim=2)
-        x_CSP = self.predictor.norm(self.predictor.blocks(x_GBSP.flatten(0, 1))[:, -T:])
-        told_GBTD = self.predictor.head(x_CSP).float().unflatten(0, (G, B))
+        told_GBTD = self.predictor(x_GBSP.flatten(0, 1), T).float().unflatten(0, (G, B))
         loss = F.smooth_l1_loss(told_GBTD, truth_GBTD)
 
         metrics = {"context": seen_BMD.new_tensor(context_BM.shape[1]), **spread(feature_BND)}
@@ -169,7 +177,8 @@ def spread(feature_BND: Tensor) -> dict[str, Tensor]:
     singular values (Garrido et al. 2023); from 1 to min(B, D)."""
     share = torch.linalg.svdvals(feature_BND.mean(1))
     share = share / share.sum()
-    return {"feature_std": feature_BND.std(0, correction=0).mean(), "rankme": torch.special.entr(share).sum().exp()}
+    deviation_ND = (feature_BND - feature_BND.mean(0)).square().mean(0).sqrt()
+    return {"feature_std": deviation_ND.mean(), "rankme": torch.special.entr(share).sum().exp()}
 
 
 # Where the tensors of the official checkpoints stand here (StoP's and I-JEPA's have the same names); the longest matching prefix counts.

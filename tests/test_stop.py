@@ -37,9 +37,9 @@ def images(count: int = 2) -> Tensor:
 
 
 def predictor_input(model: StoP, seed: int = 0, **given) -> Tensor:
-    """The sequences that the predictor's blocks are given: (2 blocks, 2 images, 6 of the context + 4 hidden, P)."""
+    """The sequences that the predictor is given: (2 blocks, 2 images, 6 of the context + 4 hidden, P)."""
     caught = []
-    hook = model.predictor.blocks.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+    hook = model.predictor.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
     torch.manual_seed(seed)
     with torch.no_grad():
         model(images(), cells=(CONTEXT, BLOCKS), **given)
@@ -96,7 +96,7 @@ def test_noise_has_the_covariance_of_the_projection_or_the_unit_one_and_is_indep
     cells = CONTEXT[:1].expand(2000, -1), BLOCKS[:, :1].expand(-1, 2000, -1)
     caught = []
     for one in (model, plain):
-        one.predictor.blocks.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+        one.predictor.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
         with torch.no_grad():
             one(images(1).expand(2000, -1, -1, -1), cells=cells)
     noise_GBTP = (caught[0] - caught[1])[:, 6:].unflatten(0, (2, 2000))
@@ -205,7 +205,7 @@ def test_the_average_has_the_official_momentum(step, momentum):
 
 def test_features_that_say_nothing_of_the_image_have_no_deviation_and_rank_one():
     collapsed = spread(torch.randn(1, 5, 16).expand(8, -1, -1))
-    assert collapsed["feature_std"] == 0 and collapsed["rankme"].item() == pytest.approx(1, abs=1e-3)
+    assert collapsed["feature_std"].item() == pytest.approx(0, abs=1e-6) and collapsed["rankme"].item() == pytest.approx(1, abs=1e-3)
 
 
 def test_rankme_counts_the_directions_of_the_mean_features():

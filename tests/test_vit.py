@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.vit import SIZES, ViT, patchify, vit
+from common.vit import SIZES, Block, ViT, patchify, vit
 from droppos.method import DropPos
 
 SMALL = {"image_size": (32, 48), "patch_size": 16, "width": 24, "depth": 2, "heads": 2}
@@ -229,3 +229,19 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 def test_images_of_another_size_are_refused(shape):
     with pytest.raises(ValueError, match=r"\(3, 32, 48\)"):
         ViT(**SMALL)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("keys", [None, 3])
+def test_a_block_in_which_the_last_tokens_alone_ask_gives_theirs_and_the_same_gradients(keys):
+    torch.manual_seed(0)
+    block, x = Block(16, 2, layer_scale=0.5), torch.randn(2, 7, 16)
+    results = []
+    for part in (lambda x: block(x, keys)[:, -4:], lambda x: block(x, keys, queries=4)):
+        block.zero_grad()
+        given = x.clone().requires_grad_()
+        y = part(given)
+        y.square().sum().backward()
+        results.append([y, given.grad, *(parameter.grad for parameter in block.parameters())])
+    assert results[1][0].shape == (2, 4, 16)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
