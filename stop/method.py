@@ -8,6 +8,7 @@ Shapes: B images, N patches, M of the context, G target blocks of T patches, D w
 """
 
 import copy
+import math
 from typing import Literal
 
 import torch
@@ -92,10 +93,9 @@ class StoP(nn.Module):
         for name, (value, *known) in (choices | {"covariance": (covariance, "tied", "fixed")}).items():
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-        if not sigma >= 0:
-            raise ValueError(f"sigma={sigma} is a standard deviation: use a number from 0 up")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum={momentum} is not a share between 0 and 1")
+        for name, value, high in ("sigma", sigma, math.inf), ("momentum", momentum, 1), ("patch_std", patch_std, math.inf):
+            if not isinstance(value, int | float) or not 0 <= value <= high:
+                raise ValueError(f"{name}={value!r} is not a number from 0 {'up' if high > 1 else 'to 1'}")
         self.mode, self.noise, self.sigma, self.covariance, self.momentum, self.step = mode, noise, sigma, covariance, momentum, 0
         ranges = {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}
         self.masks = MultiBlock(encoder.grid, sampling=masks, context_ratio=context_ratio, min_keep=min_keep, **ranges)
@@ -149,7 +149,7 @@ class StoP(nn.Module):
         told_GBTD = self.predictor(x_GBSP.flatten(0, 1), T).float().unflatten(0, (G, B))
         loss = F.smooth_l1_loss(told_GBTD, truth_GBTD)
 
-        metrics = {"context": seen_BMD.new_tensor(context_BM.shape[1]), **spread(feature_BND)}
+        metrics = {"context": feature_BND.new_tensor(context_BM.shape[1]), **spread(feature_BND)}
         named = {"context": context_BM, "cells": target_GBT, "seen": seen_BMD, "truth": truth_GBTD, "told": told_GBTD}
         return Output(loss, metrics, named)
 
