@@ -61,8 +61,8 @@ class StoP(nn.Module):
     place). noise: who gets noise, "masked" patches, the "context", "both" (Table 7), or "none": I-JEPA. sigma: its standard deviation, in
     units of encoder features. covariance: noise through the context's projection ("tied", equation 6) or straight into the predictor
     ("fixed", Figure 3). position: the predictor's, "sincos" or "learned" (Table 6). masks: "uniform" or "released", with
-    target_scale and the like as in common.masking.MultiBlock. momentum: of the target encoder at first; it rises linearly to 1. patch_std:
-    deviation of the patch embedding at first; at .02 the few numbers of a small patch vanish beside its position.
+    target_scale and the like as in common.masking.MultiBlock. momentum: of the target encoder at first; it rises linearly to 1.
+    init_std, patch_std: deviations of all matrices and of the patch embedding at first; .02 is too little for narrow ViTs or small patches.
     Raises ValueError for values that make no sense and, as MultiBlock, for a grid that is too small.
     """
 
@@ -82,6 +82,7 @@ class StoP(nn.Module):
         context_ratio: float = 0.25,
         min_keep: int = 10,
         momentum: float = 0.996,
+        init_std: float = 0.02,
         patch_std: float = 0.02,
         predictor_width: int = 384,
         predictor_depth: int = 6,
@@ -93,16 +94,16 @@ class StoP(nn.Module):
         for name, (value, *known) in (choices | {"covariance": (covariance, "tied", "fixed")}).items():
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-        for name, value, high in ("sigma", sigma, math.inf), ("momentum", momentum, 1), ("patch_std", patch_std, math.inf):
-            if not isinstance(value, int | float) or not 0 <= value <= high:
-                raise ValueError(f"{name}={value!r} is not a number from 0 {'up' if high > 1 else 'to 1'}")
+        for name, value in {"sigma": sigma, "init_std": init_std, "patch_std": patch_std, "momentum": momentum}.items():
+            if not isinstance(value, int | float) or not 0 <= value <= (1 if name == "momentum" else math.inf):
+                raise ValueError(f"{name}={value!r} is not a number from 0 {'to 1' if name == 'momentum' else 'up'}")
         self.mode, self.noise, self.sigma, self.covariance, self.momentum, self.step = mode, noise, sigma, covariance, momentum, 0
         ranges = {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}
         self.masks = MultiBlock(encoder.grid, sampling=masks, context_ratio=context_ratio, min_keep=min_keep, **ranges)
         self.context_encoder = copy.deepcopy(encoder)
         self.predictor = Predictor(encoder, predictor_width, predictor_depth, position, mask_token=mode == "paper")
-        # Truncated normal matrices of deviation .02; the official rescaling by depth is undone by a second pass over all layers.
-        initialise_layers(layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+        # Truncated normal matrices; the official rescaling by depth is undone by a second pass over all layers.
+        initialise_layers((layer for layer in self.modules() if isinstance(layer, nn.Linear)), init_std)
         initialise_layers([self.context_encoder.patch_embed.proj], patch_std)
         self.encoder = encoder.requires_grad_(False)
         self.encoder.load_state_dict(self.context_encoder.state_dict())
