@@ -12,8 +12,7 @@ from common.recipe import DEIT_CROPS, VISSL_LARS, Protocol, Recipe, Stage
 _stop = paper_module("stop")
 build, illustrate = _stop.build, _stop.illustrate
 
-# What benchmarks.speed times.
-VARIANTS = {"released masks": ()}
+VARIANTS: dict[str, tuple[str, ...]] = {}  # benchmarks.speed times I-JEPA as a variant of StoP's
 
 
 def digits() -> Recipe:
