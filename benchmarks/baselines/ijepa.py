@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from benchmarks.papers import paper_module
 from common.data import Augmentation
-from common.recipe import DEIT_CROPS, VISSL_LARS, Protocol, Recipe, Stage
+from common.recipe import VISSL_LARS, Protocol, Recipe
 
 _stop = paper_module("stop")
 build, illustrate = _stop.build, _stop.illustrate
-
 VARIANTS: dict[str, tuple[str, ...]] = {}  # benchmarks.speed times I-JEPA as a variant of StoP's
 
 
@@ -26,14 +25,17 @@ def imagenet_vitb16() -> Recipe:
 
     Published top-1: linear probe 72.9, the best of the grid (Table 1). Expected of ours: not measured yet.
     """
-    method = {"noise": "none", "masks": "released"}
-    return Recipe(("folder",), "base", 224, 16, _PRETRAIN, (_LINEAR,), method, {"class_token": False})
+    # StoP has these settings from I-JEPA, but for the rates, crops that are flipped, grey or blurred, and 64 images on a device.
+    crops = Augmentation(scale=(0.3, 1.0), interpolation="bilinear", flip=0.0)
+    stop = _stop.imagenet_vitb16()
+    pretrain = replace(stop.pretrain, base_lr=1e-3, warmup_lr=1e-4, min_lr=1e-6, device_batch=128, augmentation=crops)
+    return replace(stop, pretrain=pretrain, protocols=(_LINEAR,), method={"noise": "none", "masks": "released"}, arms={})
 
 
 def imagenet_vitl16() -> Recipe:
     """ViT-L/16, likewise, RECIPE=imagenet_vitl16. Published: linear probe 77.5, fine-tuned on 1 % of the labels 69.4 (Tables 1 and 2)."""
-    base = imagenet_vitb16()
-    return replace(base, size="large", method=base.method | {"predictor_depth": 12}, protocols=(_LINEAR, _tuned(weight_decay=0.05)))
+    base, tuned = imagenet_vitb16(), _stop.imagenet_vitl16().protocols[-1]
+    return replace(base, size="large", method=base.method | {"predictor_depth": 12}, protocols=(_LINEAR, tuned))
 
 
 def imagenet_vith14() -> Recipe:
@@ -41,9 +43,10 @@ def imagenet_vith14() -> Recipe:
 
     16 A100 of 80 GB took less than 72 hours. Warm-up and first rate are the configuration's; the appendix has 15 epochs and 1e-4.
     """
-    pretrain = replace(_PRETRAIN, epochs=300, warmup_epochs=40, warmup_lr=2e-4)
     large = imagenet_vitl16()
-    return replace(large, size="huge", patch_size=14, pretrain=pretrain, protocols=(_LINEAR, _tuned(weight_decay=0.4)))
+    pretrain = replace(large.pretrain, epochs=300, warmup_epochs=40, warmup_lr=2e-4)
+    tuned = replace(large.protocols[-1], stage=replace(large.protocols[-1].stage, weight_decay=0.4, device_batch=32))
+    return replace(large, size="huge", patch_size=14, pretrain=pretrain, protocols=(_LINEAR, tuned))
 
 
 def imagenet_vith16_448() -> Recipe:
@@ -52,27 +55,6 @@ def imagenet_vith16_448() -> Recipe:
     return replace(huge, image_size=448, patch_size=16, pretrain=replace(huge.pretrain, device_batch=16))
 
 
-def _tuned(weight_decay: float) -> Protocol:
-    """Fine-tuning on 1 % of the labels (appendix A.2)."""
-    crops = replace(DEIT_CROPS, erase=0.0)
-    stage = Stage(50, 512, 3e-5, 512, weight_decay=weight_decay, layer_decay=0.75, device_batch=32, augmentation=crops)
-    return Protocol("finetune_1pct", "finetune", stage, label_share=0.01, smoothing=0.1)
-
-
-# Rates are absolute. device_batch is a GPU's share, on which the length of the released contexts depends.
-_PRETRAIN = Stage(
-    epochs=600,
-    batch_size=2048,
-    base_lr=1e-3,
-    lr_batch=2048,
-    warmup_epochs=15,
-    warmup_lr=1e-4,
-    min_lr=1e-6,
-    weight_decay=0.04,
-    final_weight_decay=0.4,
-    device_batch=128,
-    augmentation=Augmentation(scale=(0.3, 1.0), interpolation="bilinear", flip=0.0),
-)
 # Appendix A.2: the best of the last layer and the last four, with and without batch norm, of three rates and two weight decays.
 _LINEAR = Protocol(
     "linear",
