@@ -43,8 +43,8 @@ def digits() -> Recipe:
     """scikit-learn's handwritten digits: `make reproduce PAPER=stop`. Ours; no paper has it.
 
     Enlarged to 12 px, for a grid of 6 x 6 cells: the smallest that has blocks of the papers' shares. Chosen by the experiments in
-    README.md's log. Hardware: two CPU cores, five minutes an arm. Expected, over three seeds, of I-JEPA, StoP and a random encoder: k-NN 87,
-    86, 78; linear probe of the last layer 97, 97, 94; logistic regression with 20 labels per class 92, 91, 85.
+    README.md's log. Hardware: two CPU cores, five minutes an arm. Expected, over three seeds, of I-JEPA, StoP and a random encoder:
+    k-NN 87, 86, 78; linear probe of the last layer 97, 97, 94; logistic regression with 20 labels per class 92, 91, 85.
     """
     pretrain = Stage(
         epochs=100,
