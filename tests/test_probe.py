@@ -240,7 +240,7 @@ def test_the_best_is_told_of_each_number_of_layers_and_of_all():
         ({"kind": "knn", "layers": (1, 4)}, r"kind='knn', layers=\(1, 4\) .* one number of layers"),
         ({"kind": "finetune", "layers": (4,)}, "fine-tuning reads the last layer"),
         ({"stage": None}, "kind='linear', stage=None .* give it a stage"),
-        ({"resize": 0}, "resize=0 .* from the image size up"),
+        ({"resize": -1}, "resize=-1 .* from the image size up"),
         ({"strength": 0.0}, "strength=0.0 .* above 0"),
         ({"heads": ()}, r"heads=\(\) .* at least one"),
         ({"rates": (1.0, -1.0)}, "rates=.* above 0"),
