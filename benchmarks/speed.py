@@ -87,8 +87,11 @@ class Step:
             before = torch.cuda.memory_allocated(images.device)
             self.run(images, optimizer)
             return (torch.cuda.max_memory_allocated(images.device) - before) / 1e9
-        with MemTracker() as seen:
+        frozen = [parameter.requires_grad_() for parameter in self.model.parameters() if not parameter.requires_grad]
+        with MemTracker() as seen:  # it cannot hook parameters without gradients; such a teacher runs without them in any case
             self.run(images, optimizer)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         held = {str(kind): size for kind, size in seen.get_tracker_snapshot("peak")[images.device].items()}
         return (held["Total"] - held["_MemRefType.PARAM"]) / 1e9
 

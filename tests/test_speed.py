@@ -6,6 +6,9 @@ import torch
 
 from benchmarks import measure, speed, speed_attention
 from benchmarks.speed import Step, main, make_steps
+from common.optim import make_optimizer
+from common.vit import ViT
+from stop.method import StoP
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,14 @@ def test_useful_flops_are_those_of_the_analytic_table(giga_multiply_adds):
 def test_attentive_reconstruction_costs_one_forward_of_the_whole_image(giga_multiply_adds):
     extra = giga_multiply_adds["droppos, attentive"] - giga_multiply_adds["droppos, without attentive reconstruction"]
     assert extra == pytest.approx(17.56, rel=0.01)
+
+
+def test_the_memory_of_a_step_with_a_frozen_teacher_can_be_measured_and_leaves_it_frozen():
+    encoder = ViT(image_size=224, patch_size=16, width=32, depth=1, heads=2, class_token=False)
+    model = StoP(encoder, predictor_width=16, predictor_depth=1)
+    step = Step("stop", "vit", model, lambda model, images: model(images).loss, "32-true")
+    assert step.memory(torch.zeros(2, 3, 224, 224), make_optimizer(model, speed.STAGE)) > 0
+    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
 
 
 def test_a_step_holds_at_most_what_its_largest_tensors_need():
