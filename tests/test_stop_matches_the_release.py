@@ -1,6 +1,6 @@
 """Claims about equality: what the official I-JEPA and StoP codes compute, computed here (figures under tests/golden/stop.json).
 
-`papers/stop.md` in the figures' README is their source: the official codes at ijepa 52c1ae9 and StoP 72206b3, on CPU in float32.
+They were printed by the official codes, ijepa at 52c1ae9 and StoP at 72206b3, on a CPU in float32.
 """
 
 import pytest
