@@ -263,7 +263,7 @@ class Reproduction:
             load_encoder(encoder, load_file(self.root / "pretrain" / "encoder.safetensors"), allow_missing=added)
         if start == "random":
             with torch.random.fork_rng(devices=[]):  # some methods draw the first weights of their encoder themselves
-                encoder = self.module.build(self.recipe, self.new_encoder(), self.data.classes).encoder
+                encoder = self.module.build(self.recipe, encoder, self.data.classes).encoder
         return encoder
 
     def loader(

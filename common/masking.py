@@ -153,10 +153,9 @@ class MultiBlock:
     def _sizes(self, name: str, scale: tuple[float, float], aspect: tuple[float, float]) -> list[Grid]:
         """All sizes of blocks within the ranges."""
         (H, W), slack = self.grid, 1e-9
-        shaped = [size for size in itertools.product(range(1, H + 1), range(1, W + 1)) if -slack <= size[0] * W / (size[1] * H) - aspect[0]]
-        shaped = [size for size in shaped if size[0] * W / (size[1] * H) <= aspect[1] + slack]
-        share = {size: math.prod(size) / self.cells for size in shaped}
-        found = [size for size in shaped if scale[0] - slack <= share[size] <= scale[1] + slack]
+        ratios = {(h, w): h * W / (w * H) for h, w in itertools.product(range(1, H + 1), range(1, W + 1))}
+        share = {size: math.prod(size) / self.cells for size in ratios if aspect[0] - slack <= ratios[size] <= aspect[1] + slack}
+        found = [size for size in share if scale[0] - slack <= share[size] <= scale[1] + slack]
         if not found:
             nearest = min(share, key=lambda size: max(scale[0] - share[size], share[size] - scale[1]), default=self.grid)
             fits = f"({min(scale[0], share.get(nearest, 1)):.3g}, {max(scale[1], share.get(nearest, 1)):.3g})"
