@@ -1,0 +1,1 @@
+"""MaPeT: masked and permuted pre-training of Vision Transformers (see README.md)."""
