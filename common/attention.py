@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,14 @@ from common.kernels import DTYPES, WIDTHS
 BACKENDS = ("auto", "sdpa", "flex", "triton")
 HAS_TRITON = find_spec("triton") is not None
 CHOICES_FILE = Path(__file__).parent / "kernels" / "choices.csv"
+
+
+class Window(NamedTuple):
+    """When each of T tokens looks, and when each can be seen: integers (B, T), or (1, T) where all images are alike. See `attend`."""
+
+    time: Tensor
+    visible_from: Tensor
+    visible_until: Tensor
 
 
 def attend(
@@ -41,9 +50,10 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v over the keys that each query may see.
 
-    time (B, Q), visible_from and visible_until (B, K) are integer tensors, and each may be absent: a query's time is then its
-    index, and a key is visible from the beginning or never hidden again. So `visible_from` = 0, 1, 2, ... alone is causal
-    attention, and nothing at all is attention over every key. A query that sees no key gives zeros, and zero gradients.
+    time (B, Q), visible_from and visible_until (B, K) are integer tensors, of one row where all images are alike, and each may be
+    absent: a query's time is then its index, and a key is visible from the beginning or never hidden again. So `visible_from` = 0, 1,
+    2, ... alone is causal attention, and nothing at all is attention over every key. A query that sees no key gives zeros, and zero
+    gradients.
     bias_HQK (H, Q, K) is added to the scores, and gets a gradient.
 
     Backends: "sdpa" (torch's scaled_dot_product_attention; a window becomes a mask, and only here can there be a bias), "flex"
@@ -90,16 +100,37 @@ def attend_reference(
 
 
 def _attend_sdpa(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias_HQK: Tensor | None, **window: Tensor | None) -> Tensor:
-    if q_BHQD.device.type == "cpu" and q_BHQD.dtype == torch.bfloat16 and (window or torch.is_grad_enabled()):
-        # torch's bfloat16 backward is 5 to 30 times slower than its float32 one on CPUs; casting both ways costs far less. Its forward
-        # alone is twice as fast.
+    mask = window_mask(q_BHQD, **window)
+    if q_BHQD.device.type == "cpu" and q_BHQD.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # torch's bfloat16 backward is up to 15 times slower than its float32 one on CPUs; casting costs far less.
+        if bias_HQK is None:
+            return _Bfloat16OnCPU.apply(q_BHQD, k_BHKD, v_BHKD, mask)
         with torch.autocast("cpu", enabled=False):
             return _attend_sdpa(q_BHQD.float(), k_BHKD.float(), v_BHKD.float(), bias_HQK, **window).to(q_BHQD.dtype)
-    mask = window_mask(q_BHQD, **window)
     if bias_HQK is not None:
         bias_HQK = bias_HQK.to(q_BHQD.dtype)[None]
         mask = bias_HQK if mask is None else bias_HQK.masked_fill(~mask, -math.inf)
     return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask)
+
+
+class _Bfloat16OnCPU(torch.autograd.Function):
+    """torch's attention, forward in bfloat16, which is twice as fast as float32, and backward in float32."""
+
+    @staticmethod
+    def forward(ctx, q_BHQD, k_BHKD, v_BHKD, mask):
+        bias = None if mask is None else torch.zeros(mask.shape, dtype=q_BHQD.dtype).masked_fill_(~mask, -math.inf)
+        out_BHQD, sum_BHQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHQD, k_BHKD, v_BHKD, attn_mask=bias)
+        ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD, out_BHQD, sum_BHQ, bias)
+        return out_BHQD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, outer_BHQD):
+        *tensors, bias = ctx.saved_tensors
+        bias = None if bias is None else bias.float()
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradients = backward(outer_BHQD.float(), *(tensor.float() for tensor in tensors), 0.0, False, attn_mask=bias)
+        return *(gradient.to(outer_BHQD.dtype) for gradient in gradients), None
 
 
 def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tensor | None) -> Tensor:
@@ -111,11 +142,17 @@ def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tenso
         q_BHQD, k_BHKD, v_BHKD = q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach()
         make_mask, flex = create_block_mask, flex_attention
 
+    (B, _, Q, _), K = q_BHQD.shape, k_BHKD.shape[2]
+    given = [x for x in window.values() if x is not None]
+    if all(len(x) == 1 for x in given):
+        B = 1  # one mask for all images
+    else:
+        window = {name: None if x is None else x.expand(B, -1) for name, x in window.items()}
+
     def visible(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         now = query if window["time"] is None else window["time"][image, query]
         return _within(now, *(None if x is None else x[image, key] for x in (window["visible_from"], window["visible_until"])))
 
-    (B, _, Q, _), K = q_BHQD.shape, k_BHKD.shape[2]
     blocks = make_mask(visible, B, None, Q, K, device=q_BHQD.device) if window else None
     return flex(q_BHQD, k_BHKD, v_BHKD, block_mask=blocks)
 
@@ -131,7 +168,8 @@ def _attend_triton(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Ten
         raise ImportError("the triton backend needs Triton; install the extra: pip install -e '.[gpu]'")
     from common.kernels.window_attention import window_attention  # imports triton, which not every machine has
 
-    return window_attention(q_BHQD, k_BHKD, v_BHKD, **window)
+    rows = {name: None if x is None else x.expand(len(q_BHQD), -1) for name, x in window.items()}
+    return window_attention(q_BHQD, k_BHKD, v_BHKD, **rows)
 
 
 def _read_choices(file: Path) -> dict[tuple[str, bool], dict[tuple[int, ...], str]]:
@@ -196,6 +234,9 @@ def _check_fit(q: Tensor, k: Tensor, v: Tensor, time: Tensor | None, begin: Tens
         ("visible_until", end, (B, K), integers),
         ("bias_HQK", bias, (H, Q, K), (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
     ):
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != q.device):
+        if tensor is None:
+            continue
+        fits = tuple(tensor.shape) == shape or (name != "bias_HQK" and tuple(tensor.shape) == (1, *shape[1:]))
+        if not fits or tensor.dtype not in dtypes or tensor.device != q.device:
             wanted = f"a tensor of shape {shape} on {q.device}, {', '.join(str(dtype)[6:] for dtype in dtypes)}"
             raise ValueError(f"{name} must be {wanted}; got {tuple(tensor.shape)} on {tensor.device}, {tensor.dtype}")

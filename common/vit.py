@@ -12,7 +12,7 @@ from timm.layers import DropPath, LayerScale, Mlp, RelPosBias
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.attention import attend
+from common.attention import Window, attend
 from common.masking import gather_tokens
 from common.positions import Grid, sincos_2d
 
@@ -56,8 +56,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.rel_pos = relative
 
-    def forward(self, x_BTD: Tensor, keys: int | None = None, queries: int | None = None) -> Tensor:
-        """The last `queries` tokens, or all, ask the first `keys` tokens, or all. Nothing is computed for others: (B, queries, D)."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        keys: int | None = None,
+        queries: int | None = None,
+        window: Window | None = None,
+        scale: nn.Module | None = None,
+    ) -> Tensor:
+        """The last `queries` tokens, or all, ask the first `keys` tokens, or all. Nothing is computed for others: (B, queries, D).
+
+        A `window` says for all tokens which of these keys each sees; `scale` is a LayerScale. Raises ValueError, as attend does, where
+        the window does not fit.
+        """
         B, T, D = x_BTD.shape
         keys, queries = keys or T, queries or T
         if keys == queries == T:
@@ -69,7 +80,9 @@ class Attention(nn.Module):
             q = q_BQD.view(B, queries, self.heads, D // self.heads).transpose(1, 2)
             k, v = kv_BKD.view(B, keys, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if self.rel_pos is None else self.rel_pos.get_bias()[0]
-        return self.proj(attend(q, k, v, bias_HQK=bias).transpose(1, 2).reshape(B, queries, D))
+        seen = {} if window is None else {"time": window.time[:, -queries:]}
+        seen |= {} if window is None else {"visible_from": window.visible_from[:, :keys], "visible_until": window.visible_until[:, :keys]}
+        return _scaled(self.proj, scale, attend(q, k, v, bias_HQK=bias, **seen).transpose(1, 2).reshape(B, queries, D))
 
 
 class Block(nn.Module):
@@ -95,16 +108,24 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x_BTD: Tensor, keys: int | None = None, queries: int | None = None) -> Tensor:
-        """`keys` and `queries` as in Attention; the tokens that ask come out."""
+    def forward(self, x_BTD: Tensor, keys: int | None = None, queries: int | None = None, window: Window | None = None) -> Tensor:
+        """`keys`, `queries` and `window` as in Attention; the tokens that ask come out."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_BTD, keys, queries, use_reentrant=False)
-        return self._forward(x_BTD, keys, queries)
+            return checkpoint(self._forward, x_BTD, keys, queries, window, use_reentrant=False)
+        return self._forward(x_BTD, keys, queries, window)
 
-    def _forward(self, x_BTD: Tensor, keys: int | None, queries: int | None) -> Tensor:
+    def _forward(self, x_BTD: Tensor, keys: int | None, queries: int | None, window: Window | None) -> Tensor:
         asking_BQD = x_BTD[:, -(queries or 0) :]
-        asking_BQD = asking_BQD + self.drop_path(self.ls1(self.attn(self.norm1(x_BTD), keys, queries)))
-        return asking_BQD + self.drop_path(self.ls2(self.mlp(self.norm2(asking_BQD))))
+        asking_BQD = asking_BQD + self.drop_path(self.attn(self.norm1(x_BTD), keys, queries, window, self.ls1))
+        hidden_BQD = self.mlp.act(self.mlp.fc1(self.norm2(asking_BQD)))
+        return asking_BQD + self.drop_path(_scaled(self.mlp.fc2, self.ls2, hidden_BQD))
+
+
+def _scaled(layer: nn.Linear, scale: nn.Module | None, x_BTD: Tensor) -> Tensor:
+    """A LayerScale (or none) after a linear layer. It goes into the weights, which are fewer numbers than the tokens."""
+    if not isinstance(scale, LayerScale):
+        return layer(x_BTD)
+    return F.linear(x_BTD, scale.gamma[:, None] * layer.weight, scale.gamma * layer.bias)
 
 
 class ViT(nn.Module):

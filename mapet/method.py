@@ -1,0 +1,119 @@
+"""MaPeT (Baraldi et al., arXiv 2306.07346): masked and permuted pre-training, in the order of the paper's figure of the method.
+
+The patches of an image are put in a random order. The first are seen; the tokens (ids of a tokenizer's vocabulary) of the others are
+predicted one after the other, each from the seen patches, from those that came before it and, instead of those that come after, from
+placeholders that tell where these are. So every prediction knows all positions, and is made from what the others hide from each other.
+
+Two streams share all weights. The content stream knows the patches; the query stream knows only where the patch is that it predicts.
+
+Shapes: B images, N patches, C content tokens (the class token, then patches), P placeholders, Q predicted patches, D width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from common.attention import Window
+from common.heads import TokenHead, initialise_layers
+from common.masking import gather_tokens, random_order
+from common.method import Output
+from common.vit import ViT
+
+
+def visibility(tokens: int, context: int, last: int) -> Window:
+    """Who sees whom, where N + 1 = `tokens` have ranks 0 (the class token), 1, 2, ... and those of rank `context` to `last` are predicted.
+
+    Of one row, for the content tokens of rank 0 to last - 1, the placeholders of rank `context` to N, and the query tokens, which ask and
+    are not asked. With e = max(rank, context - 1), a content token is visible from time e on, a placeholder before time e. Content tokens
+    look at time e, placeholders at context - 1, query tokens at rank - 1. So each sees every position once, as content or as placeholder.
+    """
+    rank = torch.arange(tokens)
+    content, hidden, asked = rank[:last].clamp(min=context - 1), rank[context:], rank[context : last + 1]
+    time = torch.cat([content, torch.full_like(hidden, context - 1), asked - 1])
+    visible_from = torch.cat([content, torch.zeros_like(hidden)])
+    visible_until = torch.cat([torch.full_like(content, tokens), hidden])
+    return Window(*(row.int()[None] for row in (time, visible_from, visible_until)))
+
+
+class MaPeT(nn.Module):
+    """Masked and permuted pre-training of a ViT with a class token and positions.
+
+    context: tokens that are always seen, the class token among them (the official `least_number`: 50 of 197). target_limit: the highest
+    rank that is predicted (official `upper_limit`), by default that of the last patch. vocabulary: how many tokens the tokenizer has.
+    init_std: deviation of all matrices at first.
+    Raises ValueError for an encoder without class token or positions and for numbers that leave nothing to see or to predict.
+    """
+
+    def __init__(
+        self, encoder: ViT, *, context: int = 50, target_limit: int | None = None, vocabulary: int = 8192, init_std: float = 0.02
+    ):
+        super().__init__()
+        if encoder.cls_token is None or encoder.pos_embed is None:
+            raise ValueError("MaPeT has a class token, and placeholders that tell positions: the encoder needs class_token and positions")
+        patches = encoder.grid[0] * encoder.grid[1]
+        last = patches if target_limit is None else target_limit
+        if not 0 < context <= patches:
+            raise ValueError(
+                f"context={context}: it counts the class token and the patches that are seen, of {patches} patches: give 1 to {patches}, "
+                "so that at least one patch remains to be predicted"
+            )
+        if not context <= last <= patches:
+            raise ValueError(f"target_limit={last} is the highest rank that is predicted: give {context} (the context) to {patches}")
+        if vocabulary < 2:
+            raise ValueError(f"vocabulary={vocabulary}: a choice among tokens takes at least 2")
+        self.encoder, self.context, self.last, self.vocabulary = encoder, context, last, vocabulary
+        self.placeholder = nn.Parameter(torch.empty(1, 1, encoder.width))
+        self.head = TokenHead(encoder.width, vocabulary)
+        for name, row in visibility(patches + 1, context, last)._asdict().items():
+            self.register_buffer(name, row, persistent=False)
+        # The official initialisation. The patch convolution keeps torch's.
+        initialise_layers((layer for layer in self.modules() if isinstance(layer, nn.Linear)), init_std)
+        encoder.patch_embed.proj.reset_parameters()
+        nn.init.normal_(encoder.cls_token, std=1e-6)
+        for parameter in (self.placeholder, encoder.pos_embed):
+            if isinstance(parameter, nn.Parameter):  # positions may be fixed
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, images: Tensor, targets: Tensor | None = None, *, order: Tensor | None = None) -> Output:
+        """images (B, C, H, W) and the token of each patch, targets (B, N) integer in row-major order, to the loss.
+
+        order: the patches in the order in which they are seen and predicted (B, N), in place of a drawn one.
+        Raises ValueError where there is not one token for each patch.
+        """
+        encoder, patches = self.encoder, self.encoder.grid[0] * self.encoder.grid[1]
+        if targets is None or targets.shape != (len(images), patches):
+            found = "none" if targets is None else f"targets {tuple(targets.shape)}"
+            raise ValueError(f"MaPeT predicts one token for each of {patches} patches, ({len(images)}, {patches}); got {found}")
+
+        # Permutation: the class token comes first (rank 0), then the patches. Tokens are laid out by rank, so one window fits all images.
+        order_BN = random_order(torch.rand(targets.shape, device=images.device)) if order is None else order
+        seen_BC, hidden_BP, asked_BQ = order_BN[:, : self.last - 1], order_BN[:, self.context - 1 :], order_BN[:, self.context - 1 : self.last]
+
+        # Content stream: the class token and the patches, of which the last has nobody to see it, then placeholders where patches are
+        # hidden. Query stream: the same placeholders, for what is predicted.
+        position_1ND = encoder.patch_positions
+        class_B1D = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(images), -1, -1)
+        patch_BCD = encoder.embed(images, seen_BC) + gather_tokens(position_1ND, seen_BC)
+        hidden_BPD = self.placeholder + gather_tokens(position_1ND, hidden_BP)
+        x_BTD = torch.cat([class_B1D, patch_BCD, hidden_BPD, hidden_BPD[:, : asked_BQ.shape[1]]], dim=1)
+
+        # Blocks: both streams ask the content stream; weights and drop-path's draw are theirs in common. Of the last block only the
+        # query stream is wanted.
+        window, asked = Window(self.time, self.visible_from, self.visible_until), asked_BQ.shape[1]
+        *blocks, last = encoder.blocks
+        for block in blocks:
+            x_BTD = block(x_BTD, keys=x_BTD.shape[1] - asked, window=window)
+        x_BQD = last(x_BTD, keys=x_BTD.shape[1] - asked, queries=asked, window=window)
+
+        # Loss: which token each predicted patch has.
+        feature_BQD = encoder.norm(x_BQD)
+        loss, right = self.head.loss(feature_BQD.flatten(0, 1), targets.gather(1, asked_BQ).flatten().long())
+        named = {"features": feature_BQD, "cells": asked_BQ, "context": order_BN[:, : self.context - 1]}
+        return Output(loss, {"token_top1": 100 * right}, named)
+
+    def no_weight_decay(self) -> set[str]:
+        """Positions and the class token; the placeholder is decayed, as in the official code."""
+        return {"encoder.pos_embed", "encoder.cls_token"}
+
+
+# Where the tensors of the official checkpoints stand here, once their q and kv are fused; the longest matching prefix counts.
+OFFICIAL_NAMES = {"": "encoder.", "mask_positional_token": "placeholder", "decoder.": "head."}
