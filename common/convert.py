@@ -1,11 +1,13 @@
 """Checkpoints of official codes and of timm to modules here, with a report of what was covered.
 
 timm's names are this project's names, so `encoder.state_dict()` goes into timm.create_model as it is. What differs
-elsewhere: a container around the tensors, a `module.` prefix, a class token or none, another grid, a decoder's names.
+elsewhere: a container around the tensors, a `module.` prefix, a class token or none, another grid, a decoder's names, queries apart
+from keys and values.
 """
 
 import argparse
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -83,9 +85,30 @@ def rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> State:
     return {renamed(name.removeprefix("module.")): tensor for name, tensor in state.items()}
 
 
+def fuse_qkv(state: Mapping[str, Tensor]) -> State:
+    """The tensors, with `attn.q` (D rows) and `attn.kv` (2 D rows: keys, then values) of MaPeT's official code as one `attn.qkv`.
+
+    Weights and biases alike; all else stays. Raises ConversionError for one of the two without the other, by name.
+    """
+    fused = {}
+    for name, tensor in state.items():
+        apart = re.fullmatch(r"((?:.*\.)?attn\.)(q|kv)(\.\w+)", name)
+        if apart is None:
+            fused[name] = tensor
+            continue
+        stem, part, kind = apart.groups()
+        other = state.get(name_of_other := f"{stem}{'kv' if part == 'q' else 'q'}{kind}")
+        q, kv = (tensor, other) if part == "q" else (other, tensor)
+        if other is None or kv.shape != (2 * q.shape[0], *q.shape[1:]):
+            fault = "is missing" if other is None else f"is {tuple(other.shape)}"
+            raise ConversionError(f"{name} {tuple(tensor.shape)} goes with {name_of_other}, which {fault}: take a whole checkpoint")
+        fused[f"{stem}qkv{kind}"] = torch.cat([q, kv])
+    return fused
+
+
 def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Sequence[str] = ()) -> Coverage:
-    """Load an encoder from names of timm, MAE or DropPos, or from a method of this project (`encoder.` prefix). Of I-JEPA and StoP it
-    is the target encoder, which their papers evaluate.
+    """Load an encoder from names of timm, MAE, DropPos or MaPeT, or from a method of this project (`encoder.` prefix). Of I-JEPA and StoP
+    it is the target encoder, which their papers evaluate.
 
     The position embedding is resized to the encoder's grid, and a class token that the encoder lacks is left out with its
     position. Decoders, heads and mask tokens are reported as unexpected.
@@ -98,7 +121,7 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
             raise ConversionError(
                 "this is a checkpoint of I-JEPA or StoP without a target_encoder, by which they are judged; take a whole one"
             )
-    state = rename(state, {"encoder.": ""})
+    state = fuse_qkv(rename(state, {"encoder.": ""}))
     wanted = encoder.state_dict()
     found = {name: tensor for name, tensor in state.items() if name in wanted}
     reshaped = []
@@ -120,10 +143,10 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
 def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mapping[str, str], unused: Sequence[str] = ()) -> Coverage:
     """Load a whole method from its official names, of which those in `unused` are known to mean nothing.
 
-    Raises ConversionError unless every other tensor finds its place.
+    `prefixes` are of names after fuse_qkv. Raises ConversionError unless every other tensor finds its place.
     """
     state = {name: tensor for name, tensor in state.items() if name.removeprefix("module.") not in unused}
-    state, wanted = rename(state, prefixes), method.state_dict()
+    state, wanted = rename(fuse_qkv(state), prefixes), method.state_dict()
     coverage = _coverage(state, wanted)
     wrong = [name for name in coverage.loaded if state[name].shape != wanted[name].shape]
     if coverage.missing or coverage.unexpected or wrong:

@@ -43,8 +43,9 @@ class Schedule:
     """The learning rate and the weight decay of each step, set by `step_update(step)`. They depend on the step alone: nothing to save.
 
     lr(t) = lr0 + (lr - lr0) t / w for t < w, the steps of warm-up: at most half, so that a run shortened for a try still comes down. Then
-    min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, where T is all steps, or with `drops` a tenth after each of them. Likewise
-    the weight decay, from its value to the final one, over all steps. From `freeze_epoch` on t stands still.
+    min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, where T is the steps of `epochs`, or with `drops` a tenth after each of them;
+    with `cosine_from_start`, timm's default, t / T in place of (t - w) / (T - w). Likewise the weight decay, from its value to
+    the final one, over T. From `freeze_epoch`, or else from T on, t stands still: that is the cool-down.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoch: int):
@@ -56,7 +57,8 @@ class Schedule:
         if stage.drops:  # timm's drops come a step early
             self.rate = MultiStepLRScheduler(optimizer, [epoch * steps_per_epoch + 1 for epoch in stage.drops], 0.1, **common)
         else:
-            self.rate = CosineLRScheduler(optimizer, self.total - warmup, lr_min=stage.min_lr, warmup_prefix=True, **common)
+            start = 0 if stage.cosine_from_start else warmup
+            self.rate = CosineLRScheduler(optimizer, self.total - start, lr_min=stage.min_lr, warmup_prefix=start > 0, **common)
 
     def step_update(self, step: int) -> None:
         step = min(step, self.last)

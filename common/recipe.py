@@ -38,11 +38,13 @@ class Stage:
     warmup_epochs: float = 0.0  # linear warm-up
     warmup_lr: float = 0.0  # where it starts
     min_lr: float = 0.0  # where the half-cosine ends
+    cooldown_epochs: int = 0  # more passes after `epochs`, in which rate and weight decay stay where they ended
+    cosine_from_start: bool = False  # the half-cosine counts from step 0, warm-up in place of its beginning; else from the warm-up's end
     drops: tuple[int, ...] = ()  # epochs after which the rate falls to a tenth, in place of the half-cosine
     optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's; LARS and SGD (Nesterov's) take the first as their momentum
     weight_decay: float = 0.05  # not on biases and one-dimensional parameters
-    final_weight_decay: float | None = None  # to which it goes by half a cosine over all epochs; None: it stays
+    final_weight_decay: float | None = None  # to which it goes by half a cosine over `epochs`; None: it stays
     freeze_epoch: float | None = None  # after which rate and weight decay stay as they are
     layer_decay: float | None = None  # factor on the learning rate per layer below the head
     clip_norm: float | None = None  # global gradient norm

@@ -104,7 +104,7 @@ def fit(
     compile: bool = False,
     checkpoint_seconds: float = 20.0,
 ) -> tuple[nn.Module, float]:
-    """Train a method (see common/method.py); return it, or its average where the stage asks for one, and the hours it took.
+    """Train a method (see common/method.py), cool-down and all; return it, or its average where the stage asks for one, and the hours.
 
     `loader` yields micro-batches of `device_batch(stage, world size)` images. Goes on from run.checkpoint where there is one,
     and saves no more often than every `checkpoint_seconds`.
@@ -113,7 +113,7 @@ def fit(
     rank, world = fabric.global_rank, fabric.world_size
     accumulate = stage.batch_size // (world * device_batch(stage, world))
     steps_per_epoch = len(loader) // accumulate
-    total = stage.epochs * steps_per_epoch
+    total = (stage.epochs + stage.cooldown_epochs) * steps_per_epoch
     at_step, after_step = (getattr(model, name, lambda step, total: None) for name in ("at_step", "after_step"))
     optimizer = make_optimizer(model, stage)
     schedule = Schedule(optimizer, stage, steps_per_epoch)

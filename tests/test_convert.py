@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.checkpoint import export_encoder
-from common.convert import ConversionError, load_encoder, load_method, read_checkpoint, rename
+from common.convert import ConversionError, fuse_qkv, load_encoder, load_method, read_checkpoint, rename
 from common.vit import ViT, vit
 from droppos.method import OFFICIAL_NAMES, DropPos
 
@@ -127,6 +127,62 @@ def test_a_checkpoint_of_a_method_of_this_project_fills_an_encoder():
     coverage = load_encoder(ours, source.state_dict())
     assert same(ours.state_dict(), source.encoder.state_dict())
     assert all(name.startswith(("decoder.", "dropped_position")) for name in coverage.unexpected)
+
+
+# ---- queries apart from keys and values
+
+
+def parted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As MaPeT's official code has it: of each qkv the first third as q, the others as kv."""
+    found = {}
+    for name, tensor in state.items():
+        q, k, v = tensor.chunk(3) if ".attn.qkv." in name else (None, None, None)
+        found |= {name: tensor} if q is None else {name.replace("qkv", "q"): q, name.replace("qkv", "kv"): torch.cat([k, v])}
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "encoder."])
+def test_an_encoder_with_queries_apart_from_keys_and_values_is_loaded_whole(prefix):
+    source, ours = encoder(seed=1), encoder()
+    official = {f"{prefix}{name}": tensor for name, tensor in parted(source.state_dict()).items()}
+    assert len(official) == len(ours.state_dict()) + 2 * 2  # blocks, weights and biases
+    coverage = load_encoder(ours, official)
+    assert same(ours.state_dict(), source.state_dict())
+    assert set(coverage.loaded) == set(ours.state_dict()) and coverage.missing == coverage.unexpected == coverage.reshaped == ()
+
+
+def test_a_method_with_queries_apart_from_keys_and_values_is_loaded_whole():
+    source, ours = droppos(seed=1), droppos(seed=2)
+    official = parted(rename(source.state_dict(), TO_OFFICIAL))
+    assert "decoder_blocks.0.attn.kv.weight" in official
+    coverage = load_method(ours, official, OFFICIAL_NAMES)
+    assert same(ours.state_dict(), source.state_dict()) and set(coverage.loaded) == set(ours.state_dict())
+
+
+def test_fused_rows_are_queries_keys_values_whatever_the_order_in_the_file():
+    q, kv = torch.zeros(2, 2), torch.tensor([[1.0, 1], [1, 1], [2, 2], [2, 2]])
+    for state in ({"attn.q.weight": q, "attn.kv.weight": kv}, {"attn.kv.weight": kv, "attn.q.weight": q}):
+        assert fuse_qkv(state)["attn.qkv.weight"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_other_tensors_pass_as_they_are():
+    names = ["blocks.0.attn.qkv.weight", "attn_pool.q.weight", "attn_pool.kv.weight", "cross_attn.q.bias", "attn.q_norm.weight", "q.weight"]
+    state = {name: torch.zeros(1) for name in names}
+    fused = fuse_qkv(state)
+    assert list(fused) == names and all(fused[name] is state[name] for name in names)
+
+
+@pytest.mark.parametrize(("lost", "left"), [("q", "kv"), ("kv", "q")])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_queries_without_keys_and_values_are_refused_by_name(lost, left, kind):
+    state, ours = parted(copied(encoder(seed=1))), encoder()
+    before, lost, left = copied(ours), f"blocks.1.attn.{lost}.{kind}", f"blocks.1.attn.{left}.{kind}"
+    whole = state.pop(lost)
+    with pytest.raises(ConversionError, match=rf"^{left} .* goes with {lost}, which is missing"):
+        load_encoder(ours, state)
+    with pytest.raises(ConversionError, match=rf"{lost}.* is \((15|31)"):
+        load_encoder(ours, {left: state.pop(left), lost: whole[1:], **state})
+    assert same(ours.state_dict(), before)
 
 
 # ---- class token and grid

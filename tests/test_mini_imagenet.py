@@ -44,7 +44,7 @@ def test_sixty_thousand_images_are_divided_five_to_one_in_each_class(tmp_path, m
     names = tuple(f"n{number:08d}" for number in range(100))
     paths = [str(tmp_path / "mini-imagenet" / name / f"{name}{i:08d}.jpg") for name in names for i in range(600)]
     whole = Split(torch.arange(100).repeat_interleave(600), paths=paths, class_names=names)
-    monkeypatch.setattr(sets, "_scan", lambda folder, skip_corrupt: whole)
+    monkeypatch.setattr(sets, "scan_folder", lambda folder, skip_corrupt: whole)
     data = mini(tmp_path)
     assert torch.bincount(data.train.labels).tolist() == [500] * 100 and torch.bincount(data.val.labels).tolist() == [100] * 100
     assert sorted(data.train.paths + data.val.paths) == paths

@@ -171,6 +171,43 @@ def test_with_drops_the_rate_is_a_tenth_after_each_and_nothing_in_between():
     assert rates(vissl, epochs) == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
 
 
+# MaPeT's fine-tuning of ViT-B: the sheet's rates, which timm's scheduler gave in the official configuration, without layer decay.
+MAPET = Stage(
+    100, 1024, 5e-4, 1024, warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-6, cooldown_epochs=10, cosine_from_start=True, final_weight_decay=0.4
+)
+
+
+def test_mapets_fine_tuning_has_the_official_rates():
+    official = {0: 1e-6, 1: 2.595e-5, 10: 2.505e-4, 19: 4.7505e-4, 20: 4.5235e-4, 50: 2.505e-4, 99: 1.123e-6}
+    assert rates(MAPET, list(official)) == pytest.approx(list(official.values()), rel=2e-4)  # as printed
+
+
+def test_a_half_cosine_from_the_first_step_is_one_without_warm_up_once_that_is_over():
+    cold = replace(MAPET, warmup_epochs=0)
+    assert rates(MAPET, [20, 33.3, 99.9]) == rates(cold, [20, 33.3, 99.9])
+    assert rates(replace(MAPET, cosine_from_start=False), [20]) == [5e-4]
+
+
+@pytest.mark.parametrize("cosine_from_start", [True, False])
+def test_in_the_cool_down_the_rate_and_the_weight_decay_stay_where_they_ended(cosine_from_start):
+    stage, layer = replace(MAPET, cosine_from_start=cosine_from_start), nn.Linear(2, 2)
+    optimizer = make_optimizer(layer, stage)
+    schedule = Schedule(optimizer, stage, PER_EPOCH)
+    seen = []
+    for step in (999, 1000, 1001, 1050, 1099):
+        schedule.step_update(step)
+        seen.append([names(layer, optimizer)["weight"][name] for name in ("lr", "weight_decay")])
+    assert seen[0][0] > 1e-6 and seen[0][1] < 0.4
+    assert seen[1:] == [pytest.approx([1e-6, 0.4], rel=1e-12)] * 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"cosine_from_start": False}, {"warmup_epochs": 0}, {"drops": (30, 60)}])
+def test_a_cool_down_changes_nothing_before_it(changes):
+    cooled = replace(MAPET, **changes)
+    epochs = [epoch / 2 for epoch in range(201)]
+    assert rates(cooled, epochs) == rates(replace(cooled, cooldown_epochs=0), epochs)
+
+
 # ---- one step
 
 

@@ -43,6 +43,20 @@ def test_schedules_of_the_method_are_told_every_step(tmp_path):
     assert model.at == [(step, 6) for step in range(6)]
 
 
+def test_a_cool_down_adds_its_epochs_at_the_lowest_rate(tmp_path):
+    class Rating(Tiny):
+        def at_step(self, step: int, total_steps: int) -> None:
+            super().at_step(step, total_steps)
+            self.weight = self.layer.weight.detach().clone()
+
+    model, stage = Rating(), dataclasses.replace(STAGE, cooldown_epochs=2)
+    run, trained = train(tmp_path, model, stage)
+    assert model.at == [(step, 12) for step in range(12)]  # three steps an epoch
+    assert [(line["epoch"], line["lr"] > 0) for line in lines(run)] == [(1.0, True), (2.0, True), (3.0, False), (4.0, False)]
+    assert trained.at[-1] == (11, 12)  # what comes out is told where the whole run ended
+    assert torch.equal(trained.layer.weight, model.weight)  # nothing moves at a rate of 0, so this is the end of the half-cosine
+
+
 def test_an_average_of_the_weights_is_what_comes_out_where_the_stage_asks_for_one(tmp_path):
     plain = Tiny()
     train(tmp_path / "plain", plain)

@@ -231,7 +231,7 @@ def _tiny_imagenet(folder: Path, skip_corrupt: bool) -> Data:
         missing = annotations if (folder / "train").is_dir() else folder / "train"
         url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
         raise DataError(f"{missing} not found: download {url} and unpack it so that {folder} holds train/ and val/val_annotations.txt")
-    train = _scan(folder / "train", skip_corrupt)
+    train = scan_folder(folder / "train", skip_corrupt)
     number = {name: i for i, name in enumerate(train.class_names)}
     paths, labels = [], []
     for line in annotations.read_text().splitlines():
@@ -248,7 +248,7 @@ def _mini_imagenet(folder: Path, file: Path, skip_corrupt: bool) -> Data:
     if not folder.is_dir():
         layout = f"{MINI_CLASSES} folders of {MINI_IMAGES} images, one for each class"
         raise DataError(f"{folder} not found: put Mini-ImageNet there as {folder / '<class>' / '*.jpg'}, {layout}")
-    whole = _scan(folder, skip_corrupt)
+    whole = scan_folder(folder, skip_corrupt)
     counts = dict(zip(whole.class_names, torch.bincount(whole.labels).tolist(), strict=True))
     odd = [f"{count} images in {name}" for name, count in counts.items() if count != MINI_IMAGES]
     if len(counts) != MINI_CLASSES or odd:
@@ -306,7 +306,7 @@ def _folder(folder: Path, skip_corrupt: bool) -> Data:
         entries = sorted(entry.name for entry in folder.iterdir())
         found = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
         raise DataError(f"{folder} lacks {missing}; found: {found or 'nothing'}. It needs train/ and val/, each with one folder per class")
-    train, val = _scan(folder / "train", skip_corrupt), _scan(held_out, skip_corrupt)
+    train, val = scan_folder(folder / "train", skip_corrupt), scan_folder(held_out, skip_corrupt)
     if train.class_names != val.class_names:
         odd = sorted(set(train.class_names) ^ set(val.class_names))
         raise DataError(
@@ -316,7 +316,11 @@ def _folder(folder: Path, skip_corrupt: bool) -> Data:
     return Data(folder.resolve().name, len(train.class_names), 3, None, IMAGENET_MEAN, IMAGENET_STD, train, val)
 
 
-def _scan(folder: Path, skip_corrupt: bool) -> Split:
+def scan_folder(folder: Path, skip_corrupt: bool) -> Split:
+    """The images of a folder that holds one folder per class, classes in the order of their names; `skip_corrupt` as in Split.
+
+    Raises DataError where there are no class folders, or one holds no images.
+    """
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder} holds no class folders: put the images of each class into a folder of its own there")

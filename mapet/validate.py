@@ -1,0 +1,150 @@
+"""The top-1 and top-5 of a classifier that MaPeT's authors released.
+
+python -m mapet.validate /datasets/imagenet --checkpoint vit_standard_base_patch16_224_KCLIP.tar
+
+They released six ViTs, fine-tuned on ImageNet-1k: vit_standard_{tiny,small,base}_patch16_224_{KCLIP,VQKD}.tar, torch files in spite of
+the name. Neither they nor the pages about them could be downloaded, so what they hold is taken from the official code: it is what timm's
+CheckpointSaver writes, of which state_dict is read, and its tensors tell what the network is like. Images are seen as the official
+validate.py shows them: the short side resized to 1 / 0.9 of the image size (248 for 224 pixels), bicubic, and the centre cut out. The
+long side is rounded to whole pixels, where torchvision drops the fraction: in many images the centre then lies a pixel aside.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from torch import nn
+
+from common.convert import ConversionError, Coverage, State, load_method, read_checkpoint
+from common.data import Data, DataError, Loader
+from common.data.sets import IMAGENET_MEAN, IMAGENET_STD, scan_folder
+from common.evaluate import Classifier, accuracy
+from common.recipe import Protocol
+from common.results import device_name
+from common.run import RunError, console
+from common.train import make_fabric
+from common.vit import SIZES, vit
+
+RELEASED = {SIZES[size][0]: size for size in ("tiny", "small", "base")}  # by width
+TOLD_BY = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3, "blocks.0.attn.q.weight": 2, "head.weight": 2}  # dimensions
+CROP = 0.9  # share of the resized short side that is seen, in the official validate.py whatever its command line says
+PROGRESS_SECONDS = 20.0  # between two lines about how far it is
+
+
+@dataclass
+class Options:
+    """What to evaluate, on what, and where."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A folder with one folder of images per class, or one whose val/ is such a folder; the order of their names is the head's."""
+    checkpoint: Path
+    """One of the six released files."""
+    batch_size: int = 256
+    """Images given to a device at once."""
+    workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Processes that decode images, per device; by default one per core, at most 8."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    precision: Literal["auto", "bf16-mixed", "32-true"] = "32-true"
+    """auto is bf16-mixed where the hardware computes it, else 32-true."""
+    skip_corrupt: bool = False
+    """Put the next readable image in the place of one that is not, instead of stopping."""
+
+
+def build_classifier(state: State) -> Classifier:
+    """The network that the official tensors are of, with weights of its own. Raises ConversionError where it is not one of the released."""
+    if "mask_positional_token" in state or "decoder.weight" in state:
+        raise ConversionError(
+            "this is a pre-training checkpoint: it has mask_positional_token or decoder, and no classifier that could be evaluated. "
+            "Give it to benchmarks.reproduce as --encoder, which fine-tunes it, or take one of the released vit_standard_* files"
+        )
+    lacking = [name for name, dimensions in TOLD_BY.items() if name not in state or state[name].ndim != dimensions]
+    pools = [pool for name, pool in {"fc_norm.weight": "mean", "norm.weight": "class"}.items() if name in state]
+    if lacking or len(pools) != 1:
+        lacks = f"lacks {', '.join(lacking)}" if lacking else f"has {'both' if pools else 'neither'} of fc_norm and norm"
+        raise ConversionError(f"this is none of MaPeT's classifiers, as it {lacks}; take one of the released vit_standard_* files")
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    cells = state["pos_embed"].shape[1] - 1  # but for the class token
+    if width not in RELEASED or channels != 3 or cells < 1 or isqrt(cells) ** 2 != cells:
+        fault = f"this classifier has width {width}, {channels} channels and {cells} patches"
+        raise ConversionError(f"{fault}; the released ones have width 192 (tiny), 384 (small) or 768 (base), 3 channels, 14 x 14 patches")
+    scale = 0.1 if "blocks.0.ls1.gamma" in state else None  # the file has the value
+    encoder = vit(RELEASED[width], image_size=isqrt(cells) * patch, patch_size=patch, position="learned", layer_scale=scale)
+    return Classifier(encoder, len(state["head.weight"]), Protocol("validate", "knn", pool=pools[0]))  # a kind that trains nothing
+
+
+def load_classifier(path: Path) -> tuple[Classifier, Coverage, int]:
+    """A released classifier, what was loaded, and how many tensors its file has. Raises ConversionError for any other file."""
+    state = read_checkpoint(path)
+    try:
+        model = build_classifier(state)
+        return model, load_method(model, state, {"": "encoder.", "fc_norm.": "fc_norm.", "head.": "head."}), len(state)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from None
+
+
+def open_images(path: Path, classes: int, skip_corrupt: bool) -> Data:
+    """The images to evaluate on, as `val`. Raises DataError unless there is one folder of images for each class."""
+    folder = path / "val" if (path / "val").is_dir() else path
+    if not folder.is_dir():
+        raise DataError(f"{path} is no folder: give one with a folder of images per class, or with val/ that is so")
+    split = scan_folder(folder, skip_corrupt)
+    if len(split.class_names) != classes:
+        fault = f"{folder} has {len(split.class_names)} class folders, the first is {split.class_names[0]}"
+        raise DataError(f"{fault}, and the classifier has {classes} classes: give the data that it was trained on, every class of it")
+    return Data(path.resolve().name, classes, 3, None, IMAGENET_MEAN, IMAGENET_STD, train=split.subset([]), val=split)
+
+
+def validate(options: Options) -> dict[str, float]:
+    """Evaluate, print what was loaded and what came out, and return top1 and top5 in percent."""
+    fabric = make_fabric(options.device, options.precision)
+    fabric.launch()
+    model, coverage, held = load_classifier(options.checkpoint)
+    encoder, classes, side = model.encoder, model.head.out_features, model.encoder.image_size[0]
+    data, resize = open_images(options.path, classes, options.skip_corrupt), int(side / CROP)
+    view = {"image_size": encoder.image_size, "resize": resize, "interpolation": "bicubic", "augmentation": None, "seed": 0}
+    where = {"device": fabric.device, "rank": fabric.global_rank, "world_size": fabric.world_size}
+    loader = Loader(data.val, data=data, batch_size=options.batch_size, workers=options.workers, **view, **where)
+    images, seen, begun = len(data.val), 0, time.perf_counter()
+    told = begun
+
+    def say(line: str) -> None:
+        if fabric.is_global_zero:
+            console.print(line, markup=False)
+
+    def progress(_: nn.Module, given: tuple, __: object) -> None:
+        nonlocal told, seen
+        seen, now = seen + len(given[0]) * fabric.world_size, time.perf_counter()
+        if now - told > PROGRESS_SECONDS and seen < images:
+            rate, told = seen / (now - begun), now
+            say(f"{seen} of {images} images, {rate:.1f} images/s, {(images - seen) / rate:.0f} s left")
+
+    scaled = "with" if hasattr(encoder.blocks[0].ls1, "gamma") else "without"
+    network = f"ViT-{RELEASED[encoder.width]}/{encoder.patch_size} {scaled} LayerScale, {model.how} pooling, {classes} classes"
+    seeing = f"short side to {resize} px (bicubic), the central {side} px, ImageNet's mean and deviation"
+    say(f"{options.checkpoint.name}: {coverage} (of {held} in the file, q and kv fused); {network}; images: {seeing}")
+    model.to(fabric.device).register_forward_hook(progress)
+    found = accuracy(fabric, model, loader)
+    spent = f"{time.perf_counter() - begun:.1f} s on {fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"
+    say(f"{images} images of {data.name}: top-1 {found['top1']:.3f} %, top-5 {found['top5']:.3f} %, {spent}")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
+    try:
+        config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+        validate(tyro.cli(Options, args=arguments, prog="python -m mapet.validate", description=__doc__, config=config))
+    except (ValueError, RunError, OSError) as error:  # ConversionError and DataError are ValueErrors
+        console.print(f"error: {error}", style="bold red", markup=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
