@@ -5,8 +5,7 @@ python -m mapet.validate /datasets/imagenet --checkpoint vit_standard_base_patch
 They released six ViTs, fine-tuned on ImageNet-1k: vit_standard_{tiny,small,base}_patch16_224_{KCLIP,VQKD}.tar, torch files in spite of
 the name. Neither they nor the pages about them could be downloaded, so what they hold is taken from the official code: it is what timm's
 CheckpointSaver writes, of which state_dict is read, and its tensors tell what the network is like. Images are seen as the official
-validate.py shows them: the short side resized to 1 / 0.9 of the image size (248 for 224 pixels), bicubic, and the centre cut out. The
-long side is rounded to whole pixels, where torchvision drops the fraction: in many images the centre then lies a pixel aside.
+validate.py shows them: the short side resized to 1 / 0.9 of the image size (248 for 224 pixels), bicubic, and the centre cut out.
 """
 
 import os

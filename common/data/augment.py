@@ -229,7 +229,9 @@ def worker_transform(
     interpolation = augmentation.interpolation if augmentation else interpolation
     mode = transforms.InterpolationMode(interpolation)
     size = view_size(data, image_size, None if augmentation else resize)
-    whole = [ResizeKeepRatio(size, interpolation=interpolation), transforms.CenterCrop(image_size)]
+    # torchvision drops a fraction of the long side, as the evaluations of DeiT, timm and MaPeT have it; timm, which knows other shapes, rounds.
+    resized = transforms.Resize(size[0], mode) if size[0] == size[1] else ResizeKeepRatio(size, interpolation=interpolation)
+    whole = [resized, transforms.CenterCrop(image_size)]
     if resize == 0 if augmentation is None else augmentation.crop == "squeezed":
         whole = [transforms.Resize(image_size, mode)]
     steps: list[Callable] = whole
