@@ -43,9 +43,7 @@ class MaPeT(nn.Module):
     Raises ValueError for an encoder without class token or positions and for numbers that leave nothing to see or to predict.
     """
 
-    def __init__(
-        self, encoder: ViT, *, context: int = 50, target_limit: int | None = None, vocabulary: int = 8192, init_std: float = 0.02
-    ):
+    def __init__(self, encoder: ViT, *, context: int = 50, target_limit: int | None = None, vocabulary: int = 8192, init_std: float = 0.02):
         super().__init__()
         if encoder.cls_token is None or encoder.pos_embed is None:
             raise ValueError("MaPeT has a class token, and placeholders that tell positions: the encoder needs class_token and positions")
@@ -86,7 +84,11 @@ class MaPeT(nn.Module):
 
         # Permutation: the class token comes first (rank 0), then the patches. Tokens are laid out by rank, so one window fits all images.
         order_BN = random_order(torch.rand(targets.shape, device=images.device)) if order is None else order
-        seen_BC, hidden_BP, asked_BQ = order_BN[:, : self.last - 1], order_BN[:, self.context - 1 :], order_BN[:, self.context - 1 : self.last]
+        seen_BC, hidden_BP, asked_BQ = (
+            order_BN[:, : self.last - 1],
+            order_BN[:, self.context - 1 :],
+            order_BN[:, self.context - 1 : self.last],
+        )
 
         # Content stream: the class token and the patches, of which the last has nobody to see it, then placeholders where patches are
         # hidden. Query stream: the same placeholders, for what is predicted.

@@ -89,7 +89,9 @@ def test_gradients_are_the_official_ones(case):
     model, (images, tokens, order) = mapet(case), inputs(case)
     model(images, tokens, order=order).loss.backward()
     named = {name.removeprefix("encoder."): parameter.grad for name, parameter in model.named_parameters()}
-    gradients = split_qkv({name.replace("placeholder", "mask_positional_token").replace("head.", "decoder."): g for name, g in named.items()})
+    gradients = split_qkv(
+        {name.replace("placeholder", "mask_positional_token").replace("head.", "decoder."): g for name, g in named.items()}
+    )
     assert len(GOLDEN[case]["grad_norm"]) == 9
     for name, norm in GOLDEN[case]["grad_norm"].items():
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-4), name

@@ -229,7 +229,7 @@ def worker_transform(
     interpolation = augmentation.interpolation if augmentation else interpolation
     mode = transforms.InterpolationMode(interpolation)
     size = view_size(data, image_size, None if augmentation else resize)
-    # torchvision drops a fraction of the long side, as the evaluations of DeiT, timm and MaPeT have it; timm, which knows other shapes, rounds.
+    # torchvision drops a fraction of the long side, as DeiT, timm and MaPeT evaluate; timm, which knows other shapes, rounds it.
     resized = transforms.Resize(size[0], mode) if size[0] == size[1] else ResizeKeepRatio(size, interpolation=interpolation)
     whole = [resized, transforms.CenterCrop(image_size)]
     if resize == 0 if augmentation is None else augmentation.crop == "squeezed":
