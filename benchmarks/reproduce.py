@@ -71,6 +71,8 @@ class Options:
     """Where to run; auto takes a GPU where there is one."""
     out: Path = Path("runs")
     """Where runs are kept."""
+    prepare: bool = False
+    """Only make what the pre-training learns from (MaPeT's tokens), and stop."""
     record: bool = False
     """Add the numbers to <paper>/results.csv and the log to <paper>/logs."""
     set: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
@@ -137,15 +139,23 @@ class Reproduction:
             if max(protocol.layers) > max(depth, 1):
                 raise RecipeError(f"protocol {protocol.name}: layers={protocol.layers}, and the encoder has {depth}: ask for no more")
 
+    def prepare(self) -> Data:
+        """What the pre-training sees: the data, with other targets in the place of labels where the method learns from such."""
+        if not hasattr(self.module, "prepare"):
+            return self.data
+        folder, alone = self.options.data_root / "tokens", self.fabric.world_size == 1
+        return self.module.prepare(self.recipe, self.data, folder, self.fabric.device, self.options.workers, make=alone)
+
     def pretrain(self) -> list[results.Row]:
         stage = self.recipe.pretrain
         with self.open("pretrain") as run:
             if run.result is None:
+                data = self.prepare()
                 encoder = self.new_encoder()
                 method = self.module.build(self.recipe, encoder, self.data.classes)
-                train = self.loader(self.data.train, stage, stage.augmentation)
+                train = self.loader(data.train, stage, stage.augmentation)
                 method, hours = fit(run, self.fabric, method, stage, train, self.seed, **self.fitting)
-                found = own_metrics(self.fabric, method, self.loader(self.data.val, stage, None), self.seed)
+                found = own_metrics(self.fabric, method, self.loader(data.val, stage, None), self.seed)
                 if run.main:
                     export_encoder(method.encoder, run.directory / "encoder.safetensors")
                     if hasattr(self.module, "illustrate"):
@@ -284,7 +294,7 @@ class Reproduction:
             rank=0 if alone else self.fabric.global_rank,
             world_size=1 if alone else world,
             accumulate=stage.batch_size // (batch * world),
-            **({"resize": protocol.resize, "interpolation": protocol.interpolation} if protocol else {}),
+            **({"resize": protocol.resize, "interpolation": protocol.interpolation} if protocol else {"resize": stage.augmentation.resize}),
         )
 
     def open(self, stage: str, protocol: Protocol | None = None) -> Run:
@@ -351,11 +361,14 @@ def reproduce(options: Options) -> list[results.Row]:
                 what = f"{recipe.backbone} on {data.name} ({len(data.train)} images), {recipe.pretrain.epochs} epochs, seed {seed}"
                 title = f"{options.paper}, recipe {name}" + (f", arm {arm}" if arm else "")
                 console.print(f"{title}: {what}; {where}; kept in {reproduction.root}")
+            if options.prepare:
+                reproduction.prepare()
+                continue
             made = reproduction.run(baselines=index == 0)  # arms differ in pre-training, which a baseline goes without
             if options.record and fabric.is_global_zero:
                 reproduction.record(made)
             rows += made
-    if fabric.is_global_zero:
+    if rows and fabric.is_global_zero:
         show(options.paper, rows)
     return rows
 

@@ -82,6 +82,21 @@ def draw_blocks(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_GBT: T
     figure.savefig(path, dpi=100)
 
 
+def draw_codewords(patches: dict[str, list[Tensor]], most: int, data: Data, path: Path) -> None:
+    """Write a picture with a row of patches (C, P, P) for each name, the nearest to a code first, at most so many."""
+    figure = Figure(figsize=(1.6 + 0.55 * most, 0.62 * len(patches)), layout="constrained")
+    axes = figure.subplots(len(patches), most, squeeze=False)
+    for row, (name, shown) in zip(axes, patches.items(), strict=True):
+        for axis in row:
+            axis.set_axis_off()
+        row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
+        for axis, patch in zip(row, shown, strict=False):
+            pixels = _as_pixels(patch[None], data)[0]
+            axis.imshow(_channels_last(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    figure.suptitle("token: how often; the patches nearest to it", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
 def _as_pixels(images_BCHW: Tensor, data: Data) -> Tensor:
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     return (images_BCHW.float().cpu() * std + mean).clamp(0, 1)

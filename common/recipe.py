@@ -162,6 +162,7 @@ class Recipe:
     protocols: tuple[Protocol, ...]
     method: dict[str, Any] = field(default_factory=dict)  # options of the paper's method
     encoder: dict[str, Any] = field(default_factory=dict)  # options of common.vit.ViT, or of the timm backbone
+    targets: dict[str, Any] = field(default_factory=dict)  # how what the method learns from is made of the images before, if it is
     supervised: bool = False  # the method learns from the labels, so its own top-1 counts as training from scratch
     # Variants that are run side by side, by name: what each changes, as `override` takes it. "a+b" is "a" with something added.
     arms: dict[str, tuple[str, ...]] = field(default_factory=dict)

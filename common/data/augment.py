@@ -40,6 +40,7 @@ class Augmentation:
     padding: int = 4  # width of that border in pixels, for crop="padding"
     scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, for crop="resized"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for crop="resized"
+    resize: int | None = None  # images from files: pixels of the short side before the middle is cut out, with "none" and "padding"; see view_size
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # for every resizing
     flip: float = 0.5  # probability of a mirror image
     randaugment: str | None = None  # timm's string, e.g. "rand-m9-mstd0.5-inc1"; such images go through workers even from memory
@@ -228,7 +229,7 @@ def worker_transform(
     """
     interpolation = augmentation.interpolation if augmentation else interpolation
     mode = transforms.InterpolationMode(interpolation)
-    size = view_size(data, image_size, None if augmentation else resize)
+    size = view_size(data, image_size, augmentation.resize if augmentation else resize)
     # torchvision drops a fraction of the long side, as DeiT, timm and MaPeT evaluate; timm, which knows other shapes, rounds it.
     resized = transforms.Resize(size[0], mode) if size[0] == size[1] else ResizeKeepRatio(size, interpolation=interpolation)
     whole = [resized, transforms.CenterCrop(image_size)]
