@@ -5,7 +5,7 @@ python := .venv/bin/python
 options = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ARMS),--arms $(ARMS)) \
           $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
 
-.PHONY: help setup reproduce test test-all lint table speed
+.PHONY: help setup tokens reproduce test test-all lint table speed
 
 help:  ## this text
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ setup: .venv/installed  ## make .venv; the other targets do it by themselves
 
 reproduce: .venv/installed  ## pre-train, evaluate, and show the numbers beside the published ones
 	@$(python) -m benchmarks.reproduce '$(PAPER)' $(options)
+
+tokens: .venv/installed  ## make what PAPER=mapet learns from, without training; make reproduce does it too where it is missing
+	@$(python) -m benchmarks.reproduce '$(PAPER)' --prepare $(options)
 
 test: .venv/installed  ## the quick tests
 	$(python) -m pytest -n auto -m 'not slow' $(ARGS)

@@ -40,7 +40,9 @@ class Augmentation:
     padding: int = 4  # width of that border in pixels, for crop="padding"
     scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, for crop="resized"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for crop="resized"
-    resize: int | None = None  # images from files: pixels of the short side before the middle is cut out, with "none" and "padding"; see view_size
+    resize: int | None = (
+        None  # images from files: pixels of the short side before the middle is cut out, with "none" and "padding"; see view_size
+    )
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # for every resizing
     flip: float = 0.5  # probability of a mirror image
     randaugment: str | None = None  # timm's string, e.g. "rand-m9-mstd0.5-inc1"; such images go through workers even from memory

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,7 @@ from common.files import replacing
 from common.picture import draw_codewords
 from common.positions import Grid
 from common.recipe import RecipeError
+from common.run import console
 from mapet.tokenizers.features import Clip, Encoder, Features, Pixels
 from mapet.tokenizers.kmeans import NearestCentroid, fit_centroids, sample_features
 from mapet.tokenizers.store import TokenStore, making, partial_folder, progress_bar, write_store
@@ -107,10 +107,10 @@ def prepare_tokens(
                 _make(place, tokenization, data, manifest, image_size, patch_size, device, workers)
         store = TokenStore(place)
     store.check(**wanted)
-    splits = {part: Split(store.of(split, part), split.images, split.paths) for part, split in _parts(data).items()}
-    for part, split in _parts(data).items():
-        splits[part].skip_corrupt = split.skip_corrupt
-    return dataclasses.replace(data, train=splits["train"], val=splits["val"])
+    console.print(f"tokens: {store.folder}, {vocabulary} codes, {len(store.names)} images; codewords.png there shows some", markup=False)
+    return dataclasses.replace(
+        data, **{part: dataclasses.replace(split, labels=store.of(split, part)) for part, split in _parts(data).items()}
+    )
 
 
 def _parts(data: Data) -> dict[str, Split]:
@@ -125,8 +125,8 @@ def _view(data: Data, augmentation: Augmentation, image_size: int) -> dict:
         if broken:
             fit = {"crop": "none or squeezed", "flip": "0", "randaugment": "null"}[name]
             raise RecipeError(
-                f"pretrain.augmentation.{name}={getattr(augmentation, name)}: tokens are made once, of images as they are, and would not be "
-                f"those of the patches that the model sees; set it to {fit}"
+                f"pretrain.augmentation.{name}={getattr(augmentation, name)}: tokens are made once, of images as they are, and would not "
+                f"be those of the patches that the model sees; set it to {fit}"
             )
     if augmentation.crop == "squeezed":
         return {"crop": "squeezed"}
@@ -134,7 +134,14 @@ def _view(data: Data, augmentation: Augmentation, image_size: int) -> dict:
 
 
 def _make(
-    place: Path, tokenization: Tokenization, data: Data, manifest: dict, image_size: int, patch_size: int, device: torch.device, workers: int
+    place: Path,
+    tokenization: Tokenization,
+    data: Data,
+    manifest: dict,
+    image_size: int,
+    patch_size: int,
+    device: torch.device,
+    workers: int,
 ) -> None:
     partial = partial_folder(place)
     if tokenization.tokenizer == "vqkd":
@@ -191,9 +198,7 @@ def _loader(data: Data, split: Split, tokenizer: nn.Module, view: dict, workers:
     )
 
 
-def _cluster(
-    codebook: Path, features: Features, tokenization: Tokenization, loader: Loader, manifest: dict, device: torch.device
-) -> None:
+def _cluster(codebook: Path, features: Features, tokenization: Tokenization, loader: Loader, manifest: dict, device: torch.device) -> None:
     """Sample, cluster, keep the centroids."""
     images, codes = len(loader.split), manifest["vocabulary"]
     vectors = tokenization.sample or min(PER_CODE * codes, images * math.prod(features.grid))
@@ -214,7 +219,9 @@ def _draw(path: Path, tokenizer: nn.Module, loader: Loader, tokens: torch.Tensor
     spread = torch.arange(min(LOOKED_AT, len(split))) * len(split) // min(LOOKED_AT, len(split))
     counts = torch.bincount(tokens[spread].flatten().long(), minlength=tokenizer.vocabulary)
     frequent = [code for code in counts.argsort(descending=True).tolist() if counts[code]]
-    chosen = [frequent[place * (len(frequent) - 1) // max(1, min(CODEWORDS, len(frequent)) - 1)] for place in range(min(CODEWORDS, len(frequent)))]
+    chosen = [
+        frequent[place * (len(frequent) - 1) // max(1, min(CODEWORDS, len(frequent)) - 1)] for place in range(min(CODEWORDS, len(frequent)))
+    ]
     chosen = list(dict.fromkeys(chosen))
     rows, columns = tokenizer.grid
     height, width = tokenizer.size[0] // rows, tokenizer.size[1] // columns

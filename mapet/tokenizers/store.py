@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from common.data import DataError, Loader, Split
@@ -96,7 +97,9 @@ def image_names(split: Split, part: str) -> list[str]:
     return [f"{part}/{os.path.relpath(path, root)}" for path in split.paths]
 
 
-def write_store(folder: Path, tokenizer: nn.Module, loaders: dict[str, Loader], device: torch.device, manifest: dict, draw: Callable) -> None:
+def write_store(
+    folder: Path, tokenizer: nn.Module, loaders: dict[str, Loader], device: torch.device, manifest: dict, draw: Callable
+) -> None:
     """Fill the folder `folder`.partial, then give it its name. What a killed process has done is kept, and the next goes on from there.
 
     loaders: of "train" and "val", evaluation, of images as the tokenizer wants them. draw(folder, tokens): leaves the picture.
@@ -155,18 +158,17 @@ def making(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) that keeps a bar on a terminal, and elsewhere says a line for every tenth."""
-    from rich.progress import Progress
-
-    begun, told = time.monotonic(), [0]
+    """A function (done, total) that keeps a bar on a terminal, and elsewhere says a line at most every so many seconds, and at the end."""
+    begun = told = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
 
         def show(done: int, total: int) -> None:
+            nonlocal told
             bar.update(task, completed=done, total=total)
-            if done * 10 // total > told[0]:
-                told[0] = done * 10 // total
-                seconds = time.monotonic() - begun
-                console.print(f"{title}: {done} of {total} images, {(total - done) * seconds / done:.0f} s left", markup=False)
+            now = time.monotonic()
+            if done == total or now - told >= SAVE_SECONDS:
+                told = now
+                console.print(f"{title}: {done} of {total} images, {(total - done) * (now - begun) / done:.0f} s left", markup=False)
 
         yield show
