@@ -205,11 +205,9 @@ class TokenHead(nn.Linear):
 
     def loss(self, x_MD: Tensor, token_M: Tensor) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy of M tokens' features with their classes, and the share that is told right; logits come in pieces."""
-        device = x_MD.device.type
-        if torch.is_autocast_enabled(device):
-            factors = [x.to(torch.get_autocast_dtype(device)) for x in (x_MD, self.weight, self.bias)]
-        else:
-            factors = [x_MD, self.weight, self.bias]
+        device, factors = x_MD.device.type, (x_MD, self.weight, self.bias)
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            factors = (x.to(torch.get_autocast_dtype(device)) for x in factors)
         return _TokenLoss.apply(*factors, token_M, max(1, LOGITS // self.out_features))
 
 
@@ -223,20 +221,19 @@ class _TokenLoss(torch.autograd.Function):
     def forward(ctx, x_MD, weight_VD, bias_V, token_M, rows):
         gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (x_MD, weight_VD, bias_V)]
         loss, right = torch.zeros((), device=x_MD.device), torch.zeros((), device=x_MD.device)
-        with torch.autocast(x_MD.device.type, enabled=False):
-            for start in range(0, len(x_MD), rows):
-                part = slice(start, start + rows)
-                token_M1 = token_M[part, None]
-                logp_MV = F.linear(x_MD[part], weight_VD, bias_V).log_softmax(1, dtype=torch.float32)
-                true_M1 = logp_MV.gather(1, token_M1)
-                loss -= true_M1.sum()
-                right += (true_M1 == logp_MV.amax(1, keepdim=True)).sum()
-                if any(ctx.needs_input_grad):
-                    d_logit_MV = logp_MV.exp_().scatter_add_(1, token_M1, -torch.ones_like(true_M1))
-                    gradients[2] += d_logit_MV.sum(0)
-                    d_logit_MV = d_logit_MV.to(weight_VD.dtype)
-                    gradients[1] += d_logit_MV.T @ x_MD[part]
-                    gradients[0][part] = d_logit_MV @ weight_VD
+        for start in range(0, len(x_MD), rows):
+            part = slice(start, start + rows)
+            token_M1 = token_M[part, None]
+            logp_MV = F.linear(x_MD[part], weight_VD, bias_V).log_softmax(1, dtype=torch.float32)
+            true_M1 = logp_MV.gather(1, token_M1)
+            loss -= true_M1.sum()
+            right += (true_M1 == logp_MV.amax(1, keepdim=True)).sum()
+            if any(ctx.needs_input_grad):
+                d_logit_MV = logp_MV.exp_().scatter_add_(1, token_M1, -torch.ones_like(true_M1))
+                gradients[2] += d_logit_MV.sum(0)
+                d_logit_MV = d_logit_MV.to(weight_VD.dtype)
+                gradients[1] += d_logit_MV.T @ x_MD[part]
+                gradients[0][part] = d_logit_MV @ weight_VD
         ctx.save_for_backward(*((gradient / len(x_MD)).to(x_MD.dtype) for gradient in gradients))
         right /= len(x_MD)
         ctx.mark_non_differentiable(right)
