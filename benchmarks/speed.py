@@ -20,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import ModuleType
 
 import pandas
 import timm
@@ -115,7 +117,7 @@ def make_steps(device: torch.device, names: list[str], size: str | None = None) 
             builds[f"{paper}, {variant}"] = lambda m=module, r=changed: m.build(r, r.build_encoder(channels=3), classes=1000)
             backbones[f"{paper}, {variant}"] = changed.backbone
         for name, build in builds.items():
-            loss = _supervised if name.startswith("timm") else _method
+            loss = _supervised if name.startswith("timm") else partial(_method, module)
             model = build().to(device).train()  # one for both precisions: a run of all papers holds many
             steps += [Step(name, backbones[name], model, loss, precision) for precision in precisions]
     return steps
@@ -186,8 +188,9 @@ def _supervised(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(images), torch.arange(len(images), device=images.device))
 
 
-def _method(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return model(images, torch.arange(len(images), device=images.device)).loss
+def _method(module: ModuleType, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    classes = torch.arange(len(images), device=images.device)
+    return model(images, module.example_targets(model, images) if hasattr(module, "example_targets") else classes).loss
 
 
 if __name__ == "__main__":
