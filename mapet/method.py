@@ -9,6 +9,8 @@ Two streams share all weights. The content stream knows the patches; the query s
 Shapes: B images, N patches, C content tokens (the class token, then patches), P placeholders, Q predicted patches, D width, V vocabulary.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -39,11 +41,20 @@ class MaPeT(nn.Module):
 
     context: tokens that are always seen, the class token among them (the official `least_number`: 50 of 197). target_limit: the highest
     rank that is predicted (official `upper_limit`), by default that of the last patch. vocabulary: how many tokens the tokenizer has.
-    init_std: deviation of all matrices at first.
+    initialise: "official" (matrices, positions and placeholder truncated normal of deviation .02, the class token 1e-6, torch's own patch
+    convolution) or "mae" (the encoder as common.vit makes it for the other methods).
     Raises ValueError for an encoder without class token or positions and for numbers that leave nothing to see or to predict.
     """
 
-    def __init__(self, encoder: ViT, *, context: int = 50, target_limit: int | None = None, vocabulary: int = 8192, init_std: float = 0.02):
+    def __init__(
+        self,
+        encoder: ViT,
+        *,
+        context: int = 50,
+        target_limit: int | None = None,
+        vocabulary: int = 8192,
+        initialise: Literal["official", "mae"] = "official",
+    ):
         super().__init__()
         if encoder.cls_token is None or encoder.pos_embed is None:
             raise ValueError("MaPeT has a class token, and placeholders that tell positions: the encoder needs class_token and positions")
@@ -56,6 +67,8 @@ class MaPeT(nn.Module):
             )
         if not context <= last <= patches:
             raise ValueError(f"target_limit={last} is the highest rank that is predicted: give {context} (the context) to {patches}")
+        if initialise not in ("official", "mae"):
+            raise ValueError(f"initialise={initialise!r} is not known; choose 'official' or 'mae'")
         if vocabulary < 2:
             raise ValueError(f"vocabulary={vocabulary}: a choice among tokens takes at least 2")
         self.encoder, self.context, self.last, self.vocabulary = encoder, context, last, vocabulary
@@ -63,13 +76,14 @@ class MaPeT(nn.Module):
         self.head = TokenHead(encoder.width, vocabulary)
         for name, row in visibility(patches + 1, context, last)._asdict().items():
             self.register_buffer(name, row, persistent=False)
-        # The official initialisation. The patch convolution keeps torch's.
-        initialise_layers((layer for layer in self.modules() if isinstance(layer, nn.Linear)), init_std)
-        encoder.patch_embed.proj.reset_parameters()
-        nn.init.normal_(encoder.cls_token, std=1e-6)
-        for parameter in (self.placeholder, encoder.pos_embed):
-            if isinstance(parameter, nn.Parameter):  # positions may be fixed
-                nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.trunc_normal_(self.placeholder, std=0.02)
+        initialise_layers([self.head])
+        if initialise == "official":
+            initialise_layers(layer for layer in encoder.modules() if isinstance(layer, nn.Linear))
+            encoder.patch_embed.proj.reset_parameters()
+            nn.init.normal_(encoder.cls_token, std=1e-6)
+            if isinstance(encoder.pos_embed, nn.Parameter):  # positions may be fixed
+                nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
 
     def forward(self, images: Tensor, targets: Tensor | None = None, *, order: Tensor | None = None) -> Output:
         """images (B, C, H, W) and the token of each patch, targets (B, N) integer in row-major order, to the loss.
@@ -84,11 +98,8 @@ class MaPeT(nn.Module):
 
         # Permutation: the class token comes first (rank 0), then the patches. Tokens are laid out by rank, so one window fits all images.
         order_BN = random_order(torch.rand(targets.shape, device=images.device)) if order is None else order
-        seen_BC, hidden_BP, asked_BQ = (
-            order_BN[:, : self.last - 1],
-            order_BN[:, self.context - 1 :],
-            order_BN[:, self.context - 1 : self.last],
-        )
+        first, last = self.context - 1, self.last
+        seen_BC, hidden_BP, asked_BQ = order_BN[:, : last - 1], order_BN[:, first:], order_BN[:, first:last]
 
         # Content stream: the class token and the patches, of which the last has nobody to see it, then placeholders where patches are
         # hidden. Query stream: the same placeholders, for what is predicted.
@@ -101,15 +112,15 @@ class MaPeT(nn.Module):
         # Blocks: both streams ask the content stream; weights and drop-path's draw are theirs in common. Of the last block only the
         # query stream is wanted.
         window, asked = Window(self.time, self.visible_from, self.visible_until), asked_BQ.shape[1]
-        *blocks, last = encoder.blocks
+        *blocks, last_block = encoder.blocks
         for block in blocks:
             x_BTD = block(x_BTD, keys=x_BTD.shape[1] - asked, window=window)
-        x_BQD = last(x_BTD, keys=x_BTD.shape[1] - asked, queries=asked, window=window)
+        x_BQD = last_block(x_BTD, keys=x_BTD.shape[1] - asked, queries=asked, window=window)
 
         # Loss: which token each predicted patch has.
         feature_BQD = encoder.norm(x_BQD)
         loss, right = self.head.loss(feature_BQD.flatten(0, 1), targets.gather(1, asked_BQ).flatten().long())
-        named = {"features": feature_BQD, "cells": asked_BQ, "context": order_BN[:, : self.context - 1]}
+        named = {"features": feature_BQD, "cells": asked_BQ, "context": order_BN[:, :first]}
         return Output(loss, {"token_top1": 100 * right}, named)
 
     def no_weight_decay(self) -> set[str]:
