@@ -71,12 +71,8 @@ def load_vqkd(path: Path | str) -> VQKD:
     Raises ConversionError for a file that cannot be read, and where a tensor that gives ids is missing, has another shape, or is not known.
     """
     state = {name: tensor for name, tensor in read_checkpoint(path).items() if not name.startswith(TRAINING)}
-    wanted = {
-        "encoder.pos_embed": 3,
-        "encoder.patch_embed.proj.weight": 4,
-        "encoder.blocks.0.attn.qkv.weight": 2,
-        "quantize.embedding.weight": 2,
-    }
+    wanted = {"encoder.pos_embed": 3, "encoder.patch_embed.proj.weight": 4, "encoder.blocks.0.attn.qkv.weight": 2}
+    wanted |= {"encoder.fc_norm.weight": 1, "encoder.fc_norm.bias": 1, "quantize.embedding.weight": 2}
     absent = [name for name, dimensions in wanted.items() if name not in state or state[name].ndim != dimensions]
     if absent:
         raise ConversionError(f"{path} is no VQ-KD tokenizer: it has no {', '.join(absent)}, or of another shape; take BEiT v2's file")
