@@ -80,7 +80,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         made.append(_case(shape, (B, H, N, N), {"visible_until": until_BK}, device, dtype, rank_BN.argsort(1)[:, :M]))
     B, N, M = 128 // share, 197, 50
     for order, rank_BN in (("raster", _ranks(B, N)), ("visiting", torch.arange(N).expand(B, N))):
-        # Keys are all tokens, then a placeholder of each target; papers/mapet calls `entry` the time at which a token shows itself.
+        # Keys are all tokens, then a placeholder of each target; `entry` is the time from which a token is visible, e in mapet/method.py.
         target_BT = (rank_BN < M).int().argsort(dim=1, stable=True)[:, : N - M]
         entry_BN, rank_BT = rank_BN.clamp(min=M - 1), rank_BN.gather(1, target_BT)
         key = {
