@@ -160,9 +160,9 @@ class Reproduction:
                     export_encoder(method.encoder, run.directory / "encoder.safetensors")
                     if hasattr(self.module, "illustrate"):
                         spread = [index * len(self.data.val) // 4 for index in range(4)]  # folders are sorted by class
-                        images, _ = next(self.loader(self.data.val.subset(spread), stage, None, alone=True).epoch(0))
+                        images, targets = next(self.loader(data.val.subset(spread), stage, None, alone=True).epoch(0))
                         reseed(self.seed, 0)
-                        self.module.illustrate(method, images, self.data, run.directory)
+                        self.module.illustrate(method, images, targets, self.data, run.directory)
                 run.finish(found | {"hours": hours})
                 self.fabric.barrier()
             what = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")

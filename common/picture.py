@@ -82,6 +82,34 @@ def draw_blocks(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_GBT: T
     figure.savefig(path, dpi=100)
 
 
+def draw_tokens(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_BQ: Tensor, right_BQ: Tensor, data: Data, path: Path) -> None:
+    """Write a picture with a row per image: the image, its context, and its hidden patches with their place in the order of prediction.
+
+    context (B, M) and cell (B, Q) are the cells that are seen and those that are predicted, in this order; right (B, Q) tells whether the
+    token of each is predicted right: then it has a green frame, else a red one.
+    """
+    pixels_BCHW, columns = _as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
+    patches_BNP = patchify(pixels_BCHW, patch)
+    figure = Figure(figsize=(8.4, 2.8 * len(images_BCHW)), layout="constrained")
+    axes = figure.subplots(len(images_BCHW), 3, squeeze=False)
+    for row, image, patches, context, cells, right in zip(
+        axes, pixels_BCHW, patches_BNP, context_BM.tolist(), cell_BQ.tolist(), right_BQ.tolist(), strict=True
+    ):
+        seen = _assemble(image, patch, ((cell, patches[cell]) for cell in context), columns)
+        titles = ("image", f"{len(context)} of {len(patches)} patches seen", f"tokens: {sum(right)} of {len(right)} right")
+        for axis, title, shown in zip(row, titles, (image, seen, image), strict=True):
+            axis.imshow(_channels_last(shown), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+            axis.set_title(title, fontsize=10)
+        for place, (cell, told) in enumerate(zip(cells, right, strict=True), 1):
+            colour = "limegreen" if told else "red"
+            _frame(row[2], cell, columns, patch, colour)
+            if len(patches) <= 64:  # more would not be legible
+                (top, left), middle = divmod(cell, columns), (patch - 1) / 2
+                row[2].text(left * patch + middle, top * patch + middle, str(place), color=colour, ha="center", va="center", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
 def draw_codewords(patches: dict[str, list[Tensor]], most: int, data: Data, path: Path) -> None:
     """Write a picture with a row of patches (C, P, P) for each name, the nearest to a code first, at most so many."""
     figure = Figure(figsize=(1.6 + 0.55 * most, 0.62 * len(patches)), layout="constrained")

@@ -22,7 +22,7 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> DropPos:
 
 
 @torch.no_grad()
-def illustrate(method: DropPos, images: torch.Tensor, data: Data, directory: Path) -> None:
+def illustrate(method: DropPos, images: torch.Tensor, targets: torch.Tensor, data: Data, directory: Path) -> None:
     """positions.png in the directory: the dropped patches of a few images (B, C, H, W) where the model puts them, beside the truth."""
     named = method.eval()(images).named
     caption = f"{method.visible} of {method.cells} visible (framed: position dropped)"

@@ -27,7 +27,7 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> MP3:
 
 
 @torch.no_grad()
-def illustrate(method: MP3, images: torch.Tensor, data: Data, directory: Path) -> None:
+def illustrate(method: MP3, images: torch.Tensor, targets: torch.Tensor, data: Data, directory: Path) -> None:
     """positions.png in the directory: all patches of a few images (B, C, H, W) where the model puts them, beside the truth."""
     named = method.eval()(images).named
     every = torch.ones_like(named["cells"], dtype=torch.bool)

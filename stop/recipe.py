@@ -32,7 +32,7 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> StoP:
 
 
 @torch.no_grad()
-def illustrate(method: StoP, images: torch.Tensor, data: Data, directory: Path) -> None:
+def illustrate(method: StoP, images: torch.Tensor, targets: torch.Tensor, data: Data, directory: Path) -> None:
     """blocks.png in the directory: a few images (B, C, H, W), their contexts, and how well the hidden blocks are told."""
     named = method.eval()(images).named
     alike = torch.nn.functional.cosine_similarity(named["told"], named["truth"], dim=-1)

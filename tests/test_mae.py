@@ -111,7 +111,7 @@ def test_the_picture_shows_image_visible_patches_and_what_was_painted_around_the
     images = batch(2)[0][:, :channels].clamp(-2, 2)
     model = MAE(encoder(position="sincos", channels=channels), decoder_width=32, decoder_depth=1, decoder_heads=2)
     model.decoder = Perfect(images, 8)
-    mae.illustrate(model, images, data, tmp_path)
+    mae.illustrate(model, images, torch.zeros(len(images)), data, tmp_path)
     assert (tmp_path / "reconstruction.png").stat().st_size > 1000
     assert len(shown) == 6  # column by column
     for image, whole, seen, painted in zip(images * 0.25 + 0.5, shown[:2], shown[2:4], shown[4:], strict=True):

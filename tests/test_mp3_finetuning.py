@@ -121,5 +121,5 @@ def test_a_picture_of_the_positions_is_drawn(tmp_path):
     data = open_data("digits")
     recipe = choose_recipe(paper_module("mp3"), "digits", None)[1]
     method = paper_module("mp3").build(recipe, recipe.build_encoder(1), 10)
-    illustrate(method, torch.randn(2, 1, 8, 8), data, tmp_path)
+    illustrate(method, torch.randn(2, 1, 8, 8), torch.zeros(2), data, tmp_path)
     assert (tmp_path / "positions.png").stat().st_size > 1000

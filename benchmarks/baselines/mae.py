@@ -61,7 +61,7 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> MAE:
 
 
 @torch.no_grad()
-def illustrate(method: MAE, images: Tensor, data: Data, directory: Path) -> None:
+def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directory: Path) -> None:
     """reconstruction.png in the directory: a few images (B, C, H, W), what the model saw of them, and what it painted around that.
 
     The model knows a patch only up to its mean and deviation. Here each painted patch is given the true ones.
