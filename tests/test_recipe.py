@@ -343,6 +343,8 @@ def test_every_paper_has_a_recipe_for_the_default_data_that_builds(paper):
     images, targets = torch.rand(2, 1, recipe.image_size, recipe.image_size), torch.tensor([3, 1])
     for arm, own in choose_arms(recipe).items():
         method = module.build(own, own.build_encoder(1), 10).eval()
+        if hasattr(module, "example_targets"):
+            targets = module.example_targets(method, images)
         assert method(images, targets).loss.isfinite(), arm
         if isinstance(method.encoder, ViT):
             assert method.encoder.grid[0] == own.image_size // own.patch_size
