@@ -142,6 +142,8 @@ class Reproduction:
     def prepare(self) -> Data:
         """What the pre-training sees: the data, with other targets in the place of labels where the method learns from such."""
         if not hasattr(self.module, "prepare"):
+            if self.options.prepare:
+                raise RecipeError(f"{self.paper} learns from nothing that is made before it trains; PAPER=mapet does")
             return self.data
         folder, alone = self.options.data_root / "tokens", self.fabric.world_size == 1
         return self.module.prepare(self.recipe, self.data, folder, self.fabric.device, self.options.workers, make=alone)
@@ -282,6 +284,7 @@ class Reproduction:
         """Batches for this process, seen as the protocol says; `alone` where every process must see all images."""
         world = self.fabric.world_size
         batch = device_batch(stage, world)
+        view = {"resize": None if split.paths is None else stage.augmentation.evaluation_resize}
         return Loader(
             split,
             data=self.data,
@@ -294,7 +297,7 @@ class Reproduction:
             rank=0 if alone else self.fabric.global_rank,
             world_size=1 if alone else world,
             accumulate=stage.batch_size // (batch * world),
-            **({"resize": protocol.resize, "interpolation": protocol.interpolation} if protocol else {"resize": stage.augmentation.resize}),
+            **({"resize": protocol.resize, "interpolation": protocol.interpolation} if protocol else view),
         )
 
     def open(self, stage: str, protocol: Protocol | None = None) -> Run:

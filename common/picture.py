@@ -1,5 +1,6 @@
 """Pictures of what a model believes about positions, and of what it tells of hidden patches."""
 
+import itertools
 from pathlib import Path
 
 import numpy
@@ -111,17 +112,19 @@ def draw_tokens(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_BQ: Te
 
 
 def draw_codewords(patches: dict[str, list[Tensor]], most: int, data: Data, path: Path) -> None:
-    """Write a picture with a row of patches (C, P, P) for each name, the nearest to a code first, at most so many."""
-    figure = Figure(figsize=(1.6 + 0.55 * most, 0.62 * len(patches)), layout="constrained")
-    axes = figure.subplots(len(patches), most, squeeze=False)
-    for row, (name, shown) in zip(axes, patches.items(), strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
-        for axis, patch in zip(row, shown, strict=False):
-            pixels = _as_pixels(patch[None], data)[0]
-            axis.imshow(_channels_last(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    figure.suptitle("token: how often; the patches nearest to it", fontsize=9)
+    """Write a picture with a row of patches (C, P, P) under each name, the nearest to a code first, at most so many; two names abreast."""
+    rows = -(-len(patches) // 2)
+    # patches are white and grey, so the ground is neither
+    figure = Figure(figsize=(0.9 * most + 0.4, 0.72 * rows + 0.4), layout="constrained", facecolor="lightsteelblue")
+    axes = figure.subplots(rows, 2, squeeze=False).T.ravel()
+    for axis, (name, shown) in itertools.zip_longest(axes, patches.items(), fillvalue=("", [])):
+        for place, patch in enumerate(shown):
+            pixels, extent = _as_pixels(patch[None], data)[0], (place, place + 0.92, 0, 0.92)
+            axis.imshow(_channels_last(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+        axis.set(xlim=(0, most), ylim=(0, 0.92), aspect="equal")
+        axis.set_title(name, loc="left", fontsize=9, pad=2)
+        axis.set_axis_off()
+    figure.suptitle("Some tokens, from the most frequent to the rarest, and the patches nearest to each", fontsize=10)
     figure.savefig(path, dpi=100)
 
 

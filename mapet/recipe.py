@@ -95,6 +95,7 @@ def cifar10() -> Recipe:
     The official pre-training on a grid of 8 x 8, a quarter of it seen; 1,024 tokens by k-means on patches. Expected: not measured yet.
     """
     pretrain = replace(_PRETRAIN, epochs=400, batch_size=512, base_lr=7.5e-4, lr_batch=512, warmup_epochs=20, device_batch=256)
+    pretrain = replace(pretrain, augmentation=replace(pretrain.augmentation, resize=None))  # these have one size
     finetune = replace(
         _FINETUNE,
         epochs=100,

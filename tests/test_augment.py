@@ -139,6 +139,19 @@ def test_squeezed_images_are_whole_in_training_and_in_evaluation_whatever_their_
             assert seen.shape == (3, 20, 20) and (seen[0, :, 0] > 200).all().item() == kept
 
 
+@pytest.mark.parametrize(
+    "options", [{"crop": "none"}, {"crop": "none", "resize": 112}, {"crop": "none", "resize": 150}, {"crop": "squeezed"}]
+)
+@pytest.mark.parametrize("shape", [(300, 200), (201, 333)])
+def test_evaluation_can_show_what_training_shows_of_a_whole_image(options, shape):
+    image = Image.fromarray(pictures(1, 64)[0].permute(1, 2, 0).numpy()).resize(shape)
+    photos, augmentation = replace(in_memory(pictures(1)), image_size=None), Augmentation(flip=0.0, **options)
+    trained = worker_transform(augmentation, photos, (112, 112))(image)
+    assert torch.equal(worker_transform(None, photos, (112, 112), augmentation.evaluation_resize)(image), trained)
+    assert not torch.equal(worker_transform(None, photos, (112, 112), 200)(image), trained)
+    assert Augmentation(resize=150).evaluation_resize is None  # a random part is none that evaluation could show
+
+
 def test_flip_mirrors_left_and_right_at_its_rate():
     images = pictures(1).expand(400, -1, -1, -1)
     flipped = augment(images, uniforms(400), Augmentation(crop="none", flip=0.25), (12, 12))
@@ -277,7 +290,7 @@ def test_resizing_to_the_same_size_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "options", [{"crop": "resize"}, {"scale": (0.5, 0.2)}, {"scale": (0.0, 1.0)}, {"randaugment": "9"}, {"repeats": 0}]
+    "options", [{"crop": "resize"}, {"scale": (0.5, 0.2)}, {"scale": (0.0, 1.0)}, {"randaugment": "9"}, {"repeats": 0}, {"resize": 0}]
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):

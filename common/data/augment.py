@@ -40,9 +40,8 @@ class Augmentation:
     padding: int = 4  # width of that border in pixels, for crop="padding"
     scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, for crop="resized"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for crop="resized"
-    resize: int | None = (
-        None  # images from files: pixels of the short side before the middle is cut out, with "none" and "padding"; see view_size
-    )
+    # images from files, with "none" and "padding": pixels of the short side before the middle is cut out; see view_size
+    resize: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # for every resizing
     flip: float = 0.5  # probability of a mirror image
     randaugment: str | None = None  # timm's string, e.g. "rand-m9-mstd0.5-inc1"; such images go through workers even from memory
@@ -59,11 +58,18 @@ class Augmentation:
             raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area share at most 1")
         if self.randaugment is not None and not self.randaugment.startswith("rand-"):
             raise ValueError(f"randaugment={self.randaugment!r}: it reads like rand-m9-mstd0.5-inc1, or is None")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"resize={self.resize}: give pixels of the short side; the whole image is pressed into shape by crop=squeezed")
         for name, probability in {"grey": self.grey, "blur": self.blur}.items():
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name}={probability}: a probability lies in 0..1")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats}: an image is drawn at least once")
+
+    @property
+    def evaluation_resize(self) -> int | None:
+        """The `resize` by which evaluation shows, of images from files, what training does with "none" and "squeezed"."""
+        return {"squeezed": 0, "resized": None}.get(self.crop, self.resize)
 
 
 def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, image_size: tuple[int, int]) -> Tensor:

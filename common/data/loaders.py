@@ -67,11 +67,11 @@ class Loader:
                 f"{len(self.split)} training images are fewer than one effective batch of {self.effective} ({self.batch_size} x "
                 f"{self.accumulate} accumulated x {self.world_size} devices): choose an effective batch of at most {len(self.split)}"
             )
-        if self.resize is not None and (self.split.paths is None or 0 < self.resize < min(self.image_size)):
+        # of images in memory an augmentation's counts for nothing
+        resize = self.resize if self.augmentation is None else self.augmentation.evaluation_resize if self.split.paths else None
+        if resize is not None and (self.split.paths is None or 0 < resize < min(self.image_size)):
             short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but these have one size"
-            raise DataError(
-                f"images are to be resized to {self.resize} pixels, {short}: choose a larger `resize`, None, or 0 to squeeze images"
-            )
+            raise DataError(f"images are to be resized to {resize} pixels, {short}: choose a larger `resize`, None, or 0 to squeeze images")
         self.in_memory = self.split.images is not None and (self.augmentation is None or self.augmentation.randaugment is None)
         if self.in_memory:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)

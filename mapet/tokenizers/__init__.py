@@ -4,30 +4,33 @@ import dataclasses
 import hashlib
 import json
 import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from common.data import Augmentation, Data, Loader, Split
 from common.data.augment import view_size
 from common.files import replacing
 from common.picture import draw_codewords
-from common.positions import Grid
 from common.recipe import RecipeError
 from common.run import console
 from mapet.tokenizers.features import Clip, Encoder, Features, Pixels
 from mapet.tokenizers.kmeans import NearestCentroid, fit_centroids, sample_features
-from mapet.tokenizers.store import TokenStore, making, partial_folder, progress_bar, write_store
+from mapet.tokenizers.store import SAVE_SECONDS, TokenStore, finish, image_names, making, progress_bar, unfinished, write_tokens
 from mapet.tokenizers.vqkd import load_vqkd
 
 BATCH = 64  # images that a tokenizer sees at once
 PER_CODE = 512  # feature vectors that are clustered for each code, where there are so many (the paper's)
 SEED = 1234  # faiss' own; tokens are the same for all seeds of a run
+MOST = 2**15  # ids that int16 holds
 CODEWORDS, PATCHES, LOOKED_AT = 16, 10, 2048  # of the picture: codes, patches of each, and images among which these are found
+PIXELS = ("pixels", "normalised_pixels")  # features that are of the model's own patches
+CLIP_SIZE = 448  # pixels, of which RN50x64 makes 14 x 14 cells
 
 
 @dataclass(frozen=True)
@@ -49,27 +52,29 @@ class Tokenization:
     def __post_init__(self) -> None:
         if self.tokenizer not in ("kmeans", "kclip", "vqkd"):
             raise RecipeError(f"targets.tokenizer={self.tokenizer!r} is not known; choose kmeans, kclip or vqkd")
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if name != "tokenizer" and not isinstance(value, kind):
+                raise RecipeError(f"targets.{name}={value!r} does not fit; expected {getattr(kind, '__name__', kind)}")
+            if name in ("size", "sample", "iterations", "redos") and value is not None and value < 1:
+                raise RecipeError(f"targets.{name}={value}: give a whole number from 1 up")
         if self.tokenizer == "vqkd" and self.checkpoint is None and self.store is None:
             file = "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth"
             raise RecipeError(f"targets.tokenizer=vqkd needs BEiT v2's tokenizer: download {file} and set targets.checkpoint to its path")
-        for name in ("sample", "iterations", "redos"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"targets.{name}={value}: give a whole number from 1 up")
 
-    def settings(self) -> dict:
+    def settings(self, image_size: int) -> dict:
         """What the tokens depend on: the options that the tokenizer reads, with the content of files in the place of their names."""
-        clustering = ("sample", "iterations", "redos")
-        read = {
-            "kmeans": ("features", "size", *clustering) if "pixels" not in self.features else ("features", *clustering),
-            "kclip": ("model", "weights", "layer", "size", *clustering),
-            "vqkd": ("checkpoint",),
-        }[self.tokenizer]
-        found = {"tokenizer": self.tokenizer, **{name: getattr(self, name) for name in read}}
-        for name, value in found.items():
-            if isinstance(value, str) and Path(value).is_file():
-                found[name] = f"{Path(value).name} sha256 {hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
-        return found
+        if self.tokenizer == "vqkd":
+            return {"tokenizer": "vqkd", "checkpoint": _content(self.checkpoint)}
+        read = {"kmeans": ("features",), "kclip": ("model", "weights", "layer")}[self.tokenizer]
+        found = {name: getattr(self, name) for name in ("tokenizer", *read, "sample", "iterations", "redos")}
+        if self.tokenizer == "kclip":
+            return found | {"size": self.size or CLIP_SIZE}
+        if self.features in PIXELS:
+            return found | {"size": image_size}
+        recipe = Path(self.features).with_name("recipe.json")  # says what the weights are of
+        own = {"features": _content(self.features, recipe)} if self.features.endswith(".safetensors") else {}
+        return found | own | {"size": self.size}
 
 
 def prepare_tokens(
@@ -90,101 +95,101 @@ def prepare_tokens(
     Raises RecipeError where training images are cut or mirrored, so that tokens of whole images would be those of other patches, or where
     the tokenizer has another grid or vocabulary; DataError where a store does not belong to the images or to the recipe.
     """
-    view = _view(data, augmentation, image_size)
+    if vocabulary > MOST:
+        raise RecipeError(f"method.vocabulary={vocabulary}: a store has room for ids of 16 bits, so choose at most {MOST}")
     grid = (image_size // patch_size, image_size // patch_size)
-    wanted = {"vocabulary": vocabulary, "grid": grid, "view": view}
+    wanted = {"vocabulary": vocabulary, "grid": grid, "short_side": _short_side(data, augmentation, image_size)}
+    splits = {"train": data.train, "val": data.val}
     if tokenization.store is not None:
         store = TokenStore(Path(tokenization.store))
     else:
-        made_by = {"settings": tokenization.settings(), **wanted}
-        manifest = json.loads(json.dumps({"data": data.name, **made_by}))
+        manifest = json.loads(json.dumps({"data": data.name, "settings": tokenization.settings(image_size), **wanted}))
         digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:8]
         place = Path(folder) / f"{data.name}-{tokenization.tokenizer}-{digest}"
-        if not (place / "manifest.json").exists():
+        if not place.exists():
             if not make:
-                raise RecipeError(f"there are no tokens in {place}, and several processes do not make them: run `make tokens` first")
+                told = "run `make tokens PAPER=mapet` with the same DATA, RECIPE and ARGS first"
+                raise RecipeError(f"there are no tokens in {place}, and several processes do not make them: {told}")
             with making(place):
-                _make(place, tokenization, data, manifest, image_size, patch_size, device, workers)
+                if not place.exists():  # another process may just have made it
+                    _make(place, tokenization, data, splits, manifest, (image_size, patch_size), device, workers)
         store = TokenStore(place)
     store.check(**wanted)
     console.print(f"tokens: {store.folder}, {vocabulary} codes, {len(store.names)} images; codewords.png there shows some", markup=False)
-    return dataclasses.replace(
-        data, **{part: dataclasses.replace(split, labels=store.of(split, part)) for part, split in _parts(data).items()}
-    )
+    return dataclasses.replace(data, **{part: dataclasses.replace(split, labels=store.of(split, part)) for part, split in splits.items()})
 
 
-def _parts(data: Data) -> dict[str, Split]:
-    return {"train": data.train, "val": data.val}
+def _content(*paths: str | Path) -> str:
+    """Files by what is in them; what is no file by its name."""
+    files = [Path(path).read_bytes() for path in paths if Path(path).is_file()]
+    return f"sha256 {hashlib.sha256(b''.join(files)).hexdigest()[:16]}" if files else str(paths[0])
 
 
-def _view(data: Data, augmentation: Augmentation, image_size: int) -> dict:
-    """What of an image the model sees, which the tokenizer must see too. Raises RecipeError where that is another part each time."""
-    breaking = {"crop": augmentation.crop in ("resized", "padding"), "flip": augmentation.flip > 0}
-    breaking["randaugment"] = augmentation.randaugment is not None
-    for name, broken in breaking.items():
-        if broken:
+def _short_side(data: Data, augmentation: Augmentation, image_size: int) -> float:
+    """What of an image the model sees, and the tokenizer has to: the middle, where the short side is so many times that of the model's
+    images; 0: all, pressed into shape. Raises RecipeError where it is another part each time."""
+    moving = {"crop": augmentation.crop in ("resized", "padding"), "flip": augmentation.flip > 0}
+    moving["randaugment"] = augmentation.randaugment is not None
+    for name, moves in moving.items():
+        if moves:
             fit = {"crop": "none or squeezed", "flip": "0", "randaugment": "null"}[name]
             raise RecipeError(
                 f"pretrain.augmentation.{name}={getattr(augmentation, name)}: tokens are made once, of images as they are, and would not "
                 f"be those of the patches that the model sees; set it to {fit}"
             )
-    if augmentation.crop == "squeezed":
-        return {"crop": "squeezed"}
-    return {"crop": "centre", "short_side": view_size(data, (image_size, image_size), augmentation.resize)[0] / image_size}
+    if data.train.paths is None or augmentation.crop == "squeezed":
+        return 0.0
+    return view_size(data, (image_size, image_size), augmentation.resize)[0] / image_size
 
 
 def _make(
     place: Path,
     tokenization: Tokenization,
     data: Data,
+    splits: dict[str, Split],
     manifest: dict,
-    image_size: int,
-    patch_size: int,
+    sizes: tuple[int, int],
     device: torch.device,
     workers: int,
 ) -> None:
-    partial = partial_folder(place)
-    if tokenization.tokenizer == "vqkd":
-        tokenizer = load_vqkd(tokenization.checkpoint)
-        _check(manifest, tokenizer.grid, tokenizer.vocabulary)
-    else:
-        features = _features(tokenization, data, image_size, patch_size)
-        _check(manifest, features.grid)
-        codebook = partial / "codebook.safetensors"
-        if not codebook.exists():
-            _cluster(codebook, features, tokenization, _loader(data, data.train, features, manifest["view"], workers), manifest, device)
-        tokenizer = NearestCentroid(features, load_file(codebook)["centroids"])
+    """Look, sample, cluster, tokenise, draw; each is done once, however often a process was killed."""
+    seeing = load_vqkd(tokenization.checkpoint) if tokenization.tokenizer == "vqkd" else _features(tokenization, data, *sizes)
+    _check(manifest, seeing)
+    loaders = {part: _loader(data, split, seeing, manifest["short_side"], workers) for part, split in splits.items()}
+    partial = unfinished(place, [name for part, split in splits.items() for name in image_names(split, part)], manifest)
+    tokenizer = seeing
+    if isinstance(seeing, Features):
+        tokenizer = NearestCentroid(seeing, _centroids(partial, seeing, tokenization, loaders["train"], manifest["vocabulary"], device))
     tokenizer = tokenizer.to(device).eval()
-    loaders = {part: _loader(data, split, tokenizer, manifest["view"], workers) for part, split in _parts(data).items()}
-
-    def draw(folder: Path, tokens: torch.Tensor) -> None:
-        _draw(folder / "codewords.png", tokenizer, loaders["train"], tokens, device)
-
-    write_store(place, tokenizer, loaders, device, manifest, draw)
+    tokens = write_tokens(partial, tokenizer, loaders, device)
+    draw_codewords(nearest_patches(tokenizer, loaders["train"], tokens, device), PATCHES, loaders["train"].data, partial / "codewords.png")
+    finish(partial, place)
 
 
 def _features(tokenization: Tokenization, data: Data, image_size: int, patch_size: int) -> Features:
     if tokenization.tokenizer == "kclip":
-        return Clip(tokenization.model, tokenization.weights, tokenization.layer, tokenization.size or 448)
-    if tokenization.features in ("pixels", "normalised_pixels"):
-        per_patch = tokenization.features == "normalised_pixels"
-        return Pixels(patch_size, (image_size, image_size), data.mean, data.std, per_patch)
-    if tokenization.features.endswith(".safetensors"):
-        return Encoder(tokenization.features, mean=data.mean, std=data.std, size=tokenization.size)
-    return Encoder(tokenization.features, size=tokenization.size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)  # of weights=None, which a process that goes on has to find again
+            return Clip(tokenization.model, tokenization.weights, tokenization.layer, tokenization.size or CLIP_SIZE)
+    if tokenization.features in PIXELS:
+        return Pixels(patch_size, (image_size, image_size), data.mean, data.std, tokenization.features == "normalised_pixels")
+    own = {"mean": data.mean, "std": data.std} if tokenization.features.endswith(".safetensors") else {}
+    return Encoder(tokenization.features, size=tokenization.size, **own)
 
 
-def _check(manifest: dict, grid: Grid, vocabulary: int | None = None) -> None:
-    if list(grid) != manifest["grid"]:
-        theirs, ours = (f"{rows} x {columns}" for rows, columns in (grid, manifest["grid"]))
-        raise RecipeError(f"the tokenizer gives {theirs} tokens for an image, and the encoder has {ours} patches: set targets.size to fit")
-    if vocabulary not in (None, manifest["vocabulary"]):
+def _check(manifest: dict, tokenizer: nn.Module) -> None:
+    """Raise RecipeError where it gives other ids, or of other cells, than the method is to learn."""
+    if list(tokenizer.grid) != manifest["grid"]:
+        theirs, ours = (f"{rows} x {columns}" for rows, columns in (tokenizer.grid, manifest["grid"]))
+        mend = "set targets.size to fit" if isinstance(tokenizer, Features) else "set image_size or patch_size to fit"
+        raise RecipeError(f"the tokenizer gives {theirs} tokens for an image, and the encoder has {ours} patches: {mend}")
+    vocabulary = getattr(tokenizer, "vocabulary", manifest["vocabulary"])  # features have none before they are clustered
+    if vocabulary != manifest["vocabulary"]:
         raise RecipeError(f"the tokenizer has {vocabulary} tokens: set method.vocabulary={vocabulary}, not {manifest['vocabulary']}")
 
 
-def _loader(data: Data, split: Split, tokenizer: nn.Module, view: dict, workers: int) -> Loader:
+def _loader(data: Data, split: Split, tokenizer: nn.Module, short_side: float, workers: int) -> Loader:
     """The images as the tokenizer wants them, showing what the model sees of each."""
-    resize = 0 if view["crop"] == "squeezed" else round(view["short_side"] * min(tokenizer.size))
     return Loader(
         split,
         data=dataclasses.replace(data, mean=tokenizer.mean, std=tokenizer.std),
@@ -194,45 +199,50 @@ def _loader(data: Data, split: Split, tokenizer: nn.Module, view: dict, workers:
         seed=0,
         device=torch.device("cpu"),
         workers=workers,
-        resize=None if split.paths is None else resize,
+        resize=None if split.paths is None else round(short_side * min(tokenizer.size)),
     )
 
 
-def _cluster(codebook: Path, features: Features, tokenization: Tokenization, loader: Loader, manifest: dict, device: torch.device) -> None:
-    """Sample, cluster, keep the centroids."""
-    images, codes = len(loader.split), manifest["vocabulary"]
+def _centroids(folder: Path, features: Features, tokenization: Tokenization, loader: Loader, codes: int, device: torch.device) -> Tensor:
+    """Those of the codebook in the folder; where there is none, of a sample."""
+    codebook, sample, images = folder / "codebook.safetensors", folder / "sample.npy", len(loader.split)
     vectors = tokenization.sample or min(PER_CODE * codes, images * math.prod(features.grid))
-    sample = codebook.with_name("sample.npy")
-    with progress_bar("features to cluster") as show:
-        found = sample_features(features, loader, images, vectors, sample, SEED, device, show)
-    centroids = fit_centroids(found, codes, tokenization.iterations, tokenization.redos, SEED)
-    with replacing(codebook) as temporary:
-        save_file({"centroids": centroids.contiguous()}, temporary)
-    for file in (sample, Path(f"{sample}.json")):
-        file.unlink()
+    if vectors < codes:
+        raise RecipeError(f"{vectors} vectors make no {codes} clusters: set targets.sample or method.vocabulary to fit")
+    if not codebook.exists():
+        with progress_bar("features to cluster") as show:
+            found = sample_features(features, loader, images, vectors, sample, SEED, device, show, SAVE_SECONDS)
+        centroids = fit_centroids(found, codes, tokenization.iterations, tokenization.redos, SEED)
+        with replacing(codebook) as temporary:
+            save_file({"centroids": centroids.contiguous()}, temporary)
+    for file in (sample, Path(f"{sample}.json")):  # here, as a process may have been killed before it
+        file.unlink(missing_ok=True)
+    return load_file(codebook)["centroids"]
 
 
 @torch.no_grad()
-def _draw(path: Path, tokenizer: nn.Module, loader: Loader, tokens: torch.Tensor, device: torch.device) -> None:
-    """Some codes, from the most frequent to the rarest, and the patches nearest to each, among some thousand images."""
-    split = loader.split
+def nearest_patches(tokenizer: nn.Module, loader: Loader, tokens: Tensor, device: torch.device) -> dict[str, list[Tensor]]:
+    """Some codes, from the most frequent to the rarest, and the patches (C, P, P) nearest to each, among some thousand images.
+
+    tokens (N, cells): of the loader's images first. Each code's name tells how often it is there.
+    """
+    split, (rows, columns) = loader.split, tokenizer.grid
     spread = torch.arange(min(LOOKED_AT, len(split))) * len(split) // min(LOOKED_AT, len(split))
     counts = torch.bincount(tokens[spread].flatten().long(), minlength=tokenizer.vocabulary)
-    frequent = [code for code in counts.argsort(descending=True).tolist() if counts[code]]
-    chosen = [
-        frequent[place * (len(frequent) - 1) // max(1, min(CODEWORDS, len(frequent)) - 1)] for place in range(min(CODEWORDS, len(frequent)))
-    ]
-    chosen = list(dict.fromkeys(chosen))
-    rows, columns = tokenizer.grid
+    frequent = counts.argsort(descending=True, stable=True)[: (counts > 0).sum()]
+    chosen = frequent[torch.linspace(0, len(frequent) - 1, min(CODEWORDS, len(frequent))).round().long()].tolist()
     height, width = tokenizer.size[0] // rows, tokenizer.size[1] // columns
-    best: dict[int, list] = {code: [] for code in chosen}
-    looked = dataclasses.replace(loader, split=split.subset(spread))
-    for images_BCHW, _ in looked.epoch(0):
+    best = {code: [] for code in chosen}
+    for images_BCHW, _ in dataclasses.replace(loader, split=split.subset(spread)).epoch(0):
         id_BN, distance_BN = (found.cpu() for found in tokenizer(images_BCHW.to(device)))
-        for code in chosen:
-            for image, cell in (id_BN == code).nonzero().tolist():
-                top, left = cell // columns * height, cell % columns * width
-                best[code].append((float(distance_BN[image, cell]), images_BCHW[image, :, top : top + height, left : left + width].cpu()))
-            best[code] = sorted(best[code], key=lambda found: found[0])[:PATCHES]
-    patches = {f"{code}: {int(counts[code])}": [patch for _, patch in best[code]] for code in chosen}
-    draw_codewords(patches, PATCHES, looked.data, path)
+        for code, found in best.items():
+            places = (id_BN == code).flatten().nonzero()[:, 0]
+            distances, order = distance_BN.flatten()[places].sort(stable=True)
+            for distance, place in zip(distances[:PATCHES].tolist(), places[order].tolist(), strict=False):
+                image, cell = divmod(place, rows * columns)
+                top, left = cell // columns * tokenizer.size[0] // rows, cell % columns * tokenizer.size[1] // columns
+                # a copy, as a view would keep the whole batch
+                found.append((distance, images_BCHW[image, :, top : top + height, left : left + width].clone()))
+            found.sort(key=lambda pair: pair[0])
+            del found[PATCHES:]
+    return {f"token {code}: {counts[code]:,} of {counts.sum():,} patches": [patch for _, patch in best[code]] for code in chosen}

@@ -1,17 +1,22 @@
 """A store of tokens: what a tokenizer makes of every image of a data set, made once, and found again by the images' names.
 
-manifest.json   what made the tokens, how images were seen, how many there are; it is written last
+manifest.json   what made the tokens, how images were seen, how many there are; while it is made also how many are done
 tokens.npy      ids (images, cells) int16, cells in row-major order, read as a memory map
-images.txt      a name per row: train/ or val/ and the path below the split's folder; of images in memory the hash of their pixels
+images.json     a name per row: train/ or val/ and the path below the split's folder; of images in memory the hash of their pixels
 codewords.png   patches that are nearest to some of the codes
+codebook.safetensors   of k-means: the centroids
+
+A file is known by its path alone, wherever its data set lies and whenever it was written: who puts other images under old names deletes
+the store. The folder is called .partial until all this is in it; a killed process leaves it, and the next goes on from there.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,29 +33,31 @@ SAVE_SECONDS = 20.0  # between two moments to which a killed process goes back
 
 
 class TokenStore:
-    """A finished store, opened. Raises DataError, with the mend, where it is missing, of another version, truncated or damaged."""
+    """A finished store, opened. Raises DataError, with the mend, where it is missing, unfinished, of another version, or damaged."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         try:
             self.manifest = json.loads((self.folder / "manifest.json").read_text())
+            version, unfinished = self.manifest["version"], "done" in self.manifest
         except FileNotFoundError:
-            raise DataError(f"there is no token store in {folder}: make it with `make tokens`, or name the folder that holds one") from None
-        except json.JSONDecodeError as error:
-            raise self._fault(f"its manifest.json cannot be read ({error})") from error
-        if self.manifest.get("version") != VERSION:
-            raise self._fault(f"it has version {self.manifest.get('version')}, and this code reads version {VERSION}")
+            told = "make it with `make tokens PAPER=mapet`, or name the folder that holds one"
+            raise DataError(f"there is no token store in {folder}: {told}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._fault(f"its manifest.json cannot be read ({type(error).__name__}: {error})") from error
+        if version != VERSION or unfinished:
+            raise self._fault("it is not finished" if unfinished else f"it has version {version}, and this code reads version {VERSION}")
         try:
             # copy-on-write, as torch has no tensors that cannot be written to
             self.tokens = torch.from_numpy(numpy.load(self.folder / "tokens.npy", mmap_mode="c"))
-            self.names = (self.folder / "images.txt").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        except (OSError, ValueError, EOFError) as error:
-            raise self._fault(f"it is truncated or damaged ({error})") from error
-        self.grid, vocabulary = tuple(self.manifest["grid"]), self.manifest["vocabulary"]
-        wanted = (len(self.names), self.grid[0] * self.grid[1])
-        if tuple(self.tokens.shape) != wanted or self.tokens.dtype != torch.int16 or len(self.names) != self.manifest["images"]:
-            held = f"{tuple(self.tokens.shape)} {self.tokens.dtype} for {len(self.names)} names"
-            raise self._fault(f"it holds {held}, and its manifest speaks of {self.manifest['images']} images of {wanted[1]} cells")
+            self.names = json.loads((self.folder / "images.json").read_text())
+            (rows, columns), vocabulary = self.manifest["grid"], int(self.manifest["vocabulary"])
+            wanted = (len(self.names), rows * columns)
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise self._fault(f"it is truncated or damaged ({type(error).__name__}: {error})") from error
+        if tuple(self.tokens.shape) != wanted or self.tokens.dtype != torch.int16 or not self.names:
+            held = f"tokens.npy holds {tuple(self.tokens.shape)} {self.tokens.dtype}"
+            raise self._fault(f"{held}, and there are {wanted[0]} names, of {wanted[1]} cells each, which wants torch.int16")
         low, high = (int(bound) for bound in self.tokens.aminmax())
         if low < 0 or high >= vocabulary:
             raise self._fault(f"it holds ids from {low} to {high}, and the vocabulary has 0 to {vocabulary - 1}")
@@ -66,11 +73,11 @@ class TokenStore:
                 )
 
     def of(self, split: Split, part: str) -> Tensor:
-        """The tokens (N, cells) int16 of a split's images; `part` is "train" or "val".
+        """The tokens (N, cells) int16 of a split's images, or of some of them; `part` is "train" or "val".
 
         Raises DataError naming the first image that the store does not know.
         """
-        names = image_names(split, part)
+        names = image_names(split, part, self.names)
         first = self.names.index(names[0]) if names[0] in self.names else 0
         if self.names[first : first + len(names)] == names:
             return self.tokens[first : first + len(names)]  # stays on disk
@@ -87,79 +94,98 @@ class TokenStore:
         return DataError(f"the token store {self.folder} cannot be used: {what}; delete it to have it made again")
 
 
-def image_names(split: Split, part: str) -> list[str]:
-    """What images are called in a store: their path below the split's folder, or where they are in memory the hash of their pixels."""
+def image_names(split: Split, part: str, known: Container[str] = ()) -> list[str]:
+    """What images are called in a store: their path below the split's folder, or where they are in memory the hash of their pixels.
+
+    known: the names of a store, which tell the split's folder where some of its images have a deeper one in common.
+    """
     if split.paths is None:
         return [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:32] for image in split.images]
-    root = os.path.commonpath(os.path.dirname(path) for path in split.paths)
+    paths = [os.path.abspath(path) for path in split.paths]
+    # the folder that all have in common is that of the first and the last by name, which takes ImageNet's million a twentieth of the time
+    root = os.path.commonpath([os.path.dirname(min(paths)), os.path.dirname(max(paths))])
+    above = [root, *map(str, Path(root).parents)]
     # folders hold one folder per class; where there is one class only, the folder that they have in common is its
-    root = os.path.dirname(root) if all(os.path.dirname(path) == root for path in split.paths) else root
-    return [f"{part}/{os.path.relpath(path, root)}" for path in split.paths]
+    own = above[1] if all(os.path.dirname(path) == root for path in paths) else root
+    root = next((folder for folder in reversed(above) if f"{part}/{os.path.relpath(paths[0], folder)}" in known), own)
+    return [f"{part}/{path[len(root) + 1 :]}" for path in paths]
 
 
-def write_store(
-    folder: Path, tokenizer: nn.Module, loaders: dict[str, Loader], device: torch.device, manifest: dict, draw: Callable
-) -> None:
-    """Fill the folder `folder`.partial, then give it its name. What a killed process has done is kept, and the next goes on from there.
+def unfinished(folder: Path, names: list[str], manifest: dict) -> Path:
+    """The folder in which a store is made, as a killed process left it; empty where that was of other images or otherwise."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    note, listed = partial / "manifest.json", partial / "images.json"
+    begun = {"version": VERSION, "images": len(names), **manifest}
+    if not note.exists() or json.loads(note.read_text()) | {"done": 0} != begun | {"done": 0} or json.loads(listed.read_text()) != names:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write_text(listed, json.dumps(names, indent=0))
+        write_text(note, json.dumps(begun | {"done": 0}, indent=1) + "\n")  # after the names, so that where it is they are
+    return partial
 
-    loaders: of "train" and "val", evaluation, of images as the tokenizer wants them. draw(folder, tokens): leaves the picture.
+
+def write_tokens(partial: Path, tokenizer: nn.Module, loaders: dict[str, Loader], device: torch.device) -> Tensor:
+    """Fill tokens.npy of an unfinished store from where it is, and return it, mapped.
+
+    loaders: of "train" and "val", evaluation, of images as the tokenizer wants them.
     """
-    partial = partial_folder(folder)
-    names = [name for part, loader in loaders.items() for name in image_names(loader.split, part)]
-    text, listed = "".join(f"{name}\n" for name in names), partial / "images.txt"
-    cells = tokenizer.grid[0] * tokenizer.grid[1]
-    progress, tokens_file = partial / "progress.json", partial / "tokens.npy"
-    held = json.loads(progress.read_text()) if progress.exists() else {}
-    if held.get("manifest") == manifest and listed.read_bytes() == text.encode(errors="surrogateescape"):
-        done, tokens = held["done"], numpy.load(tokens_file, mmap_mode="r+")
-    else:
-        progress.unlink(missing_ok=True)
-        listed.write_bytes(text.encode(errors="surrogateescape"))
-        done, tokens = 0, numpy.lib.format.open_memmap(tokens_file, "w+", numpy.int16, (len(names), cells))
-    saved, begin = time.monotonic(), 0
-    with progress_bar("tokens") as show:
+    file, note = partial / "tokens.npy", partial / "manifest.json"
+    manifest = json.loads(note.read_text())
+    total, cells = manifest["images"], tokenizer.grid[0] * tokenizer.grid[1]
+    done = manifest.get("done", total)  # it says nothing any more where a process was killed between its last two deeds
+    tokens = numpy.load(file, mmap_mode="r+") if done else numpy.lib.format.open_memmap(file, "w+", numpy.int16, (total, cells))
+
+    def save(done: int) -> None:
+        tokens.flush()  # first the rows, then the note that they are there
+        write_text(note, json.dumps(manifest | {"done": done}, indent=1) + "\n")
+
+    begin, saved = 0, time.monotonic()
+    with progress_bar("tokens", done) as show:
         for loader in loaders.values():
-            # batches are begun again from where the last one that was saved ended
-            position = begin + min(max(done - begin, 0) // loader.batch_size * loader.batch_size, len(loader.split))
-            batches = loader.epoch(0, (position - begin) // loader.batch_size) if done < begin + len(loader.split) else ()
-            for images_BCHW, _ in batches:
+            end = begin + len(loader.split)
+            start = max(done - begin, 0) // loader.batch_size  # a batch that was saved in part is begun again
+            position = begin + start * loader.batch_size
+            for images_BCHW, _ in loader.epoch(0, start) if done < end else ():
                 id_BN, _ = tokenizer(images_BCHW.to(device))
                 tokens[position : position + len(id_BN)] = id_BN.to(torch.int16).cpu().numpy()
                 position += len(id_BN)
-                show(position, len(names))
-                if time.monotonic() - saved >= SAVE_SECONDS:
-                    tokens.flush()  # first the rows, then the note that they are there
-                    write_text(progress, json.dumps({"manifest": manifest, "done": position}) + "\n")
+                show(position, total)
+                if position == total or time.monotonic() - saved >= SAVE_SECONDS:
+                    save(position)
                     saved = time.monotonic()
-            begin += len(loader.split)
-    tokens.flush()
-    draw(partial, torch.from_numpy(numpy.asarray(tokens)))
-    progress.unlink(missing_ok=True)
-    write_text(partial / "manifest.json", json.dumps({"version": VERSION, "images": len(names), **manifest}, indent=1) + "\n")
+            begin = end
+    return torch.from_numpy(tokens)
+
+
+def finish(partial: Path, folder: Path) -> None:
+    """Give an unfinished store, of which everything else is made, its manifest and its name."""
+    note = partial / "manifest.json"
+    manifest = json.loads(note.read_text())
+    manifest.pop("done", None)
+    write_text(note, json.dumps(manifest, indent=1) + "\n")
     partial.rename(folder)
-
-
-def partial_folder(folder: Path) -> Path:
-    """Where a store is while it is made."""
-    return folder.with_name(f"{folder.name}.partial")
 
 
 @contextmanager
 def making(folder: Path) -> Iterator[None]:
     """Hold a store while it is made. Raises RunError where another process makes it."""
-    partial_folder(folder).mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"{folder} is being made by another process; wait for it") from None
+        os.register_at_fork(after_in_child=lock.close)  # else workers that outlive a killed process would keep it locked
         yield
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) that keeps a bar on a terminal, and elsewhere says a line at most every so many seconds, and at the end."""
-    begun = told = time.monotonic()
+def progress_bar(title: str, begun: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that keeps a bar on a terminal, and elsewhere says a line at most every so many seconds, and at the end.
+
+    begun: images that an earlier process has done, which tell nothing of the time that the others take.
+    """
+    start = told = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
 
@@ -168,7 +194,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
             now = time.monotonic()
             if done == total or now - told >= SAVE_SECONDS:
-                told = now
-                console.print(f"{title}: {done} of {total} images, {(total - done) * (now - begun) / done:.0f} s left", markup=False)
+                told, left = now, (total - done) * (now - start) / max(1, done - begun)
+                console.print(f"{title}: {done} of {total} images, {left:.0f} s left", markup=False)
 
         yield show
