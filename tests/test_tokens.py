@@ -303,7 +303,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(whole, tmp_path, capsys
         return " ".join(said.out.split())
 
     assert "there is no token store in" in refused("targets.store=nowhere")
-    assert "made with vocabulary=8, and the recipe wants vocabulary=32" in refused(f"targets.store={whole}")
+    assert "made with vocabulary=8, and the recipe wants vocabulary=64" in refused(f"targets.store={whole}")
     assert "no tokens for 1397 of 1437 images" in refused(f"targets.store={whole}", "method.vocabulary=8")
     assert "targets.iterations='few' does not fit" in refused("targets.iterations=few")
     assert "pretrain.augmentation.flip=0.5: tokens are made once" in refused("pretrain.augmentation.flip=0.5")
