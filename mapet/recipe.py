@@ -65,7 +65,7 @@ def digits() -> Recipe:
     """
     still = Augmentation(crop="none", flip=0.0, color_jitter=0.4)
     pretrain = Stage(
-        epochs=200, batch_size=128, base_lr=2e-3, lr_batch=128, warmup_epochs=10, min_lr=1e-5, clip_norm=3.0, augmentation=still
+        epochs=100, batch_size=128, base_lr=2e-3, lr_batch=128, warmup_epochs=10, min_lr=1e-5, clip_norm=3.0, augmentation=still
     )
     shifts = Augmentation(crop="padding", padding=1, flip=0.0)
     finetune = Stage(epochs=60, batch_size=128, base_lr=2e-3, warmup_epochs=5, augmentation=shifts)
