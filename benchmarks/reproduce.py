@@ -64,7 +64,7 @@ class Options:
     epochs: int | None = None
     """Epochs of pre-training, in place of the recipe's."""
     encoder: Path | None = None
-    """Evaluate the encoder in this file (names of timm or of an official code: DropPos, MAE, MaPeT, I-JEPA, StoP) instead of pre-training one."""
+    """Evaluate the encoder in this file (names of timm, DropPos, MAE, MaPeT, I-JEPA or StoP) instead of pre-training one."""
     seeds: int = 1
     """How many seeds: 0, 1, ..., of which the table shows mean and standard deviation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -154,7 +154,7 @@ def test_every_paper_recipe_and_data_set_that_is_named_exists(readme: Path, tmp_
     default = readme.parent.name if readme.parent.name in papers() else re.search(r"^PAPER \?= (\w+)", makefile(), re.MULTILINE)[1]
     for words in commands(text):
         targets, variables = make_words(words) if words[0] == "make" else ([], {})
-        if "reproduce" in targets:
+        if {"reproduce", "tokens"} & {*targets}:
             data = variables.get("DATA", "digits")
             name = re.fullmatch(r"\w+", variables.get("RECIPE", "")) and variables["RECIPE"]
             _, recipe = choose_recipe(paper_module(variables.get("PAPER", default)), str(tmp_path) if "/" in data else data, name or None)
@@ -171,13 +171,14 @@ def test_every_module_that_is_run_exists_and_knows_the_flags(readme: Path) -> No
     for words in commands(readme.read_text(encoding="utf-8")):
         if words[0] == "make":
             targets, variables = make_words(words)
-            module = f"benchmarks.{targets[0]}" if targets else ""
+            run = re.search(rf"^{targets[0]}:.*\n\t.*-m (benchmarks\.\w+)", makefile(), re.MULTILINE) if targets else None
+            module = run[1] if run else ""
             arguments = shlex.split(variables.get("ARGS", ""))
         else:
             module, *arguments = words[words.index("-m") + 1 :]
             assert find_spec(module), f"{shlex.join(words)}: there is no module {module}"
         flags = {word.split("=")[0] for word in arguments if re.match(r"--?[a-z]", word)}
-        if module.startswith("benchmarks.") and flags:
+        if module.startswith(("benchmarks.", *papers())) and flags:
             assert flags <= known_flags(module), f"{shlex.join(words)}: {module} knows {sorted(known_flags(module))}"
 
 
