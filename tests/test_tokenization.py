@@ -52,9 +52,9 @@ def test_the_tokenizer_sees_the_part_of_an_image_that_the_model_sees(tmp_path, m
     """In training and in validation; a tokenizer of larger images likewise."""
     data, real, seen = draw_places(tmp_path / "pictures"), tokenizers.write_tokens, {}
 
-    def watched(partial, tokenizer, loaders, device):
+    def watched(partial, tokenizer, loaders, *others):
         seen.update({part: next(loader.epoch(0))[0] for part, loader in loaders.items()})
-        return real(partial, tokenizer, loaders, device)
+        return real(partial, tokenizer, loaders, *others)
 
     monkeypatch.setattr(tokenizers, "write_tokens", watched)
     monkeypatch.setattr(tokenizers, "_features", lambda *_: Pixels(zoom * 8, (zoom * 112,) * 2, data.mean, data.std))
@@ -98,9 +98,13 @@ def test_what_moves_patches_is_refused_by_name_before_anything_is_made(folder, t
     assert not (tmp_path / "tokens").exists()
 
 
-def test_images_that_would_have_a_border_are_refused(folder, tmp_path):
-    with pytest.raises(DataError, match="resized to 12 pixels, smaller than the 16 pixels of the model"):
-        prepare(open_data(str(folder)), tmp_path / "tokens", augmentation=replace(STILL, resize=12))
+def test_images_that_would_have_a_border_are_refused_by_the_tokenizer_and_in_training(folder, tmp_path):
+    data, small = open_data(str(folder)), replace(STILL, resize=12)
+    options = {"data": data, "image_size": (16, 16), "batch_size": 4, "seed": 0, "device": CPU, "workers": 0}
+    for make in (lambda: prepare(data, tmp_path / "tokens", augmentation=small), lambda: Loader(data.train, augmentation=small, **options)):
+        with pytest.raises(DataError, match="resized to 12 pixels, smaller than the 16 pixels of the model"):
+            make()
+    Loader(data.train, augmentation=replace(small, crop="resized"), **options)  # which does not read it
 
 
 # ---- tokenizers

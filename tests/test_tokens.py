@@ -73,7 +73,6 @@ def prepare(data: Data, folder: Path, targets: dict | None = None, **options) ->
 
 
 def made(folder: Path) -> Path:
-    """The only store there."""
     (found,) = (path for path in folder.iterdir() if path.is_dir())
     return found
 
@@ -119,7 +118,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_an_image_has_its_own_tokens_whatever_the_order_and_the_times_of_the_files(folder, tmp_path):
     data = open_data(str(folder))
-    first = prepare(data, tmp_path / "tokens")
+    prepare(data, tmp_path / "tokens")
     expected = by_path(folder, made(tmp_path / "tokens"))
     assert len({bytes(ids.numpy()) for ids in expected.values()}) == 16
     for number, file in enumerate(sorted(folder.rglob("*.png"), reverse=True)):
@@ -132,7 +131,6 @@ def test_an_image_has_its_own_tokens_whatever_the_order_and_the_times_of_the_fil
             assert all(
                 torch.equal(ids, expected[Path(p).relative_to(folder).as_posix()]) for p, ids in zip(part.paths, part.labels, strict=True)
             )
-    assert torch.equal(first.train.labels, prepare(data, tmp_path / "tokens").train.labels)
 
 
 def test_a_data_set_that_was_copied_elsewhere_has_its_tokens_there(folder, tmp_path, monkeypatch):
@@ -143,6 +141,8 @@ def test_a_data_set_that_was_copied_elsewhere_has_its_tokens_there(folder, tmp_p
     for name in (str(copy), "pictures", "../elsewhere/./pictures"):
         found = prepare(open_data(name), tmp_path / "tokens", make=False)
         assert torch.equal(found.train.labels, expected.train.labels) and torch.equal(found.val.labels, expected.val.labels)
+    odd = replace(found.train, paths=[path.replace("/train/", "//train/./") for path in found.train.paths])
+    assert image_names(odd, "train") == image_names(found.train, "train")
 
 
 def test_folders_inside_a_class_do_not_take_its_place(tmp_path):
@@ -285,7 +285,8 @@ def test_a_store_of_another_view_is_refused(folder, tmp_path):
         ({"targets": {"sample": "all"}}, r"targets.sample='all' does not fit; expected int \| None"),
         ({"targets": {"features": 3}}, "targets.features=3 does not fit; expected str"),
         ({"targets": {"sample": 7}}, "7 vectors make no 8 clusters: set targets.sample or method.vocabulary to fit"),
-        ({"vocabulary": 2**15 + 1}, "method.vocabulary=32769: .* choose at most 32768"),
+        ({"vocabulary": 2**15 + 1}, "method.vocabulary=32769: give a whole number from 2 to 32768"),
+        ({"vocabulary": "many"}, "method.vocabulary='many': give a whole number"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_an_image_is_looked_at(tmp_path, monkeypatch, options, message):
@@ -317,7 +318,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(whole, tmp_path, capsys
 
 
 class Killed(BaseException):
-    """Nobody catches it."""
+    pass
 
 
 class Deeds:
@@ -363,8 +364,9 @@ def test_a_kill_at_any_moment_leaves_no_store_and_the_next_call_finishes_the_sam
         prepare(data, place)
         assert contents(place / name) == expected, (last, all_deeds[:last])
         assert {path.name for path in place.iterdir()} == {name, f"{name}.lock"}
-        # what was saved is not done again, but for the black image, one batch and the picture
-        assert deeds.done.count("look") <= all_deeds[last:].count("look") + 1 + 1 + 3
+        # what was saved is not done again, but for the black image, the batch at hand, and those of the picture
+        looks = all_deeds[:last].count("look")
+        assert deeds.done.count("look") <= 12 - looks + (2 if looks <= 4 else 1 + max(0, looks - 9))
 
 
 def test_a_process_that_is_killed_with_its_workers_at_work_leaves_what_the_next_goes_on_from(folder, tmp_path, monkeypatch):
@@ -466,8 +468,7 @@ def test_a_store_costs_two_bytes_a_patch_and_is_not_read_into_memory(tmp_path):
 
 
 def test_pre_training_learns_from_the_tokens(tmp_path):
-    run = reproduction(tmp_path, digits(), 8, 2)
-    run.pretrain()
+    (run := reproduction(tmp_path, digits(), 8, 2)).pretrain()
     result = json.loads((run.root / "pretrain" / "result.json").read_text())
     assert made(tmp_path / "tokens").name.startswith("digits-kmeans-") and 0 <= result["token_top1"] <= 100
 

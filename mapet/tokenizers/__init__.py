@@ -21,9 +21,10 @@ from common.recipe import RecipeError
 from common.run import console
 from mapet.tokenizers.features import Clip, Encoder, Features, Pixels
 from mapet.tokenizers.kmeans import NearestCentroid, fit_centroids, sample_features
-from mapet.tokenizers.store import SAVE_SECONDS, TokenStore, finish, image_names, making, progress_bar, unfinished, write_tokens
+from mapet.tokenizers.store import SAVE_SECONDS, TokenStore, image_names, making, progress_bar, unfinished, write_tokens
 from mapet.tokenizers.vqkd import load_vqkd
 
+PARTS = ("train", "val")  # of the data, in the order of a store's rows
 BATCH = 64  # images that a tokenizer sees at once
 PER_CODE = 512  # feature vectors that are clustered for each code, where there are so many (the paper's)
 SEED = 1234  # faiss' own; tokens are the same for all seeds of a run
@@ -95,11 +96,10 @@ def prepare_tokens(
     Raises RecipeError where training images are cut or mirrored, so that tokens of whole images would be those of other patches, or where
     the tokenizer has another grid or vocabulary; DataError where a store does not belong to the images or to the recipe.
     """
-    if vocabulary > MOST:
-        raise RecipeError(f"method.vocabulary={vocabulary}: a store has room for ids of 16 bits, so choose at most {MOST}")
+    if type(vocabulary) is not int or not 2 <= vocabulary <= MOST:
+        raise RecipeError(f"method.vocabulary={vocabulary!r}: give a whole number from 2 to {MOST}, as ids are kept in 16 bits")
     grid = (image_size // patch_size, image_size // patch_size)
     wanted = {"vocabulary": vocabulary, "grid": grid, "short_side": _short_side(data, augmentation, image_size)}
-    splits = {"train": data.train, "val": data.val}
     if tokenization.store is not None:
         store = TokenStore(Path(tokenization.store))
     else:
@@ -112,10 +112,11 @@ def prepare_tokens(
                 raise RecipeError(f"there are no tokens in {place}, and several processes do not make them: {told}")
             with making(place):
                 if not place.exists():  # another process may just have made it
-                    _make(place, tokenization, data, splits, manifest, (image_size, patch_size), device, workers)
+                    _make(place, tokenization, data, manifest, (image_size, patch_size), device, workers)
         store = TokenStore(place)
     store.check(**wanted)
     console.print(f"tokens: {store.folder}, {vocabulary} codes, {len(store.names)} images; codewords.png there shows some", markup=False)
+    splits = {part: getattr(data, part) for part in PARTS}
     return dataclasses.replace(data, **{part: dataclasses.replace(split, labels=store.of(split, part)) for part, split in splits.items()})
 
 
@@ -128,11 +129,10 @@ def _content(*paths: str | Path) -> str:
 def _short_side(data: Data, augmentation: Augmentation, image_size: int) -> float:
     """What of an image the model sees, and the tokenizer has to: the middle, where the short side is so many times that of the model's
     images; 0: all, pressed into shape. Raises RecipeError where it is another part each time."""
-    moving = {"crop": augmentation.crop in ("resized", "padding"), "flip": augmentation.flip > 0}
-    moving["randaugment"] = augmentation.randaugment is not None
-    for name, moves in moving.items():
+    cut = augmentation.crop in ("resized", "padding")
+    randomly = augmentation.randaugment is not None
+    for name, moves, fit in (("crop", cut, "none or squeezed"), ("flip", augmentation.flip > 0, "0"), ("randaugment", randomly, "null")):
         if moves:
-            fit = {"crop": "none or squeezed", "flip": "0", "randaugment": "null"}[name]
             raise RecipeError(
                 f"pretrain.augmentation.{name}={getattr(augmentation, name)}: tokens are made once, of images as they are, and would not "
                 f"be those of the patches that the model sees; set it to {fit}"
@@ -143,27 +143,23 @@ def _short_side(data: Data, augmentation: Augmentation, image_size: int) -> floa
 
 
 def _make(
-    place: Path,
-    tokenization: Tokenization,
-    data: Data,
-    splits: dict[str, Split],
-    manifest: dict,
-    sizes: tuple[int, int],
-    device: torch.device,
-    workers: int,
+    place: Path, tokenization: Tokenization, data: Data, manifest: dict, sizes: tuple[int, int], device: torch.device, workers: int
 ) -> None:
     """Look, sample, cluster, tokenise, draw; each is done once, however often a process was killed."""
     seeing = load_vqkd(tokenization.checkpoint) if tokenization.tokenizer == "vqkd" else _features(tokenization, data, *sizes)
     _check(manifest, seeing)
-    loaders = {part: _loader(data, split, seeing, manifest["short_side"], workers) for part, split in splits.items()}
-    partial = unfinished(place, [name for part, split in splits.items() for name in image_names(split, part)], manifest)
+    loaders = {part: _loader(data, getattr(data, part), seeing, manifest["short_side"], workers) for part in PARTS}
+    train = loaders["train"]
+    partial = unfinished(place, [name for part in PARTS for name in image_names(loaders[part].split, part)], manifest)
     tokenizer = seeing
     if isinstance(seeing, Features):
-        tokenizer = NearestCentroid(seeing, _centroids(partial, seeing, tokenization, loaders["train"], manifest["vocabulary"], device))
+        tokenizer = NearestCentroid(seeing, _centroids(partial, seeing, tokenization, train, manifest["vocabulary"], device))
     tokenizer = tokenizer.to(device).eval()
-    tokens = write_tokens(partial, tokenizer, loaders, device)
-    draw_codewords(nearest_patches(tokenizer, loaders["train"], tokens, device), PATCHES, loaders["train"].data, partial / "codewords.png")
-    finish(partial, place)
+
+    def draw(tokens: Tensor) -> None:
+        draw_codewords(nearest_patches(tokenizer, train, tokens, device), PATCHES, train.data, partial / "codewords.png")
+
+    write_tokens(partial, tokenizer, loaders, device, draw)
 
 
 def _features(tokenization: Tokenization, data: Data, image_size: int, patch_size: int) -> Features:

@@ -105,7 +105,7 @@ def image_names(split: Split, part: str, known: Container[str] = ()) -> list[str
     # the folder that all have in common is that of the first and the last by name, which takes ImageNet's million a twentieth of the time
     root = os.path.commonpath([os.path.dirname(min(paths)), os.path.dirname(max(paths))])
     above = [root, *map(str, Path(root).parents)]
-    # folders hold one folder per class; where there is one class only, the folder that they have in common is its
+    # where there is one class only, the folder that they have in common is its
     own = above[1] if all(os.path.dirname(path) == root for path in paths) else root
     root = next((folder for folder in reversed(above) if f"{part}/{os.path.relpath(paths[0], folder)}" in known), own)
     return [f"{part}/{path[len(root) + 1 :]}" for path in paths]
@@ -124,8 +124,8 @@ def unfinished(folder: Path, names: list[str], manifest: dict) -> Path:
     return partial
 
 
-def write_tokens(partial: Path, tokenizer: nn.Module, loaders: dict[str, Loader], device: torch.device) -> Tensor:
-    """Fill tokens.npy of an unfinished store from where it is, and return it, mapped.
+def write_tokens(partial: Path, tokenizer: nn.Module, loaders: dict[str, Loader], device: torch.device, draw: Callable) -> None:
+    """Fill tokens.npy of an unfinished store from where it is, have draw(tokens) leave the picture, and give the folder its name.
 
     loaders: of "train" and "val", evaluation, of images as the tokenizer wants them.
     """
@@ -154,16 +154,10 @@ def write_tokens(partial: Path, tokenizer: nn.Module, loaders: dict[str, Loader]
                     save(position)
                     saved = time.monotonic()
             begin = end
-    return torch.from_numpy(tokens)
-
-
-def finish(partial: Path, folder: Path) -> None:
-    """Give an unfinished store, of which everything else is made, its manifest and its name."""
-    note = partial / "manifest.json"
-    manifest = json.loads(note.read_text())
+    draw(torch.from_numpy(tokens))
     manifest.pop("done", None)
     write_text(note, json.dumps(manifest, indent=1) + "\n")
-    partial.rename(folder)
+    partial.rename(partial.with_suffix(""))
 
 
 @contextmanager
@@ -183,7 +177,7 @@ def making(folder: Path) -> Iterator[None]:
 def progress_bar(title: str, begun: int = 0) -> Iterator[Callable[[int, int], None]]:
     """A function (done, total) that keeps a bar on a terminal, and elsewhere says a line at most every so many seconds, and at the end.
 
-    begun: images that an earlier process has done, which tell nothing of the time that the others take.
+    begun: images that were done before, which tell nothing of the time that the others take.
     """
     start = told = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
