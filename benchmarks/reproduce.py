@@ -152,9 +152,9 @@ class Reproduction:
         stage = self.recipe.pretrain
         with self.open("pretrain") as run:
             if run.result is None:
-                data = self.prepare()
                 encoder = self.new_encoder()
                 method = self.module.build(self.recipe, encoder, self.data.classes)
+                data = self.prepare()
                 train = self.loader(data.train, stage, stage.augmentation)
                 method, hours = fit(run, self.fabric, method, stage, train, self.seed, **self.fitting)
                 found = own_metrics(self.fabric, method, self.loader(data.val, stage, None), self.seed)
