@@ -116,9 +116,15 @@ class Block(nn.Module):
 
     def _forward(self, x_BTD: Tensor, keys: int | None, queries: int | None, window: Window | None) -> Tensor:
         asking_BQD = x_BTD[:, -(queries or 0) :]
-        asking_BQD = asking_BQD + self.drop_path(self.attn(self.norm1(x_BTD), keys, queries, window, self.ls1))
+        asking_BQD = self._add(asking_BQD, self.attn(self.norm1(x_BTD), keys, queries, window, self.ls1))
         hidden_BQD = self.mlp.act(self.mlp.fc1(self.norm2(asking_BQD)))
-        return asking_BQD + self.drop_path(_scaled(self.mlp.fc2, self.ls2, hidden_BQD))
+        return self._add(asking_BQD, _scaled(self.mlp.fc2, self.ls2, hidden_BQD))
+
+    def _add(self, x_BQD: Tensor, branch_BQD: Tensor) -> Tensor:
+        """x + drop_path(branch), in one pass."""
+        if not self.training or not self.drop_path.drop_prob:
+            return x_BQD + branch_BQD
+        return torch.addcmul(x_BQD, branch_BQD, self.drop_path(x_BQD.new_ones(len(x_BQD), 1, 1)))
 
 
 def _scaled(layer: nn.Linear, scale: nn.Module | None, x_BTD: Tensor) -> Tensor:
