@@ -143,11 +143,7 @@ def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tenso
         make_mask, flex = create_block_mask, flex_attention
 
     (B, _, Q, _), K = q_BHQD.shape, k_BHKD.shape[2]
-    given = [x for x in window.values() if x is not None]
-    if all(len(x) == 1 for x in given):
-        B = 1  # one mask for all images
-    else:
-        window = {name: None if x is None else x.expand(B, -1) for name, x in window.items()}
+    window = {name: None if x is None else x.expand(B, -1) for name, x in window.items()}
 
     def visible(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         now = query if window["time"] is None else window["time"][image, query]

@@ -152,6 +152,16 @@ def test_bfloat16_on_the_cpu_is_torchs_own_forward_with_gradients_as_exact_as_fl
         assert (found.double() - wanted.double()).abs().max() < 2**-7 * wanted.abs().max()  # of 8 bits, as on GPUs
 
 
+@pytest.mark.parametrize("alike", [("time",), ("visible_from", "visible_until"), ("time", "visible_from", "visible_until")], ids="-".join)
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_one_row_of_a_window_stands_for_all_images(backend, alike):
+    qkv, window, _ = draw(B=3, H=2, Q=5, K=7, D=4, seed=3)
+    short = {name: vector[:1] if name in alike else vector for name, vector in window.items()}
+    whole = {name: vector.expand(3, -1) for name, vector in short.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(attend(*qkv, backend=backend, **short), attend(*qkv, backend="sdpa", **whole))
+
+
 def test_windows_reproduce_mapets_worked_example():
     """Nine tokens in the order 1 8 4 2 7 6 | 3 5 9, of which the first six are context (papers' figure; no class token)."""
     context = 6
