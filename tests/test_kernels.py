@@ -245,7 +245,7 @@ def test_a_layer_around_it_compiles_into_one_graph_with_the_same_gradients():
         return attend(q, k, v, backend="triton", **window).transpose(1, 2).reshape(2, 20, 64).sin()
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if kernels.INTERPRETED else "inductor")
-    for window in ({}, draw_window(2, 20, 20)):
+    for window in ({}, draw_window(2, 20, 20), draw_window(1, 20, 20)):
         results = [(out := function(x, **window), *torch.autograd.grad(out.sum(), x)) for function in (compiled, layer)]
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
