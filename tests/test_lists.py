@@ -127,7 +127,7 @@ def test_resize_says_how_much_of_a_photo_is_seen_and_interpolation_how(tmp_path)
     for resize, mode in [(None, "bicubic"), (110, "bicubic"), (96, "bicubic"), (96, "bilinear"), (192, "bicubic")]:
         sees = loader(photo, resize=resize, interpolation=mode)
         assert (sees.view["resize"], sees.view["interpolation"]) == (str(resize or 109), mode)
-        image = Image.fromarray(noise).resize((round(300 * (resize or 109) / 200), resize or 109), Image.Resampling[mode.upper()])
+        image = Image.fromarray(noise).resize((300 * (resize or 109) // 200, resize or 109), Image.Resampling[mode.upper()])
         left, top = round((image.width - 96) / 2), round((image.height - 96) / 2)
         pixels = torch.tensor(list(image.crop((left, top, left + 96, top + 96)).get_flattened_data())) / 255
         seen[resize, mode] = next(sees.epoch(0))[0] * sees.data.std[0] + sees.data.mean[0]
