@@ -2,7 +2,7 @@
 
 The patches of an image are put in a random order. The first are seen; the tokens (ids of a tokenizer's vocabulary) of the others are
 predicted one after the other, each from the seen patches, from those that came before it and, instead of those that come after, from
-placeholders that tell where these are. So every prediction knows all positions, and is made from what the others hide from each other.
+placeholders that tell where these are. So every prediction knows all positions, and hidden patches tell of each other.
 
 Two streams share all weights. The content stream knows the patches; the query stream knows only where the patch is that it predicts.
 
