@@ -182,8 +182,7 @@ class _PairLoss(torch.autograd.Function):
                 logp_BQMR = F.linear(hidden_BQMH, weight_RH, bias_R).log_softmax(-1, dtype=torch.float32)
                 loss -= logp_BQMR.gather(-1, target_BQM1).sum()
                 if any(ctx.needs_input_grad):
-                    # Of cross-entropy with regard to the logits: probabilities minus the truth.
-                    d_logit_BQMR = logp_BQMR.exp_().scatter_add_(-1, target_BQM1, -torch.ones_like(target_BQM1, dtype=torch.float32))
+                    d_logit_BQMR = _logit_gradient(logp_BQMR, target_BQM1)
                     d_bias += d_logit_BQMR.sum((0, 1, 2))
                     d_logit_BQMR = d_logit_BQMR.to(weight_RH.dtype)
                     d_weight += d_logit_BQMR.flatten(0, 2).T @ hidden_BQMH.flatten(0, 2)
@@ -198,6 +197,14 @@ class _PairLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, outer):
         return *(outer.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors), None, None, None, None
+
+
+def _logit_gradient(logp: Tensor, target: Tensor) -> Tensor:
+    """Of the summed cross-entropy with regard to the logits: probabilities minus the truth. In the memory of the log-probabilities.
+
+    Log-probabilities (..., K) float32 and classes (..., 1).
+    """
+    return logp.exp_().scatter_add_(-1, target, -torch.ones_like(target, dtype=torch.float32))
 
 
 class TokenHead(nn.Linear):
@@ -229,7 +236,7 @@ class _TokenLoss(torch.autograd.Function):
             loss -= true_M1.sum()
             right += (true_M1 == logp_MV.amax(1, keepdim=True)).sum()
             if any(ctx.needs_input_grad):
-                d_logit_MV = logp_MV.exp_().scatter_add_(1, token_M1, -torch.ones_like(true_M1))
+                d_logit_MV = _logit_gradient(logp_MV, token_M1)
                 gradients[2] += d_logit_MV.sum(0)
                 d_logit_MV = d_logit_MV.to(weight_VD.dtype)
                 gradients[1] += d_logit_MV.T @ x_MD[part]
