@@ -1,9 +1,14 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and locks."""
 
+import errno
+import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def partial(path: Path) -> Path:
@@ -30,3 +35,26 @@ def replacing(path: Path) -> Iterator[Path]:
         os.fsync(directory)  # the new name, too, is on disk
     finally:
         os.close(directory)
+
+
+class Locked(RuntimeError):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, which is made where it is missing, until the end of the block.
+
+    Where another process holds it: wait for it, or raise Locked. The lock ends with the process, however that ends. On a file system
+    without locks (some network file systems) a warning says so, and the block runs without one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise Locked(f"{path} is locked by another process") from None
+            log.warning("%s: this file system has no locks (%s), so make sure that nothing else writes here", path.parent, error.strerror)
+        os.register_at_fork(after_in_child=lock.close)  # a worker that outlives its killed parent would keep the lock
+        yield

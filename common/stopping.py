@@ -1,0 +1,64 @@
+"""Signals that stop a run: it saves what can be saved and exits with EXIT_STOPPED, and the same command continues it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: try again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+_received: list[int] = []
+_deferred = 0
+
+
+class Stopped(SystemExit):
+    """Raised after one of STOP_SIGNALS. A process that does not catch it exits with EXIT_STOPPED."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_STOPPED)
+
+
+def stop_requested() -> bool:
+    """Whether a signal has arrived since the handlers were installed."""
+    return bool(_received)
+
+
+def stop_if_requested() -> None:
+    """Raise Stopped if a signal has arrived. For the case that the exception of the handler was swallowed, as in a destructor."""
+    if _received and not _deferred:
+        raise Stopped
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Within the block STOP_SIGNALS raise Stopped, at once or at the end of `finish_first`. Nested calls and other threads do nothing."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(STOP_SIGNALS[0]) is _handle:
+        yield
+        return
+    _received.clear()
+    previous = {number: signal.signal(number, _handle) for number in STOP_SIGNALS}
+    try:
+        yield
+        stop_if_requested()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def finish_first() -> Iterator[None]:
+    """Within the block a signal, or several, only set `stop_requested`; Stopped is raised at its end."""
+    global _deferred
+    with stop_on_signals():
+        _deferred += 1
+        try:
+            yield
+        finally:
+            _deferred -= 1
+        stop_if_requested()
+
+
+def _handle(number: int, frame: object) -> None:
+    _received.append(number)
+    stop_if_requested()
