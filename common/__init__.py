@@ -31,8 +31,9 @@ def declare_torchvision_operators() -> torch.library.Library | None:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what tensors free instead of giving it back to the system; returns whether it could be told.
+    """Let glibc keep what tensors free instead of giving it back to the system; returns whether that was possible.
 
+    It changes the whole process, so programs call it at their start, and importing a module does not.
     By default every tensor above 32 MB is mapped anew, and clearing its pages takes longer than many an operation on it: without that, a
     float32 step of Swin-T with batch 8 takes two thirds of the time on two cores, and a sixth more memory. On other C libraries
     nothing is done.
@@ -43,4 +44,3 @@ def keep_freed_memory() -> bool:
 
 
 _torchvision_operators = declare_torchvision_operators()
-keep_freed_memory()

@@ -17,20 +17,20 @@ ROWS = 2**13  # rows that each process sends at once, which bounds the memory of
 def once(fabric: Fabric, compute: Callable[[], T]) -> T:
     """The result of `compute` on the first process, on every process; the others wait for it.
 
-    Where it raises, that error goes on in the first process, which reports it, and the others exit with code 2.
+    Where it raises, that error goes on in the first process, which reports it, and the others exit: with its code, or 2.
     """
     if fabric.world_size == 1:
         return compute()
     if fabric.is_global_zero:
         try:
             found = compute()
-        except BaseException:
-            fabric.broadcast((False, None))
+        except BaseException as error:
+            fabric.broadcast((error.code if isinstance(error, SystemExit) else 2, None))
             raise
-        return fabric.broadcast((True, found))[1]
-    succeeded, found = fabric.broadcast((True, None))
-    if not succeeded:
-        raise SystemExit(2)
+        return fabric.broadcast((0, found))[1]
+    code, found = fabric.broadcast((0, None))
+    if code:
+        raise SystemExit(code)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -119,8 +120,10 @@ def test_an_official_checkpoint_is_evaluated_in_the_place_of_pretraining(tmp_pat
     assert main([*arguments, "--encoder", str(tmp_path / "absent.pth")]) == 2
     assert "there is no checkpoint at" in capsys.readouterr().out
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "official.pth").rename(tmp_path / "elsewhere" / "official.pth")
-    assert main([*arguments, "--encoder", str(tmp_path / "elsewhere" / "official.pth")]) == 2  # of the same name, but another file
+    moved = (tmp_path / "official.pth").rename(tmp_path / "elsewhere" / "official.pth")
+    assert main([*arguments, "--encoder", str(moved)]) == 0  # a file is known by its content, not by where it is
+    torch.save({"state_dict": {name: tensor + 1 for name, tensor in method.state_dict().items()}}, moved)
+    assert main([*arguments, "--encoder", str(moved)]) == 2
     assert "holds a run with other settings (encoder:" in " ".join(capsys.readouterr().out.split())
 
 
@@ -200,11 +203,16 @@ def test_features_are_kept_once_for_all_protocols_that_read_them(frozen):
 
 
 def test_features_of_another_encoder_are_refused(frozen, capsys):
+    """Neither a finished evaluation of the old one is shown, nor are its features read."""
     directory = frozen[0] / "droppos" / "digits-1ep-seed0"
-    (directory / "knn-pretrained" / "result.json").unlink()
     (directory / "pretrain" / "encoder.safetensors").write_bytes(encoder_file(1.5))
     changes = [word for change in FROZEN for word in ("--set", change)]
-    assert main(["droppos", "--device", "cpu", "--epochs", "1", "--out", str(frozen[0]), *changes]) == 2
+    again = ["droppos", "--device", "cpu", "--epochs", "1", "--out", str(frozen[0]), *changes]
+    assert main(again) == 2
+    assert "finetune-pretrained holds a run with other settings (pretrained: encoder.safetensors" in capsys.readouterr().out
+    for evaluation in directory.glob("*-pretrained"):
+        shutil.rmtree(evaluation)
+    assert main(again) == 2
     assert "holds features with another encoder; delete it" in capsys.readouterr().out
 
 

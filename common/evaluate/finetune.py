@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.data import Loader
 from common.method import Output
+from common.processes import once, sum_over_processes
 from common.randomness import reseed
 from common.recipe import Protocol
 from common.vit import ViT
@@ -114,7 +115,7 @@ def accuracies(fabric: Fabric, model: nn.Module, loader: Loader, classifiers: tu
             logits = model(images).named["logits"]
         right = best_five(logits, targets)
         hits += torch.stack([right[..., 0].sum(-1), right.sum((-1, -2)), torch.full(classifiers, len(targets), device=fabric.device)])
-    hits = fabric.all_reduce(hits, reduce_op="sum")
+    hits = sum_over_processes(fabric, hits)
     return 100 * hits[:2] / hits[2]
 
 
@@ -131,6 +132,7 @@ def own_metrics(fabric: Fabric, method: nn.Module, loader: Loader, seed: int) ->
         for name, value in {"loss": output.loss, **output.metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(images)
         count += len(images)
-    totals = torch.tensor([*sums.values(), count], dtype=torch.float64, device=fabric.device)
-    totals = fabric.all_reduce(totals, reduce_op="sum").tolist()
-    return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
+    names = once(fabric, lambda: list(sums))  # a process without images has none, and all must exchange tensors of one shape
+    totals = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64, device=fabric.device)
+    totals = sum_over_processes(fabric, totals).tolist()
+    return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}

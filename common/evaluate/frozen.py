@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.data import Loader
 from common.evaluate.finetune import best_five, pool, tokens
 from common.files import replacing
+from common.processes import gather_rows, once
 from common.run import RunError
 from common.vit import ViT
 
@@ -33,6 +34,7 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Pooled features (N, D) after the last blocks of an encoder, and the classes (N,), of every image; raw pixels where it is None.
 
+    A loader that divides the images among processes divides the work; every process returns the features of all, in order.
     Where `cache` is given, such as runs/x/features/pretrained-train, they are read from a file whose name begins so, or written to it.
     Raises RunError where that file holds features of another encoder, or of the same seen, read or computed in another way.
     """
@@ -41,11 +43,12 @@ def features(
     encoder = copy.deepcopy(encoder).to(fabric.device).eval()
     if cache is None:
         return _extract(fabric, encoder, loader, how, layers)
-    key = {"encoder": fingerprint(encoder), "data": loader.data.name, "images": loader.split.digest(), **loader.view}
-    key |= {"layers": str(layers), "pool": how, "precision": str(fabric._precision.precision)}
+    options = {"layers": str(layers), "pool": how, "precision": str(fabric._precision.precision)}
+    images = once(fabric, loader.split.digest)
+    key = {"encoder": fingerprint(encoder), "data": loader.data.name, "images": images, **loader.view, **options}
     seen = f"{layers_name(layers)}-{how}-{key['resize']}-{key['interpolation']}-{key['images'][:8]}"
     file = cache.with_name(f"{cache.name}-{seen}.safetensors")
-    if file.exists():
+    if once(fabric, file.exists):
         return _read(file, key, fabric.device)
     feature_ND, target_N = _extract(fabric, encoder, loader, how, layers)
     if fabric.is_global_zero:
@@ -61,8 +64,10 @@ def _extract(fabric: Fabric, encoder: ViT | None, loader: Loader, how: str, laye
         with fabric.autocast():
             feature = images.flatten(1) if encoder is None else pool(tokens(encoder, images, layers), encoder, how)
         found.append((feature.float(), targets))
-    feature_ND, target_N = (torch.cat(part) for part in zip(*found, strict=True))
-    return feature_ND, target_N
+    feature, target = (torch.cat(part) for part in zip(*found, strict=True)) if found else (None, None)
+    if fabric.world_size == 1 or loader.world_size == 1:
+        return feature, target
+    return gather_rows(fabric, feature, len(loader.split)), gather_rows(fabric, target, len(loader.split))
 
 
 def _read(file: Path, key: dict[str, str], device: torch.device) -> tuple[Tensor, Tensor]:
