@@ -1,10 +1,14 @@
 """The shared library of the five reproductions. It knows no paper."""
 
 import ctypes
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+if find_spec("fcntl") is None:  # the locks of runs, and signals that Windows does not have
+    sys.exit(f"position-pretraining runs on Linux and macOS, not on {sys.platform}; on Windows use WSL 2, the Linux that Windows contains")
 
 
 def declare_torchvision_operators() -> torch.library.Library | None:

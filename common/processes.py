@@ -34,6 +34,12 @@ def once(fabric: Fabric, compute: Callable[[], T]) -> T:
     return found
 
 
+def close_connections() -> None:
+    """End the connections to the other processes, if there are any. Left open at exit, their threads can abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def sum_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place. Fabric's own all_reduce waits for a barrier before each exchange."""
     if fabric.world_size > 1:
@@ -59,5 +65,7 @@ def gather_rows(fabric: Fabric, rows_nX: Tensor | None, count: int) -> Tensor:
         if rows_nX is not None:
             part = rows_nX[start : start + len(mine)]
             mine[: len(part)] = part
-        block.view(-1, world, *shape).copy_(fabric.all_gather(mine).transpose(0, 1))
+        parts = [torch.empty_like(mine) for _ in range(world)]
+        torch.distributed.all_gather(parts, mine)
+        torch.stack(parts, 1, out=block.view(-1, world, *shape))
     return whole_NX[:count]

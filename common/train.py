@@ -4,6 +4,7 @@ Everything random in a step is drawn from (seed, step, micro-batch, rank), and t
 step number is all there is to restore: a run killed at any moment goes on bit-identically from its last checkpoint.
 """
 
+import atexit
 import copy
 import logging
 import math
@@ -25,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from common.checkpoint import PlainCheckpointIO, load_checkpoint, save_checkpoint
 from common.data import Loader
 from common.optim import Schedule, make_optimizer
-from common.processes import on_any_process, sum_over_processes
+from common.processes import close_connections, on_any_process, sum_over_processes
 from common.randomness import reseed
 from common.recipe import RecipeError, Stage
 from common.run import Run, RunError, console
@@ -74,6 +75,8 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
         chosen = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", timeout=TIMEOUT)
     elif world > 1:
         chosen = DDPStrategy(timeout=TIMEOUT)
+    if world > 1:
+        atexit.register(close_connections)
     options = {"devices": local, "num_nodes": world // local, "precision": precision, "strategy": chosen}
     return Fabric(accelerator=accelerator, plugins=[PlainCheckpointIO()], **options)
 
@@ -173,14 +176,16 @@ def fit(
                 batches = loader.epoch(epoch, start=position * accumulate)
             schedule.step_update(step)
             at_step(step, total)
-            losses = []
+            losses, logged = [], (step + 1) % log_every == 0 or step + 1 == total
             for micro in range(accumulate):
                 images, targets = next(batches)
                 reseed(seed, step, micro, rank)
                 with fabric.no_backward_sync(trained, enabled=micro < accumulate - 1 and world > 1):
                     output = trained(images, targets)
                     fabric.backward(output.loss / accumulate)
-                losses.append({"loss": output.loss.detach(), **output.metrics})
+                metrics = {name: value for name, value in output.metrics.items() if not callable(value)}
+                costly = {name: value() for name, value in output.metrics.items() if callable(value)} if logged else {}
+                losses.append({"loss": output.loss.detach(), **metrics, **costly})
             norm = {}
             if stage.clip_norm is not None:
                 norm["gradient_norm"] = fabric.clip_gradients(trained, optimizer, max_norm=stage.clip_norm, error_if_nonfinite=False)
@@ -188,8 +193,7 @@ def fit(
             due = rank == 0 and time.perf_counter() - saved_at > max(checkpoint_seconds, 50 * save_seconds)
             learning_rate = _rate(optimizer)
             unread.append(_exchange(fabric, step, learning_rate, losses, norm, {"stop": stop_requested(), "save": due}))
-            ending = (step + 1) % log_every == 0 or step + 1 == total
-            read(0 if ending else read_after)
+            read(0 if logged else read_after)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             after_step(step, total)
@@ -197,8 +201,8 @@ def fit(
                 average.update_parameters(model)
             step += 1
 
-            if ending:
-                means = {name: value / count for name, value in sums.items()}
+            if logged:
+                means = {name: value / count for name, value in sums.items()} | {name: values[name] for name in costly}
                 run.record(step, {"epoch": step / steps_per_epoch, "lr": learning_rate, **means})
                 add_scalars(step, means)
                 sums, count = {}, 0

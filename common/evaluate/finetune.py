@@ -130,7 +130,7 @@ def own_metrics(fabric: Fabric, method: nn.Module, loader: Loader, seed: int) ->
         with fabric.autocast():
             output = method(images, targets)
         for name, value in {"loss": output.loss, **output.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(images)
+            sums[name] = sums.get(name, 0.0) + float(value() if callable(value) else value) * len(images)
         count += len(images)
     names = once(fabric, lambda: list(sums))  # a process without images has none, and all must exchange tensors of one shape
     totals = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64, device=fabric.device)
