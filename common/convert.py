@@ -83,24 +83,17 @@ def read_checkpoint(path: Path | str, part: str = "") -> State:
     path = Path(path)
     content, arrays = _read(path)
     notes: list[str] = []
+    tensors = _unwrap(_flatten(content if part else _open_containers(content, path, notes)), notes)
+    if not tensors:
+        found = "numpy arrays in the place of tensors: save them by torch.from_numpy" if arrays else "no tensors by name"
+        raise ConversionError(f"{path} holds {found}, at its top or under {', '.join(map(repr, CONTAINERS[:2]))}")
     if part:
-        tensors = rename(_flatten(content), {})
+        tops = {name.split(".")[0] for name in tensors}
         tensors = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
         if not tensors:
-            raise ConversionError(
-                f"{path} holds no tensors below {part!r}; it has {_few({name.split('.')[0] for name in _flatten(content)})}"
-            )
-    else:
-        content = _open_containers(content, path, notes)
-        wrappers = dict.fromkeys(match[1] for name in _flatten(content) for match in WRAPPERS.finditer(name))
-        notes += [f"prefix {', '.join(repr(f'{name}.') for name in wrappers)} taken off"] if wrappers else []
-        tensors = rename(_flatten(content), {})
-    if not tensors:
-        found = "numpy arrays, no tensors: save them as tensors, under timm's names" if arrays else "no tensors"
-        raise ConversionError(f"{path} holds {found} under {', '.join(map(repr, CONTAINERS[:2]))} or at its top")
-    tensors, prefix = _without_prefix(tensors)
-    notes += [f"prefix {prefix!r} taken off"] if prefix else []
-    return State(tensors, path, notes)
+            raise ConversionError(f"{path} holds no tensors below {part!r}, but below {_few(tops)}")
+        notes.append(f"{part!r} read")
+    return State(_without_prefix(tensors, notes), path, notes)
 
 
 def _read(path: Path) -> tuple[Mapping, bool]:
@@ -120,7 +113,7 @@ def _read(path: Path) -> tuple[Mapping, bool]:
     try:
         content = load_file(path) if head[8:9] == b"{" else _load_plain(path, names)
     except Exception as error:  # whatever a file ends in that is cut off, damaged or none
-        raise ConversionError(_unreadable(path, names, error)) from error
+        raise ConversionError(_unreadable(path, head, names, error)) from error
     arrays = any(name.endswith(("._reconstruct", ".ndarray")) for name in names)
     return content if isinstance(content, Mapping) else {}, arrays
 
@@ -194,7 +187,8 @@ def _load_plain(path: Path, names: list[str]) -> Any:
     while True:
         with torch.serialization.safe_globals([(found, name) for name in names if (found := _stand_in(name))]):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                with open(path, "rb") as file:  # by a path, torch goes by its suffix
+                    return torch.load(file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
                 found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
                 name = found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
@@ -203,18 +197,23 @@ def _load_plain(path: Path, names: list[str]) -> Any:
                 names.append(name)
 
 
-def _unreadable(path: Path, names: Sequence[str], error: Exception) -> str:
+def _unreadable(path: Path, head: bytes, names: Sequence[str], error: Exception) -> str:
     """Why a file cannot be read, and what to do about it."""
-    code = sorted(name for name in names if _stand_in(name) is None)
     reason = " ".join(str(error).split())
-    pickled = "Unsupported operand" in reason or "Unsupported class" in reason
-    if isinstance(error, pickle.UnpicklingError) and (code or pickled):
-        what = f"holds {_few(code)} beside its tensors" if code else "is pickled in a way"
-        keep = "keep = lambda x: {k: keep(v) if isinstance(v, dict) else v for k, v in x.items() if isinstance(v, (dict, torch.Tensor))}"
-        load, save = f"torch.load('{path}', map_location='cpu', weights_only=False)", f"'{path.with_name(f'{path.stem}-tensors.pth')}'"
-        command = f'python -c "import torch; {keep}; torch.save(keep({load}), {save})"'
-        return f"{path} {what} that may run code and is not loaded; if you trust whoever made the file, keep its tensors alone: {command}"
-    return f"{path} cannot be read as a checkpoint (truncated, or not one): {reason[:200]}"
+    code = sorted(name for name in names if _stand_in(name) is None)
+    protocol = "Unsupported operand" in reason and head.startswith((b"PK", b"\x80"))
+    if isinstance(error, pickle.UnpicklingError) and (code or protocol):
+        what = f"holds {_few(code)} beside plain tensors" if code else "is pickled by another protocol than torch's"
+        kept = "(dict, torch.Tensor, torch.nn.Module)"
+        keep = (
+            "keep = lambda x: x if isinstance(x, torch.Tensor) else {k: keep(v) for k, v in "
+            f"(x.state_dict() if isinstance(x, torch.nn.Module) else x).items() if isinstance(v, {kept})}}"
+        )
+        load, other = f"torch.load('{path}', map_location='cpu', weights_only=False)", path.with_name(f"{path.stem}-tensors.pth")
+        command = f"python -c \"import torch; {keep}; torch.save(keep({load}), '{other}')\""
+        return f"{path} {what}, and reading that could run code; if you trust who made the file, keep its tensors alone: {command}"
+    reason = reason.split(". ")[0][:120] if " " in reason else "it is empty" if not head else f"{type(error).__name__} {reason}".strip()
+    return f"{path} cannot be read as a checkpoint (truncated, or not one): {reason}"
 
 
 def _flatten(content: Mapping) -> dict[str, Tensor]:
@@ -232,7 +231,7 @@ def _open_containers(content: Mapping, path: Path, notes: list[str]) -> Mapping:
     """What is in the innermost container. Raises ConversionError where the same network stands beside one on the way."""
 
     def names(held: object) -> set[str]:
-        return set(_without_prefix(rename(_flatten(held), {}))[0]) if isinstance(held, Mapping) else set()
+        return set(_without_prefix(rename(_flatten(held), {}), [])) if isinstance(held, Mapping) else set()
 
     while key := next((key for key in CONTAINERS if names(content.get(key))), None):
         own = names(content[key])
@@ -275,13 +274,21 @@ def rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str
     return renamed
 
 
-def _without_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The tensors without what stands before every name, such as `model.backbone.`, and that."""
+def _unwrap(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The tensors without `module.`, `_orig_mod.` and the like in their names, which is noted."""
+    wrappers = dict.fromkeys(found[0] for name in state for found in WRAPPERS.finditer(name))
+    notes += [f"prefix {' and '.join(map(repr, wrappers))} taken off"] if wrappers else []
+    return rename(state, {})
+
+
+def _without_prefix(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The tensors without what stands before every name, such as `model.backbone.`, which is noted."""
     taken, state = "", dict(state)
-    while len(state) > 1 and len(first := {name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
-        prefix = f"{first.pop()}."
+    while len(state) > 1 and len({name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
+        prefix = next(iter(state)).partition(".")[0] + "."
         taken, state = taken + prefix, {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state, taken
+    notes += [f"prefix {taken!r} taken off"] if taken else []
+    return state
 
 
 def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -337,16 +344,15 @@ def load_encoder(
     floating-point number where one is wanted, or values that are not finite, and where the file holds several encoders.
     """
     notes, wanted = list(getattr(state, "notes", ())), encoder.state_dict()
-    inside, outside, beside, prefix = _find_encoder(state)
-    notes += [f"prefix {prefix!r} taken off"] if prefix else []
+    inside, outside, beside = _find_encoder(_unwrap(state, notes), getattr(state, "path", Path("FILE.pth")), notes)
     inside = fuse_qkv({re.sub(r"(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", name): tensor for name, tensor in inside.items()})
     found = {name: tensor for name, tensor in inside.items() if name in wanted}
     computed = {name for name, tensor in inside.items() if name not in wanted and _computes(encoder, name, tensor)}
     left = [name for name in inside if name not in wanted and name in allow_unused]
     extra = [name for name in inside if not (name in wanted or name in computed or name in left or NO_PART.match(name.split(".")[0]))]
     missing = [name for name in wanted if name not in found and name not in allow_missing]
-    _check_values(found, wanted)
     _check_architecture(encoder, inside, wanted, missing, [*extra, *beside])
+    _check_values(found, wanted)
     reshaped = []
     if "pos_embed" in found and isinstance(encoder, ViT) and found["pos_embed"].shape != wanted["pos_embed"].shape:
         found["pos_embed"] = _fit_positions(found["pos_embed"].float(), "cls_token" in inside, encoder)
@@ -367,16 +373,20 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
     `prefixes` are of names after fuse_qkv. Tensors that the method computes itself, such as the masks of Swin's windows, are compared.
     Raises ConversionError, and changes nothing, unless every other tensor finds its place, with finite values.
     """
-    notes, wanted, unwrapped = tuple(getattr(state, "notes", ())), method.state_dict(), rename(state, {})
-    for candidate in (unwrapped, _without_prefix(unwrapped)[0]):
-        ours = rename(fuse_qkv({name: tensor for name, tensor in candidate.items() if name not in unused}), prefixes)
-        if any(name in wanted for name in ours):
-            break
+    notes, wanted = list(getattr(state, "notes", ())), method.state_dict()
+
+    def own(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return rename(fuse_qkv({name: tensor for name, tensor in names.items() if name not in unused}), prefixes)
+
+    unwrapped = _unwrap(state, notes)
+    ours = own(unwrapped)
+    if not any(name in wanted for name in ours):
+        ours = own(_without_prefix(unwrapped, notes))
     ours = {name: tensor for name, tensor in ours.items() if name in wanted or not _computes(method, name, tensor)}
     loaded, unexpected = sorted(ours.keys() & wanted.keys()), sorted(ours.keys() - wanted.keys())
     # torch before 0.4 had no such counters, and an evaluation reads none
     missing = sorted(name for name in wanted if name not in ours and not name.endswith("num_batches_tracked"))
-    coverage = Coverage(tuple(loaded), tuple(missing), tuple(unexpected), notes=notes)
+    coverage = Coverage(tuple(loaded), tuple(missing), tuple(unexpected), notes=tuple(notes))
     wrong = [name for name in loaded if ours[name].shape != wanted[name].shape]
     if missing or unexpected or wrong:
         causes = [f"{file} {stem} in the file, {here} here" for stem, (file, here) in _depths(ours, wanted).items()]
@@ -389,12 +399,11 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
     return coverage
 
 
-def _find_encoder(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str], str]:
-    """The encoder's tensors without prefix; names of other networks; of these, what looks like a part of the encoder; and the prefix.
+def _find_encoder(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The encoder's tensors without prefix, which is noted; names of other networks; and those of them that look like the encoder's.
 
     Raises ConversionError for several encoders, but for those of I-JEPA and StoP, of which it is the target encoder.
     """
-    path, state = getattr(state, "path", Path("FILE.pth")), rename(state, {})
     stems = [name.removesuffix(ANCHOR) for name in state if name == ANCHOR or name.endswith(f".{ANCHOR}")]
     stems = [stem for stem in stems if not any(NO_PART.match(word) for word in stem.split(".") if word)]
     released = any(name.startswith("predictor.predictor_") for name in state)
@@ -408,11 +417,12 @@ def _find_encoder(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
     if len(stems) > 1:
         raise _which(path, [stem.removesuffix(".") for stem in stems])
     prefix = stems[0] if stems else "encoder." if any(name.startswith("encoder.") for name in state) else ""
+    notes += [f"prefix {prefix!r} taken off"] if prefix else []
     outside = [name for name in state if not name.startswith(prefix)]
-    parents = [prefix[: dot.start()] for dot in re.finditer(r"(?<![^.])\w", prefix)][::-1]  # of "a.b.c.": "a.b.", "a.", ""
-    first = {name: name.removeprefix(next(p for p in parents if name.startswith(p))).split(".")[0] for name in outside}
-    beside = [name for name, word in first.items() if PART.match(word) and not NO_PART.match(word)]
-    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, outside, beside, prefix
+    parents = [prefix[: match.start()] for match in re.finditer(r"(?<![^.])\w", prefix)][::-1]  # of "a.b.c.": "a.b.", "a.", ""
+    words = {name: name.removeprefix(next(p for p in parents if name.startswith(p))).split(".")[0] for name in outside}
+    beside = [name for name, word in words.items() if PART.match(word) and not NO_PART.match(word)]
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, outside, beside
 
 
 def _computes(module: nn.Module, name: str, tensor: Tensor) -> bool:
@@ -426,23 +436,25 @@ def _computes(module: nn.Module, name: str, tensor: Tensor) -> bool:
 
 
 def _check_values(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Bring numbers to the module's type. Raises ConversionError for tensors of another kind, and for values that are not finite."""
+    """Raise ConversionError for tensors of another kind than the module's, and for values that are not finite in the module's type."""
     for name, tensor in found.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
         if not dense or tensor.is_complex() or tensor.is_floating_point() != wanted[name].is_floating_point():
             form = kind if dense else "without values (meta)" if tensor.is_meta else f"{kind}, quantised or sparse"
-            raise ConversionError(f"{name} is {form} in the file, and {str(wanted[name].dtype).removeprefix('torch.')} is wanted here: "
-                                  "take a checkpoint whose weights are floating-point numbers")  # fmt: skip
+            own = str(wanted[name].dtype).removeprefix("torch.")
+            raise ConversionError(f"{name} is {form} in the file and {own} here: take a checkpoint with plain floating-point weights")
     spoiled = [name for name, tensor in found.items() if not tensor.to(wanted[name].dtype).isfinite().all()]
     if spoiled:
-        raise ConversionError(f"{len(spoiled)} of {len(found)} tensors are not finite: {_few(spoiled)}; take a checkpoint from before that")
+        raise ConversionError(f"{len(spoiled)} of {len(found)} tensors are not finite: {_few(spoiled)}; take an earlier checkpoint")
 
 
 def _check_architecture(
     encoder: nn.Module, file: Mapping[str, Tensor], wanted: Mapping[str, Tensor], missing: Sequence[str], extra: Sequence[str]
 ) -> None:
     """Raise ConversionError where the encoder in the file is another one: how it differs, and the --set by which it would fit."""
+    if missing and not any(name in wanted for name in file):
+        raise ConversionError(f"the file has none of the encoder's {len(wanted)} names, but {len(file)} others: {_few(file)}")
     causes, fits, settings, explained = [], True, {}, set()
     wrong = [name for name, tensor in file.items() if name in wanted and tensor.shape != wanted[name].shape]
     if (
@@ -478,8 +490,10 @@ def _check_architecture(
             differ(f"patches of {patch[0]} x {patch[1]} pixels in the file, {own_patch[0]} x {own_patch[1]} here", sides, [ANCHOR])
     for stem, (there, here) in depths.items():
         change = {} if "size" in settings else {"encoder.depth": there} if stem == "blocks" else None
-        beyond = [n for n in (*missing, *extra) if (m := re.match(rf"{re.escape(stem)}\.(\d+)\.", n)) and int(m[1]) >= min(there, here)]
-        differ(f"{there} {stem} in the file, {here} here", change, beyond)
+        block = re.compile(rf"{re.escape(stem)}\.(\d+)\.")
+        beyond = [name for name in (*missing, *extra) if (found := block.match(name)) and int(found[1]) >= min(there, here)]
+        if beyond:
+            differ(f"{there} {stem} in the file, {here} here", change, beyond)
     if names := [name for name in extra if LAYER_SCALE.match(name)]:
         differ("LayerScale in the file, none here", {"encoder.layer_scale": 0.1}, names)
     if names := [name for name in missing if LAYER_SCALE.match(name)]:
@@ -494,9 +508,10 @@ def _check_architecture(
         differ("no class token in the file, one here", {"encoder.class_token": "false"})
     tables = [name for name in file if RELATIVE.match(name)]
     if any(name in extra for name in tables):
-        differ("relative positions in the file, none here", {"encoder.position": "relative"}, tables)
+        differ("relative positions in the file, none here", {"encoder.position": "relative"}, [*tables, "pos_embed"])
     elif "pos_embed" in file and ("pos_embed" in extra or any(RELATIVE.match(name) for name in missing)):
-        differ("a position embedding in the file, none here", {"encoder.position": "learned"}, filter(RELATIVE.match, missing))
+        tables = [name for name in missing if RELATIVE.match(name)]
+        differ("a position embedding in the file, none here", {"encoder.position": "learned"}, [*tables, "pos_embed"])
     elif "pos_embed" in missing:
         differ("no position embedding in the file, one here", {"encoder.position": "none"})
     if "norm.weight" in missing and "fc_norm.weight" in file:
@@ -505,11 +520,8 @@ def _check_architecture(
     if not (causes or missing or extra or wrong):
         return
     causes += [f"{_few([f'{n}: {tuple(file[n].shape)} in the file, {tuple(wanted[n].shape)} here' for n in wrong])}"] if wrong else []
-    known = any(name in wanted for name in file)
-    details = [f"{len(missing)} missing, {len(extra)} without a place here"] if missing or extra else []
-    details += [f"missing: {_few(missing)}"] if missing else []
-    details += [f"without a place here: {_few(extra)}"] if extra else []
-    details += [] if known else [f"names in the file: {_few(file)}"]
+    details = [f"{len(missing)} missing of {len(wanted)}; missing: {_few(missing)}"] if missing else []
+    details += [f"{len(extra)} in the file without a place here: {_few(extra)}"] if extra else []
     wholly = fits and settings and not extra and not wrong and isinstance(encoder, ViT)
     hint = [" ".join(f"--set {name}={value}" for name, value in settings.items()) + " would fit"] if wholly else []
     begin = "the checkpoint is of another architecture" if causes else "the checkpoint does not cover the encoder"
@@ -522,7 +534,7 @@ def _depths(file: Iterable[str], module: Iterable[str]) -> dict[str, tuple[int, 
     def count(names: Iterable[str]) -> dict[str, int]:
         counts: dict[str, int] = {}
         for name in names:
-            if found := re.match(r"(.*(?<![^.])(?:\w*blocks|layers))\.(\d+)\.", name):
+            if found := re.match(r"(.*(?<![^.])(?:\w*blocks|layers))\.(\d+)\.(?=\D)", name):
                 counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
         return counts
 
