@@ -29,7 +29,7 @@ WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpo
 ANCHOR = "patch_embed.proj.weight"
 # What is known to be no part of an encoder, by the first part of a name: what follows its blocks, and what pre-training adds.
 NO_PART = re.compile(
-    r"(\w*_)?(decoder|head|predictor|classifier|criterion|loss)(_\w*)?$|mask\w*$|proj(ector|ection)\w*$"
+    r"(\w*_)?(decoder|heads?|predictor|classifier|criterion|loss)(_\w*)?$|mask\w*$|proj(ector|ection)\w*$"
     r"|(fc|fc_norm|pre_logits|attn_pool|logit_scale|logit_bias|n_averaged|queue|queue_ptr|center)$"
 )
 # What is known to be a part of one, where it stands beside the encoder's own prefix.
@@ -88,10 +88,13 @@ def read_checkpoint(path: Path | str, part: str = "") -> State:
         found = "numpy arrays in the place of tensors: save them by torch.from_numpy" if arrays else "no tensors by name"
         raise ConversionError(f"{path} holds {found}, at its top or under {', '.join(map(repr, CONTAINERS[:2]))}")
     if part:
-        tops = {name.split(".")[0] for name in tensors}
-        tensors = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
-        if not tensors:
-            raise ConversionError(f"{path} holds no tensors below {part!r}, but below {_few(tops)}")
+        below = re.compile(rf"(?:(?:{'|'.join(CONTAINERS)})\.)*?{re.escape(part)}\.")
+        prefixes = {found[0] for name in tensors if (found := below.match(name))}
+        if len(prefixes) != 1:
+            tops = prefixes or {name.split(".")[0] for name in tensors}
+            raise ConversionError(f"{path} holds {len(prefixes)} networks below {part!r}; choose among {_few(tops)}")
+        (prefix,) = prefixes
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         notes.append(f"{part!r} read")
     return State(_without_prefix(tensors, notes), path, notes)
 
@@ -351,12 +354,13 @@ def load_encoder(
     left = [name for name in inside if name not in wanted and name in allow_unused]
     extra = [name for name in inside if not (name in wanted or name in computed or name in left or NO_PART.match(name.split(".")[0]))]
     missing = [name for name in wanted if name not in found and name not in allow_missing]
-    _check_architecture(encoder, inside, wanted, missing, [*extra, *beside])
+    wrong = [name for name, tensor in found.items() if tensor.shape != wanted[name].shape]
+    reshaped = ["pos_embed"] if "pos_embed" in wrong and _is_table(found["pos_embed"], encoder) else []
+    wrong = [name for name in wrong if name not in reshaped]
+    _check_architecture(encoder, inside, wanted, missing, [*extra, *beside], wrong)
     _check_values(found, wanted)
-    reshaped = []
-    if "pos_embed" in found and isinstance(encoder, ViT) and found["pos_embed"].shape != wanted["pos_embed"].shape:
+    if reshaped:
         found["pos_embed"] = _fit_positions(found["pos_embed"].float(), "cls_token" in inside, encoder)
-        reshaped.append("pos_embed")
     if "cls_token" in left:
         notes.append("the file's class token is left out, with its position")
     if "pos_embed" in left:
@@ -384,7 +388,7 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
         ours = own(_without_prefix(unwrapped, notes))
     ours = {name: tensor for name, tensor in ours.items() if name in wanted or not _computes(method, name, tensor)}
     loaded, unexpected = sorted(ours.keys() & wanted.keys()), sorted(ours.keys() - wanted.keys())
-    # torch before 0.4 had no such counters, and an evaluation reads none
+    # torch before 0.4.1 had no such counters, and nothing here reads them
     missing = sorted(name for name in wanted if name not in ours and not name.endswith("num_batches_tracked"))
     coverage = Coverage(tuple(loaded), tuple(missing), tuple(unexpected), notes=tuple(notes))
     wrong = [name for name in loaded if ours[name].shape != wanted[name].shape]
@@ -450,21 +454,21 @@ def _check_values(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> Non
 
 
 def _check_architecture(
-    encoder: nn.Module, file: Mapping[str, Tensor], wanted: Mapping[str, Tensor], missing: Sequence[str], extra: Sequence[str]
+    encoder: nn.Module,
+    file: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    missing: Sequence[str],
+    extra: Sequence[str],
+    wrong: Sequence[str],
 ) -> None:
-    """Raise ConversionError where the encoder in the file is another one: how it differs, and the --set by which it would fit."""
+    """Raise ConversionError where the encoder in the file is another one: how it differs, and the --set by which it would fit.
+
+    Of the encoder's names `missing` are not in the file, `extra` are in the file alone, and `wrong` have other shapes there.
+    """
     if missing and not any(name in wanted for name in file):
         raise ConversionError(f"the file has none of the encoder's {len(wanted)} names, but {len(file)} others: {_few(file)}")
-    causes, fits, settings, explained = [], True, {}, set()
-    wrong = [name for name, tensor in file.items() if name in wanted and tensor.shape != wanted[name].shape]
-    if (
-        "pos_embed" in wrong
-        and isinstance(encoder, ViT)
-        and file["pos_embed"].ndim == 3
-        and file["pos_embed"].shape[::2] == (1, encoder.width)
-    ):
-        wrong.remove("pos_embed")  # of another grid
-    depths = _depths(file, wanted)
+    causes: list[str] = []
+    fits, settings, explained = True, {}, set()
 
     def differ(cause: str, change: Mapping[str, Any] | None, names: Iterable[str] = ()) -> None:
         nonlocal fits
@@ -488,7 +492,7 @@ def _check_architecture(
             if isinstance(encoder, ViT) and any(side % patch[0] for side in encoder.image_size):
                 sides["image_size"] = patch[0] * max(1, encoder.image_size[0] // patch[0])
             differ(f"patches of {patch[0]} x {patch[1]} pixels in the file, {own_patch[0]} x {own_patch[1]} here", sides, [ANCHOR])
-    for stem, (there, here) in depths.items():
+    for stem, (there, here) in _depths(file, wanted).items():
         change = {} if "size" in settings else {"encoder.depth": there} if stem == "blocks" else None
         block = re.compile(rf"{re.escape(stem)}\.(\d+)\.")
         beyond = [name for name in (*missing, *extra) if (found := block.match(name)) and int(found[1]) >= min(there, here)]
@@ -509,7 +513,7 @@ def _check_architecture(
     tables = [name for name in file if RELATIVE.match(name)]
     if any(name in extra for name in tables):
         differ("relative positions in the file, none here", {"encoder.position": "relative"}, [*tables, "pos_embed"])
-    elif "pos_embed" in file and ("pos_embed" in extra or any(RELATIVE.match(name) for name in missing)):
+    elif "pos_embed" in file and "pos_embed" not in wanted and ("pos_embed" in extra or any(RELATIVE.match(name) for name in missing)):
         tables = [name for name in missing if RELATIVE.match(name)]
         differ("a position embedding in the file, none here", {"encoder.position": "learned"}, [*tables, "pos_embed"])
     elif "pos_embed" in missing:
@@ -540,6 +544,11 @@ def _depths(file: Iterable[str], module: Iterable[str]) -> dict[str, tuple[int, 
 
     there, here = count(file), count(module)
     return {stem: (there[stem], here[stem]) for stem in here if stem in there and there[stem] != here[stem]}
+
+
+def _is_table(embedding: Tensor, encoder: nn.Module) -> bool:
+    """Whether this is a position embedding for the encoder on another grid, or with a class token more or less."""
+    return isinstance(encoder, ViT) and embedding.ndim == 3 and embedding.shape[::2] == (1, encoder.width)
 
 
 def _fit_positions(embedding_1TD: Tensor, class_token: bool, encoder: ViT) -> Tensor:
