@@ -182,7 +182,7 @@ class Recipe:
         if self.size not in SIZES:
             return self._build_timm(channels, **changes)
         own = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels}
-        check_options(ViT, self.encoder, taken=(*own, "width", "depth", "heads"))
+        check_options(ViT, self.encoder, taken=(*own, "width", "heads"))
         options = own | self.encoder | changes
         return vit(self.size, **options)
 

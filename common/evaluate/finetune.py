@@ -14,6 +14,7 @@ from common.method import Output
 from common.processes import once, sum_over_processes
 from common.randomness import reseed
 from common.recipe import Protocol
+from common.run import RunError
 from common.vit import ViT
 
 
@@ -107,15 +108,22 @@ def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, floa
 
 @torch.no_grad()
 def accuracies(fabric: Fabric, model: nn.Module, loader: Loader, classifiers: tuple[int, ...] = ()) -> Tensor:
-    """top1 and top5 in percent, (2,) float64; where the logits are a stack (G, B, K) of `classifiers` = (G,), of each: (2, G)."""
+    """top1 and top5 in percent, (2,) float64; where the logits are a stack (G, B, K) of `classifiers` = (G,), of each: (2, G).
+
+    Raises RunError, after the last batch, where answers were not finite.
+    """
     model.eval()
-    hits = torch.zeros(3, *classifiers, dtype=torch.float64, device=fabric.device)
+    hits = torch.zeros(4, *classifiers, dtype=torch.float64, device=fabric.device)
     for images, targets in loader.epoch(0):
         with fabric.autocast():
             logits = model(images).named["logits"]
         right = best_five(logits, targets)
-        hits += torch.stack([right[..., 0].sum(-1), right.sum((-1, -2)), torch.full(classifiers, len(targets), device=fabric.device)])
+        spoiled = (~logits.isfinite()).any(-1).sum(-1)
+        count = torch.full(classifiers, len(targets), device=fabric.device)
+        hits += torch.stack([right[..., 0].sum(-1), right.sum((-1, -2)), count, spoiled])
     hits = sum_over_processes(fabric, hits)
+    if hits[3].any():
+        raise RunError(f"answers to {int(hits[3].max())} of {int(hits[2].max())} images are not finite, so none would be a fair count")
     return 100 * hits[:2] / hits[2]
 
 
