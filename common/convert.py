@@ -143,10 +143,11 @@ def load_encoder(encoder: ViT, state: Mapping[str, Tensor], allow_missing: Seque
 def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mapping[str, str], unused: Sequence[str] = ()) -> Coverage:
     """Load a whole method from its official names, of which those in `unused` are known to mean nothing.
 
-    `prefixes` are of names after fuse_qkv. Raises ConversionError unless every other tensor finds its place.
+    `prefixes` are of names after fuse_qkv. A file may hold what the method computes itself and does not save, such as the shift masks of
+    a Swin, and must then hold the same. Raises ConversionError unless every other tensor finds its place.
     """
     state = {name: tensor for name, tensor in state.items() if name.removeprefix("module.") not in unused}
-    state, wanted = rename(fuse_qkv(state), prefixes), method.state_dict()
+    state, wanted = without_constants(rename(fuse_qkv(state), prefixes), method), method.state_dict()
     coverage = _coverage(state, wanted)
     wrong = [name for name in coverage.loaded if state[name].shape != wanted[name].shape]
     if coverage.missing or coverage.unexpected or wrong:
@@ -154,6 +155,23 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
         raise ConversionError(f"the checkpoint is of another method or another configuration ({coverage}{shapes})")
     method.load_state_dict(state)
     return coverage
+
+
+def without_constants(state: Mapping[str, Tensor], module: nn.Module) -> State:
+    """The tensors without the module's constants: buffers that it computes itself and does not save, under the same names.
+
+    Raises ConversionError, by name, where the file's differ: the weights were then trained with another window or image size.
+    """
+    saved, kept = module.state_dict().keys(), dict(state)
+    for name, here in module.named_buffers():
+        if name in saved or name not in kept:
+            continue
+        there = kept.pop(name)
+        if there.shape != here.shape or not torch.equal(there.to(here), here):
+            shapes = f"is {tuple(there.shape)} in the file and {tuple(here.shape)} here"
+            fault = shapes if there.shape != here.shape else "has other values in the file than here"
+            raise ConversionError(f"{name} {fault}: the checkpoint is of another window or image size; build the encoder with its own")
+    return kept
 
 
 def _coverage(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], reshaped: Sequence[str] = ()) -> Coverage:

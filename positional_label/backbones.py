@@ -95,8 +95,13 @@ class ReleasedBlock(nn.Module):
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
         self.attn = nn.ModuleDict({"qkv": block.attn.qkv, "proj": block.attn.proj})
         self.drop_path1, self.drop_path2 = block.drop_path1, block.drop_path2
-        mask = None if block.attn_mask is None or whole is not None else block.attn_mask == 0
-        self.register_buffer("visible_WTT", mask, persistent=False)  # pairs of a shifted window that are neighbours in the image
+        # Under the official name, by which a released checkpoint has it too: 0 or -100, (W, T, T).
+        self.register_buffer("attn_mask", block.attn_mask if whole is None else None, persistent=False)
+
+    @property
+    def visible_WTT(self) -> Tensor | None:
+        """Which pairs of a shifted window are neighbours in the image, bool; None where windows are not shifted."""
+        return None if self.attn_mask is None else self.attn_mask == 0
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
@@ -112,7 +117,8 @@ class ReleasedBlock(nn.Module):
         q, k, v = self.attn["qkv"](x_WTC).view(*x_WTC.shape[:2], 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         if q.device.type == "cpu":  # on small windows torch's bf16 attention for CPUs takes ten times as long as its fp32 one
             q, k, v = q.float(), k.float(), v.float()
-        visible = None if self.visible_WTT is None else self.visible_WTT.repeat(B, 1, 1)[:, None]
+        visible_WTT = self.visible_WTT
+        visible = None if visible_WTT is None else visible_WTT.repeat(B, 1, 1)[:, None]
         with torch.autocast(q.device.type, enabled=False):
             x_WTC = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).reshape(x_WTC.shape)
         x_BHWC = window_reverse(self.attn["proj"](x_WTC).unflatten(1, self.window), self.window, H, W)
