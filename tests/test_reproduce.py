@@ -253,6 +253,16 @@ def test_no_image_is_both_trained_on_and_chosen_by_whether_features_are_kept_or_
         assert features.shape == (20, 4 * 96) and len(images) == 20
 
 
+def test_a_run_that_ends_before_the_choice_goes_on_to_the_same_choice(tmp_path, monkeypatch):
+    undisturbed, _ = probe_of(tmp_path / "undisturbed")
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="killed"):
+        broken.setattr(reproduce, "accuracies", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        probe_of(tmp_path / "killed")
+    torch.rand(5)
+    resumed, _ = probe_of(tmp_path / "killed")
+    assert (resumed["rows"], resumed["grid"]) == (undisturbed["rows"], undisturbed["grid"])
+
+
 def test_a_grid_without_images_to_choose_by_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(RecipeError, match="--set linear.choose_on=test"):
         probe_of(tmp_path, "linear.labels_per_class=1", protocol="knn")
