@@ -125,7 +125,7 @@ class Protocol:
     rates: tuple[float, ...] = (1.0,)  # linear: multiples of the stage's learning rate
     decays: tuple[float, ...] = ()  # linear: weight decays; () = the stage's
     # linear, several classifiers: by which images the best is chosen. "held_out": a tenth of the labelled training images, on which none is
-    # trained. "test": the test images on which it is then reported, as VISSL, I-JEPA and StoP do; the rows are then called ..._on_test
+    # trained. "test": the test images on which it is then reported, as I-JEPA and StoP do; the rows are then called ..._on_test
     choose_on: Literal["held_out", "test"] = "held_out"
 
     def __post_init__(self) -> None:
