@@ -38,6 +38,7 @@ from common.evaluate import (
     accuracy,
     can_cache,
     features,
+    hold_out,
     knn_accuracy,
     layers_name,
     logistic_accuracy,
@@ -141,7 +142,7 @@ class Reproduction:
         with torch.device("meta"):
             depth = len(getattr(self.recipe.build_encoder(self.data.channels), "blocks", ()))
         for protocol in self.recipe.protocols:
-            self.labelled(protocol)
+            hold_out(protocol, self.labelled(protocol).labels, self.seed)
             self.loader(self.data.val, self.recipe.pretrain, None, protocol)
             if max(protocol.layers) > max(depth, 1):
                 raise RecipeError(f"protocol {protocol.name}: layers={protocol.layers}, and the encoder has {depth}: ask for no more")
@@ -203,21 +204,34 @@ class Reproduction:
         return found | {"hours": hours, "rows": {"": {"top1": found["top1"], "how": self.how(protocol, pool=protocol.pool)}}}
 
     def probe(self, run: Run, protocol: Protocol, start: str) -> dict:
-        """The whole grid in one training, on features that are computed once where every epoch shows the same images."""
+        """The whole grid in one training, on features that are computed once where every epoch shows the same images.
+
+        The best of a grid is chosen on labelled images on which nothing is trained; "test" chooses it on the test images.
+        """
         model = LinearProbe(self.start_encoder(start, protocol), self.data.classes, protocol)
-        train = self.loader(self.labelled(protocol), protocol.stage, protocol.stage.augmentation)
+        labelled = self.labelled(protocol)
+        train_N, held_N = hold_out(protocol, labelled.labels, self.seed)
+        train = self.loader(labelled.subset(train_N), protocol.stage, protocol.stage.augmentation)
         test = self.loader(self.data.val, protocol.stage, None, protocol)
+        held = self.loader(labelled.subset(held_N), protocol.stage, None, protocol) if len(held_N) else None
         if can_cache(protocol):
-            train, test = (FeatureLoader(*pair) for pair in zip((train, test), self.features(protocol, start), strict=True))
+            (feature_ND, target_N), found = self.features(protocol, start)
+            train, test = FeatureLoader(train, (feature_ND[train_N], target_N[train_N])), FeatureLoader(test, found)
+            held = FeatureLoader(held, (feature_ND[held_N], target_N[held_N])) if held is not None else None
         model, hours = fit(run, self.fabric, model, protocol.stage, train, self.seed, **self.fitting)
         top1_G, top5_G = accuracies(self.fabric, model, test, (len(model.grid),)).tolist()
-        seen = self.how(protocol, pool=protocol.pool)
+        seen = self.how(protocol, pool=protocol.pool, **({"held_out": len(held_N)} if held is not None else {}))
         grid = [{"top1": top1, "how": f"{name} {seen}"} for name, top1 in zip(model.names(), top1_G, strict=True)]
+        if held is not None:
+            for told, top1 in zip(grid, accuracies(self.fabric, model, held, (len(model.grid),))[0].tolist(), strict=True):
+                told["held_out_top1"] = top1
         for told in grid:
-            run.say(f"{run.directory.name} {told['how']}: top1 {told['top1']:.6g}")
-        rows = {part: grid[index] for part, index in model.best(top1_G).items()}
-        place = top1_G.index(max(top1_G))
-        return {"top1": top1_G[place], "top5": top5_G[place], "hours": hours, "rows": rows, "grid": grid}
+            chosen_by = f" ({told['held_out_top1']:.6g} on the {len(held_N)} images held out)" if held is not None else ""
+            run.say(f"{run.directory.name} {told['how']}: top1 {told['top1']:.6g}{chosen_by}")
+        places = model.best([told.get("held_out_top1", told["top1"]) for told in grid])
+        *_, best = places.values()
+        rows = {part: grid[place] for part, place in places.items()}
+        return {"top1": top1_G[best], "top5": top5_G[best], "hours": hours, "rows": rows, "grid": grid}
 
     def logistic(self, run: Run, protocol: Protocol, start: str) -> dict:
         begun, options = time.perf_counter(), {"statistics": protocol.statistics, "strength": protocol.strength}
