@@ -9,7 +9,7 @@ row r of that is copy r // N of image r % N, and the rows of copy 0 are the imag
 Shapes: N images of the split, R rows, E of an epoch, B of a micro-batch, C channels, H x W pixels, K uniform numbers.
 """
 
-import atexit
+import functools
 import itertools
 import logging
 import mmap
@@ -17,6 +17,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
+from multiprocessing.util import Finalize
 
 import torch
 from PIL import Image
@@ -32,8 +33,6 @@ from common.stopping import STOP_SIGNALS, finish_first
 ORDER, AUGMENTATION = 1, 2
 
 log = logging.getLogger(__name__)
-# one byte that forked workers share with their parent, which sets it when it exits
-_exiting = mmap.mmap(-1, 1)
 
 
 def default_workers(processes: int | None = None) -> int:
@@ -96,11 +95,12 @@ class Loader:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
             return
         self.schedule, self.reported = _Schedule(), set[str]()
+        ending = mmap.mmap(-1, 1)  # shared with the workers: whether SIGTERM comes from this process, to end them
         self.worker_batches = DataLoader(
             _Images(self),
             batch_sampler=self.schedule,  # type: ignore[arg-type]
             num_workers=self.workers,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, ending),
             # the split, whose paths may be a million, is shared and not copied
             multiprocessing_context="fork" if self.workers else None,
             persistent_workers=self.workers > 0,
@@ -108,6 +108,8 @@ class Loader:
             # torch seeds its workers from this; left out, it would draw from the caller's global generator
             generator=torch.Generator(),
         )
+        # before multiprocessing ends its children and waits for them, or where nobody uses these any more
+        Finalize(self.worker_batches, ending.write, (b"1",), exitpriority=100)
 
     @property
     def view(self) -> dict[str, str]:
@@ -233,17 +235,11 @@ class _Images(Dataset):
         raise DataError(f"none of {len(skipped)} images can be read, and --skip-corrupt does not help; the first: {faults[0]}")
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(ending: mmap.mmap, worker: int) -> None:
     """Terminals, torchrun, Slurm and `timeout` signal the processes of a run, or all of its group. Only the process that trains can save,
     and for that it needs its workers: these ignore the signals, and end when it does."""
     os.setpgrp()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # a process that exits ends its children by SIGTERM, and waits for them
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if _exiting[0] else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending[0] else None)
     signal.siginterrupt(signal.SIGTERM, False)  # else reading a file may fail
-
-
-@atexit.register  # after multiprocessing's own, and so called before it
-def _let_workers_end() -> None:
-    _exiting[0] = 1

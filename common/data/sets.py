@@ -384,7 +384,7 @@ def read_image(path: str) -> Image.Image:
 
 def _to_bytes(path: str, values: numpy.ndarray) -> numpy.ndarray:
     """Grey pixels of 16 or 32 bits, integers or floats, as uint8. Raises DataError for a range that has no usual meaning."""
-    low, high = values.min(), values.max()
+    low, high = values.min().item(), values.max().item()
     if values.dtype.kind == "f":
         if low >= 0 and high <= 1:
             return (values * 255).round().astype(numpy.uint8)
@@ -394,7 +394,7 @@ def _to_bytes(path: str, values: numpy.ndarray) -> numpy.ndarray:
     else:
         what, wanted = "pixels of more than 8 bits", "these are read from 0 to 65535"
         wanted += ", where they would all be black" if 0 <= low and high <= 65535 else ""
-    raise DataError(f"{path} has {what} from {low:g} to {high:g}, and {wanted}: save it with 8 bits, or pass --skip-corrupt")
+    raise DataError(f"{path} has {what} from {low} to {high}, and {wanted}: save it with 8 bits, or pass --skip-corrupt")
 
 
 def _digits() -> Data:
@@ -488,11 +488,16 @@ def _mini_imagenet(folder: Path, file: Path, skip_corrupt: bool) -> Data:
         # the usual split gives train and val classes of their own, as few-shot learning wants it, so each class is divided here
         chosen = set(whole.per_class(MINI_TRAIN, seed=0).paths)
         parts = {short: "train" if path in chosen else "val" for short, path in zip(paths, whole.paths, strict=True)}
-        # the processes of a run may all get here at once, and `replacing` has one temporary name, so each has a folder of its own
-        with TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as own:
-            with replacing(Path(own) / file.name) as temporary, open(temporary, "w", encoding="utf-8", newline="") as out:
-                csv.writer(out, lineterminator="\n").writerows([("path", "split"), *sorted(parts.items())])
-            os.replace(Path(own) / file.name, file)
+        # the processes of a run may all get here at once: what they write is the same, each in a folder of its own as `replacing` has one
+        # temporary name, and the file is whole from the moment it has its name
+        text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        try:
+            with TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as own:
+                with replacing(Path(own) / file.name) as temporary, open(temporary, "w", **text) as out:
+                    csv.writer(out, lineterminator="\n").writerows([("path", "split"), *sorted(parts.items())])
+                os.replace(Path(own) / file.name, file)
+        except OSError as error:
+            raise DataError(f"{file} is missing and cannot be written ({error.strerror}): make {file.parent} writable once") from error
     content = file.read_bytes()
     parts = _read_split(file, content, paths)
     train, val = (whole.subset([i for i, path in enumerate(paths) if parts[path] == part]) for part in ("train", "val"))
@@ -504,7 +509,7 @@ def _read_split(file: Path, content: bytes, paths: Sequence[str]) -> dict[str, s
     def fault(what: str) -> DataError:
         return DataError(f"{file} {what}: mend it, or delete it to have it made again")
 
-    header, *lines = content.decode("utf-8-sig", errors="replace").splitlines() or [""]
+    header, *lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines() or [""]
     if header != "path,split":
         raise fault(f"begins with {header!r} and not with 'path,split'")
     parts, known = {}, set(paths)
