@@ -30,6 +30,7 @@ from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split, open_data
 from common.data.augment import view_name
+from common.data.loaders import default_workers
 from common.evaluate import (
     Classifier,
     FeatureLoader,
@@ -88,8 +89,8 @@ class Options:
     """auto is bf16-mixed where the hardware computes it, else 32-true."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several devices share the work, under torchrun."""
-    workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    """Processes that decode images, per device; by default one per core, at most 8. Data that fit in memory need none."""
+    workers: int = dataclasses.field(default_factory=default_workers)
+    """Processes that decode images, per device; by default the cores, shared among the processes of the machine, at most 8."""
     compile: bool = False
     """Compile the models with torch.compile."""
     checkpoint_seconds: float = 20.0
