@@ -184,7 +184,7 @@ class Reproduction:
             if result is None:
                 if run.main:
                     encoder = self.new_encoder()
-                    run.say(f"{path.name}: {load_encoder(encoder, read_checkpoint(path))}")
+                    run.say(f"{path.name}: {load_encoder(encoder, read_checkpoint(path), allow_unused=('cls_token',))}")
                     export_encoder(encoder, run.directory / "encoder.safetensors")
                 self.finish(run, {"hours": 0.0})
         return []
@@ -296,8 +296,13 @@ class Reproduction:
         if start == "pretrained":
             with torch.device("meta"):  # for the names alone: every start then draws the same head
                 own = self.recipe.build_encoder(self.data.channels).state_dict()
-            added = [name for name in encoder.state_dict() if name not in own]  # positions that pre-training had none of
-            load_encoder(encoder, load_file(self.root / "pretrain" / "encoder.safetensors"), allow_missing=added)
+            # a protocol may have other positions than the pre-training
+            added, left = (
+                [name for name in encoder.state_dict() if name not in own],
+                [name for name in own if name not in encoder.state_dict()],
+            )
+            pretrained = load_file(self.root / "pretrain" / "encoder.safetensors")
+            load_encoder(encoder, pretrained, allow_missing=added, allow_unused=left)
         if start == "random":
             with torch.random.fork_rng(devices=[]):  # some methods draw the first weights of their encoder themselves
                 encoder = self.module.build(self.recipe, encoder, self.data.classes).encoder
