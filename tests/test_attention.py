@@ -271,6 +271,32 @@ def test_flex_on_the_cpu_refuses_gradients_and_names_what_has_them():
         torch.testing.assert_close(attend(*qkv, backend="flex", **window), attend(*qkv, **window))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_makes_a_block_mask_anew_for_another_window_and_no_other_time(monkeypatch):
+    qkv, window, _ = draw(B=2, H=2, Q=4, K=4, D=4, seed=0)
+    made, make = [], attention.create_block_mask
+    monkeypatch.setattr(attention, "create_block_mask", lambda *arguments, **options: (made.append(1), make(*arguments, **options))[1])
+
+    def count(seen: dict[str, Tensor], q: Tensor = qkv[0]) -> int:
+        made.clear()
+        torch.testing.assert_close(attend(q, *qkv[1:], backend="flex", **seen), attend(q, *qkv[1:], backend="sdpa", **seen))
+        return len(made)
+
+    assert [count(window), count(window), count({name: vector[:, :] for name, vector in window.items()})] == [1, 0, 0]
+    assert count({name: vector.clone() for name, vector in window.items()}) == 1  # in other memory
+    window["visible_until"][0, 1] = -9
+    assert [count(window), count(window)] == [1, 0]  # in the same memory, changed
+    assert count({name: vector for name, vector in window.items() if name != "time"}) == 1
+    window["time"] = window["time"][:, 1:]
+    assert [count(window, qkv[0][:, :, 1:]), count(window, qkv[0][:, :, 1:])] == [1, 0]
+    for seed in range(20):  # windows that are thrown away, in whose memory the next may lie
+        _, other, _ = draw(B=2, H=2, Q=4, K=4, D=4, seed=seed)
+        assert count(other) == 1
+    with torch.inference_mode():
+        vectors = {name: vector.clone() for name, vector in other.items()}
+        assert [count(vectors), count(vectors)] == [1, 1]  # changes of these would not be seen
+
+
 def test_without_triton_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setattr(attention, "HAS_TRITON", False)
     qkv, _, _ = draw(B=1, H=1, Q=2, K=3, D=32, seed=0)

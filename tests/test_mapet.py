@@ -3,10 +3,12 @@
 import pytest
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common import attention, heads
 from common.attention import Window, window_mask
 from common.data import open_data
+from common.heads import TokenHead
 from common.optim import make_optimizer
 from common.recipe import RecipeError, Stage, override
 from common.vit import ViT
@@ -224,6 +226,44 @@ def test_the_last_block_computes_the_query_stream_alone():
     last.register_forward_hook(lambda _, given, made: shapes.update({"out": made.shape[1]}))
     model(images, tokens, order=order)
     assert shapes == {"mlp.fc1": 12, "norm2": 12, "out": 12}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_token_top1_of_a_constant_head_is_that_of_its_argmax_not_all(precision):
+    head, token_M = TokenHead(32, 20), torch.arange(60) % 20
+    nn.init.zeros_(head.weight)
+    for bias, expected in ((torch.zeros(20), 5.0), (torch.tensor([0.0] * 18 + [1.0] * 2), 5.0), (torch.full((20,), torch.nan), 5.0)):
+        with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            head.bias.copy_(bias)
+            assert 100 * head.loss(torch.randn(60, 32), token_M)[1].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("logits", [1, 64, 2**22])
+def test_token_top1_counts_as_argmax_does_where_logits_are_equal(monkeypatch, logits):
+    monkeypatch.setattr(heads, "LOGITS", logits)  # of a piece
+    head, x_MD = TokenHead(8, 6), torch.randint(-1, 2, (400, 8)).float()
+    token_M = torch.randint(6, (400,))
+    with torch.no_grad():
+        head.weight.copy_(torch.randint(-1, 2, (6, 8)))
+        head.bias.zero_()
+        logit_MV = head(x_MD)
+        assert ((logit_MV == logit_MV.amax(1, keepdim=True)).sum(1) > 1).float().mean() > 0.2
+        assert head.loss(x_MD, token_M)[1] == (logit_MV.argmax(1) == token_M).float().mean()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_makes_the_block_masks_of_a_constant_window_once_for_all_blocks_and_steps(monkeypatch):
+    model, made, make = mapet(depth=4).eval(), [], attention.create_block_mask
+    monkeypatch.setattr(
+        attention, "create_block_mask", lambda *arguments, **options: (made.append(arguments[1:]), make(*arguments, **options))[1]
+    )
+    monkeypatch.setattr(attention, "_measured_choice", lambda *arguments: "flex")
+    images, tokens, order = inputs()
+    with torch.no_grad():
+        found = [model(images, tokens, order=order).loss for _ in range(3)]
+        assert made == [(2, None, 40, 28), (2, None, 12, 28)]  # all blocks but the last, and the last, of which queries alone are wanted
+        monkeypatch.undo()
+        torch.testing.assert_close(found, 3 * [model(images, tokens, order=order).loss])
 
 
 # ---- what is left in the end

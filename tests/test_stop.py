@@ -220,6 +220,13 @@ def test_normalised_noise_deviates_by_one():
     assert spread(F.layer_norm(torch.randn(512, 4, 64), (64,)))["feature_std"].item() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_spread_of_features_that_are_not_finite_is_nan_and_no_error(value):
+    feature_BND = torch.randn(8, 5, 16)
+    feature_BND[3, 2, 7] = value
+    assert all(measured.isnan() for measured in spread(feature_BND).values())
+
+
 def test_metrics_name_the_context_length_that_the_masks_gave():
     for masks, images_ in (("uniform", 2), ("released", 4)):
         output = stop(masks=masks, min_keep=3)(images(images_))
