@@ -88,7 +88,7 @@ def device_batch(stage: Stage, devices: int) -> int:
     Raises RecipeError where the effective batch cannot be shared out among the devices.
     """
     share, rest = divmod(stage.batch_size, devices)
-    if rest or not share:
+    if rest or share < 1:
         raise RecipeError(f"a batch of {stage.batch_size} cannot be shared out among {devices} devices; choose a multiple of {devices}")
     return max(size for size in range(1, min(share, stage.device_batch) + 1) if share % size == 0)
 
