@@ -9,7 +9,7 @@ from typing import Any
 import pandas
 
 from benchmarks.papers import ROOT, folder
-from common.results import load, summary
+from common.results import ON_TEST, load, summary
 
 PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting protocol metric value source confidence".split()
 BESIDE = ["paper", "data", "backbone", "protocol", "metric", "device"]  # what a run shares with its baselines, besides its recipe's stem
@@ -70,9 +70,12 @@ def stem(recipe: str) -> str:
 
 
 def alike(row: Any, line: Any) -> bool:
-    """Whether a published row and a summary line are the same kind of number: `finetune_none` is also finetune with position=none."""
+    """Whether a published row and a summary line are the same kind of number: `finetune_none` is also finetune with position=none.
+
+    What a paper calls the best of a grid is `linear_best`, whether ours is chosen on held-out images or on the test images.
+    """
     protocols = {plain(row.protocol), plain(row.protocol + row.setting.rpartition("=")[2])}
-    return plain(line.protocol) in protocols and row.metric == line.metric
+    return plain(line.protocol.removesuffix(ON_TEST)) in protocols and row.metric == line.metric
 
 
 def of_arm(row: Any, line: Any) -> bool:

@@ -27,6 +27,7 @@ from benchmarks.numbers import (
     title,
 )
 from benchmarks.papers import baselines, papers
+from common.results import ON_TEST
 
 TASKS = ["classification", "low_shot", "linear_probe", "transfer"]
 COLUMNS = {  # of protocols, in order; scratch is supervised training
@@ -80,7 +81,8 @@ def results_table(root: Path) -> str:
                 for line in repeats:
                     text = f"{added}{number(line, seeds=False)} ({line.mean - float(row.value):+.2f})"
                     where = [getattr(line, by) for by in ("device", "precision") if len({getattr(other, by) for other in repeats}) > 1]
-                    ours.append((name, text, [f"{line.pretrain_epochs} ep", setting, counted(line.seeds), line.recipe, *where]))
+                    chosen = "chosen on test" if line.protocol.endswith(ON_TEST) else ""
+                    ours.append((name, text, [f"{line.pretrain_epochs} ep", setting, chosen, counted(line.seeds), line.recipe, *where]))
                     logs += f" {line.log}"
             if theirs:
                 cells = {"Paper": paper, "Data": title(data), "Protocol": protocol(rows.iloc[0]) + (varied and f", by {varied}")}

@@ -4,9 +4,12 @@ python -m benchmarks.reproduce droppos --epochs 800 --data /datasets/imagenet
 """
 
 import dataclasses
+import io
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.numbers import arm_of
 from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
 from benchmarks.table import comparison, side_by_side
-from common import results
+from common import keep_freed_memory, results
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split, open_data
@@ -35,14 +38,18 @@ from common.evaluate import (
     accuracy,
     can_cache,
     features,
+    hold_out,
     knn_accuracy,
     layers_name,
     logistic_accuracy,
     own_metrics,
 )
+from common.files import digest
+from common.processes import once
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, choose_arms, override
 from common.run import Run, RunError, console
+from common.stopping import Stopped, stop_if_requested, stop_on_signals
 from common.train import device_batch, fit, make_fabric
 from common.vit import ViT
 
@@ -116,6 +123,7 @@ class Reproduction:
         self.precision = str(fabric._precision.precision)
         self.fitting = {"compile": options.compile, "checkpoint_seconds": options.checkpoint_seconds}
         self.size = (recipe.image_size, recipe.image_size)
+        self._labelled: dict[str, Split] = {}
 
     def run(self, baselines: bool = True) -> list[results.Row]:
         """All stages in order, with or without what is not pre-trained; returns a row per number."""
@@ -134,7 +142,7 @@ class Reproduction:
         with torch.device("meta"):
             depth = len(getattr(self.recipe.build_encoder(self.data.channels), "blocks", ()))
         for protocol in self.recipe.protocols:
-            self.labelled(protocol)
+            hold_out(protocol, self.labelled(protocol).labels, self.seed)
             self.loader(self.data.val, self.recipe.pretrain, None, protocol)
             if max(protocol.layers) > max(depth, 1):
                 raise RecipeError(f"protocol {protocol.name}: layers={protocol.layers}, and the encoder has {depth}: ask for no more")
@@ -150,8 +158,8 @@ class Reproduction:
 
     def pretrain(self) -> list[results.Row]:
         stage = self.recipe.pretrain
-        with self.open("pretrain") as run:
-            if run.result is None:
+        with self.open("pretrain") as (run, result):
+            if result is None:
                 encoder = self.new_encoder()
                 method = self.module.build(self.recipe, encoder, self.data.classes)
                 data = self.prepare()
@@ -165,30 +173,28 @@ class Reproduction:
                         images, targets = next(self.loader(data.val.subset(spread), stage, None, alone=True).epoch(0))
                         reseed(self.seed, 0)
                         self.module.illustrate(method, images, targets, self.data, run.directory)
-                run.finish(found | {"hours": hours})
-                self.fabric.barrier()
-            what = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
-            return self.rows(run, *what, {name: run.result[name] for name in run.result if name.endswith(("top1", "top5"))})
+                result = self.finish(run, found | {"hours": hours})
+        what = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
+        return self.rows(result, *what, {name: result[name] for name in result if name.endswith(("top1", "top5"))})
 
     def convert(self, path: Path) -> list[results.Row]:
         """Put somebody else's encoder where a pre-trained one would be; there is no number of ours to report on it."""
-        with self.open("pretrain") as run:
-            if run.main and run.result is None:
-                encoder = self.new_encoder()
-                run.say(f"{path.name}: {load_encoder(encoder, read_checkpoint(path))}")
-                export_encoder(encoder, run.directory / "encoder.safetensors")
-                run.finish({"hours": 0.0})
-            self.fabric.barrier()
+        with self.open("pretrain") as (run, result):
+            if result is None:
+                if run.main:
+                    encoder = self.new_encoder()
+                    run.say(f"{path.name}: {load_encoder(encoder, read_checkpoint(path))}")
+                    export_encoder(encoder, run.directory / "encoder.safetensors")
+                self.finish(run, {"hours": 0.0})
         return []
 
     def evaluate(self, protocol: Protocol, start: str) -> list[results.Row]:
-        with self.open(f"{protocol.name}-{start}", protocol) as run:
-            if run.result is None:
+        with self.open(f"{protocol.name}-{start}", protocol, start) as (run, result):
+            if result is None:
                 judge = {"finetune": self.finetune, "linear": self.probe, "logistic": self.logistic, "knn": self.knn}[protocol.kind]
-                run.finish(judge(run, protocol, start))
-                self.fabric.barrier()
-            found = run.result["rows"].items()
-            return [row for part, told in found for row in self.rows(run, protocol.name + part, start, {"top1": told["top1"]}, told["how"])]
+                result = self.finish(run, judge(run, protocol, start))
+        found = result["rows"].items()
+        return [row for part, told in found for row in self.rows(result, protocol.name + part, start, {"top1": told["top1"]}, told["how"])]
 
     def finetune(self, run: Run, protocol: Protocol, start: str) -> dict:
         model = Classifier(self.start_encoder(start, protocol), self.data.classes, protocol)
@@ -198,26 +204,39 @@ class Reproduction:
         return found | {"hours": hours, "rows": {"": {"top1": found["top1"], "how": self.how(protocol, pool=protocol.pool)}}}
 
     def probe(self, run: Run, protocol: Protocol, start: str) -> dict:
-        """The whole grid in one training, on features that are computed once where every epoch shows the same images."""
+        """The whole grid in one training, on features that are computed once where every epoch shows the same images.
+
+        The best of a grid is chosen on labelled images on which nothing is trained; "test" chooses it on the test images.
+        """
         model = LinearProbe(self.start_encoder(start, protocol), self.data.classes, protocol)
-        train = self.loader(self.labelled(protocol), protocol.stage, protocol.stage.augmentation)
+        labelled = self.labelled(protocol)
+        train_N, held_N = hold_out(protocol, labelled.labels, self.seed)
+        train = self.loader(labelled.subset(train_N), protocol.stage, protocol.stage.augmentation)
         test = self.loader(self.data.val, protocol.stage, None, protocol)
+        held = self.loader(labelled.subset(held_N), protocol.stage, None, protocol) if len(held_N) else None
         if can_cache(protocol):
-            train, test = (FeatureLoader(*pair) for pair in zip((train, test), self.features(protocol, start), strict=True))
+            (feature_ND, target_N), found = self.features(protocol, start)
+            train, test = FeatureLoader(train, (feature_ND[train_N], target_N[train_N])), FeatureLoader(test, found)
+            held = FeatureLoader(held, (feature_ND[held_N], target_N[held_N])) if held is not None else None
         model, hours = fit(run, self.fabric, model, protocol.stage, train, self.seed, **self.fitting)
         top1_G, top5_G = accuracies(self.fabric, model, test, (len(model.grid),)).tolist()
-        seen = self.how(protocol, pool=protocol.pool)
+        seen = self.how(protocol, pool=protocol.pool, **({"held_out": len(held_N)} if held is not None else {}))
         grid = [{"top1": top1, "how": f"{name} {seen}"} for name, top1 in zip(model.names(), top1_G, strict=True)]
+        if held is not None:
+            for told, top1 in zip(grid, accuracies(self.fabric, model, held, (len(model.grid),))[0].tolist(), strict=True):
+                told["held_out_top1"] = top1
         for told in grid:
-            run.say(f"{run.directory.name} {told['how']}: top1 {told['top1']:.6g}")
-        rows = {part: grid[index] for part, index in model.best(top1_G).items()}
-        place = top1_G.index(max(top1_G))
-        return {"top1": top1_G[place], "top5": top5_G[place], "hours": hours, "rows": rows, "grid": grid}
+            chosen_by = f" ({told['held_out_top1']:.6g} on the {len(held_N)} images held out)" if held is not None else ""
+            run.say(f"{run.directory.name} {told['how']}: top1 {told['top1']:.6g}{chosen_by}")
+        places = model.best([told.get("held_out_top1", told["top1"]) for told in grid])
+        *_, best = places.values()
+        rows = {part: grid[place] for part, place in places.items()}
+        return {"top1": top1_G[best], "top5": top5_G[best], "hours": hours, "rows": rows, "grid": grid}
 
     def logistic(self, run: Run, protocol: Protocol, start: str) -> dict:
         begun, options = time.perf_counter(), {"statistics": protocol.statistics, "strength": protocol.strength}
         train, test = self.features(protocol, start)
-        found = logistic_accuracy(*train, *test, classes=self.data.classes, **options)
+        found = once(self.fabric, lambda: logistic_accuracy(*train, *test, classes=self.data.classes, **options))
         if not found["converged"]:
             run.say(f"{run.directory.name}: the weights have not converged, so the number is of a fit that was cut short")
         row = {"top1": found["top1"], "how": self.how(protocol, **self.frozen(protocol), **options)}
@@ -226,7 +245,7 @@ class Reproduction:
     def knn(self, run: Run, protocol: Protocol, start: str) -> dict:
         begun, options = time.perf_counter(), {"neighbours": protocol.neighbours, "temperature": protocol.temperature}
         train, test = self.features(protocol, start)
-        top1 = knn_accuracy(*train, *test, classes=self.data.classes, **options)
+        top1 = once(self.fabric, lambda: knn_accuracy(*train, *test, classes=self.data.classes, **options))
         row = {"top1": top1, "how": self.how(protocol, **({} if start == "pixels" else self.frozen(protocol)), **options)}
         return {"top1": top1, "hours": (time.perf_counter() - begun) / 3600, "rows": {"": row}}
 
@@ -235,18 +254,23 @@ class Reproduction:
         encoder = None if start == "pixels" else self.start_encoder(start, protocol)
         found = []
         for part, split in ("train", self.labelled(protocol)), ("val", self.data.val):
-            loader = self.loader(split, self.recipe.pretrain, None, protocol, alone=True)
+            loader = self.loader(split, self.recipe.pretrain, None, protocol)
             cache = self.root / "features" / f"{start}-{part}"
             found.append(features(self.fabric, encoder, loader, protocol.pool, max(protocol.layers), cache))
         return found
 
     def labelled(self, protocol: Protocol) -> Split:
-        """The training images whose labels the protocol may use."""
-        if protocol.labels_per_class is not None:
-            return self.data.train.per_class(protocol.labels_per_class, self.seed)
-        if protocol.label_share is not None:
-            return self.data.train.balanced(protocol.label_share, self.seed)
-        return self.data.train if protocol.label_list is None else self.data.train.listed(Path(protocol.label_list))
+        """The training images whose labels the protocol may use; chosen once, as a list of them takes seconds to read on ImageNet."""
+        if protocol.name not in self._labelled:
+            train = self.data.train
+            if protocol.labels_per_class is not None:
+                train = train.per_class(protocol.labels_per_class, self.seed)
+            elif protocol.label_share is not None:
+                train = train.balanced(protocol.label_share, self.seed)
+            elif protocol.label_list is not None:
+                train = train.listed(Path(protocol.label_list))
+            self._labelled[protocol.name] = train
+        return self._labelled[protocol.name]
 
     def how(self, protocol: Protocol, **facts) -> str:
         """What tells a number besides recipe and data, for its row."""
@@ -300,18 +324,36 @@ class Reproduction:
             **({"resize": protocol.resize, "interpolation": protocol.interpolation} if protocol else view),
         )
 
-    def open(self, stage: str, protocol: Protocol | None = None) -> Run:
+    @contextmanager
+    def open(self, stage: str, protocol: Protocol | None = None, start: str = "") -> Iterator[tuple[Run, dict | None]]:
+        """The directory of a stage, and what came out of it where it is done. The first process decides, and tells the others."""
+        stop_if_requested()
+        settings = once(self.fabric, lambda: self.settings(protocol, start))
+        run = Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
+        with ExitStack() as stack:
+            yield run, once(self.fabric, lambda: stack.enter_context(run).result)
+
+    def settings(self, protocol: Protocol | None, start: str) -> dict:
+        """Everything that the result of a stage follows from. Data and files are there with their content, not only by name."""
         asked = as_json(self.recipe)
         del asked["protocols"], asked["arms"]  # a change to one evaluation leaves the others as they are
-        settings = {"encoder": str(self.options.encoder.resolve())} if self.options.encoder else {}
-        settings |= {"paper": self.paper, "data": self.data.name, "seed": self.seed, "precision": self.precision}
+        named = {f"method.{name}": value for name, value in self.recipe.method.items() if isinstance(value, str) and Path(value).is_file()}
+        named |= {f"targets.{name}": value for name, value in self.recipe.targets.items() if isinstance(value, str)}  # a store is a folder
+        named |= {"encoder": self.options.encoder, "label_list": protocol and protocol.label_list}
+        named |= {"pretrained": self.root / "pretrain" / "encoder.safetensors"} if start == "pretrained" else {}
+        paths = {name: Path(path) for name, path in named.items() if path is not None and Path(path).exists()}
+        settings = {name: f"{path.name}, sha256 {digest(path)}" for name, path in paths.items()}
+        settings |= {"paper": self.paper, "data": {"name": self.data.name, **self.data.identity}}
+        settings |= {"seed": self.seed, "precision": self.precision, "recipe": asked}
         settings |= {"split": self.data.split} if self.data.split else {}
-        settings |= {"recipe": asked} | ({"protocol": as_json(protocol)} if protocol else {})
-        return Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
+        return settings | ({"protocol": as_json(protocol)} if protocol else {})
 
-    def rows(self, run: Run, protocol: str, start: str, values: dict[str, float], how: str = "") -> list[results.Row]:
+    def finish(self, run: Run, result: dict) -> dict:
+        """Write what came out; returns what the directory then holds, on every process."""
+        return once(self.fabric, lambda: run.finish(result))
+
+    def rows(self, result: dict, protocol: str, start: str, values: dict[str, float], how: str = "") -> list[results.Row]:
         """The ledger's rows of a finished stage, with the facts of when it ran, which may be before this call."""
-        result = run.result
         environment, home = result["environment"], folder(self.paper)
         facts = {
             "date": result["date"],
@@ -338,7 +380,8 @@ class Reproduction:
         log = ROOT / rows[0].log
         log.parent.mkdir(exist_ok=True)
         stages = sorted(self.root.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
-        log.write_text("".join(f"# {path.parent.name}\n{path.read_text()}" for path in stages))
+        text = "".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in stages)
+        log.write_text(text, encoding="utf-8")
         results.append(ROOT / folder(self.paper) / "results.csv", rows)
         console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` brings the READMEs up to date")
 
@@ -399,12 +442,21 @@ def show(paper: str, rows: list[results.Row]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
+    """The command line. Returns the exit code: 0, or 2 for what the user can fix. Raises Stopped, which exits with 75, after a signal."""
+    keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8, and file names that are not
+    rank = int(os.environ.get("RANK", 0))
     try:
-        config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-        reproduce(tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config))
+        with stop_on_signals():
+            config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+            reproduce(tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config))
+    except Stopped:
+        if rank == 0:
+            console.print("stopped by a signal: what is finished is saved, and the same command goes on from here", markup=False)
+        raise
     except (ValueError, RunError, OSError) as error:  # RecipeError, DataError and ConversionError are ValueErrors
-        console.print(f"error: {error}", style="bold red", markup=False)
+        console.print(f"error{f' in process {rank}' if rank else ''}: {error}", style="bold red", markup=False)
         return 2
     return 0
 

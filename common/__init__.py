@@ -1,10 +1,14 @@
 """The shared library of the five reproductions. It knows no paper."""
 
 import ctypes
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+if find_spec("fcntl") is None:  # the locks of runs, and signals that Windows does not have
+    sys.exit(f"position-pretraining runs on Linux and macOS, not on {sys.platform}; on Windows use WSL 2, the Linux that Windows contains")
 
 
 def declare_torchvision_operators() -> torch.library.Library | None:
@@ -31,8 +35,9 @@ def declare_torchvision_operators() -> torch.library.Library | None:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what tensors free instead of giving it back to the system; returns whether it could be told.
+    """Let glibc keep what tensors free instead of giving it back to the system; returns whether that was possible.
 
+    It changes the whole process, so programs call it at their start, and importing a module does not.
     By default every tensor above 32 MB is mapped anew, and clearing its pages takes longer than many an operation on it: without that, a
     float32 step of Swin-T with batch 8 takes two thirds of the time on two cores, and a sixth more memory. On other C libraries
     nothing is done.
@@ -43,4 +48,3 @@ def keep_freed_memory() -> bool:
 
 
 _torchvision_operators = declare_torchvision_operators()
-keep_freed_memory()

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -35,6 +36,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.fsync(directory)  # the new name, too, is on disk
     finally:
         os.close(directory)
+
+
+def digest(path: Path) -> str:
+    """The content of a file, or of all files in a folder with their names: 16 hexadecimal digits of its SHA-256."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as content:
+                found.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+                while block := content.read(2**20):
+                    found.update(block)
+    return found.hexdigest()[:16]
 
 
 class Locked(RuntimeError):

@@ -10,6 +10,7 @@ The training loop, the checkpoints and the evaluations ask for nothing else. Ran
 replace are keyword arguments of forward that default to drawing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,8 +18,12 @@ from torch import Tensor
 
 @dataclass
 class Output:
-    """loss: scalar, float32, to be minimised. metrics: detached scalars to log. named: intermediate tensors, for pictures and tests."""
+    """loss: scalar, float32, to be minimised. named: intermediate tensors, for pictures and tests.
+
+    metrics: detached scalars, logged as means over the steps since the last log entry. A costly one is a function without arguments that
+    returns the scalar: it is called only in steps that are logged, and logged for that step alone.
+    """
 
     loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
     named: dict[str, Tensor] = field(default_factory=dict)

@@ -126,7 +126,8 @@ class Protocol:
     """One way to judge an encoder; its name stands in the results. Raises RecipeError for values that make no sense, alone or together.
 
     The kinds: "finetune" trains all weights, "linear" linear layers on frozen features by SGD or the like, "logistic" one such layer to
-    the optimum of a penalised likelihood, "knn" nothing. "linear" trains a layer for each of layers x heads x rates x decays at once.
+    the optimum of a penalised likelihood, "knn" nothing. "linear" trains a layer for each of layers x heads x rates x decays at once,
+    and the best of them is chosen as `choose_on` says.
     """
 
     name: str  # as it stands in results.csv
@@ -154,10 +155,13 @@ class Protocol:
     heads: tuple[Literal["norm", "norm_affine", "linear", "attentive"], ...] = ("norm",)
     rates: tuple[float, ...] = (1.0,)  # linear: multiples of the stage's learning rate
     decays: tuple[float, ...] = ()  # linear: weight decays; () = the stage's
+    # linear, several classifiers: by which images the best is chosen. "held_out": a tenth of the labelled training images, on which none is
+    # trained. "test": the test images on which it is then reported, as I-JEPA and StoP do; the rows are then called ..._on_test
+    choose_on: Literal["held_out", "test"] = "held_out"
 
     def __post_init__(self) -> None:
         labels = self.labels_per_class, self.label_share, self.label_list
-        many = len(self.layers) * len(self.heads) * len(self.rates) * max(1, len(self.decays)) > 1
+        many = self.classifiers > 1
         shared = self.stage is not None and (self.stage.clip_norm is not None or self.stage.final_weight_decay is not None)
         once = ((len(set(getattr(self, name))) == len(getattr(self, name)), name) for name in ("layers", "heads", "rates", "decays"))
         _refuse_unless(
@@ -184,6 +188,11 @@ class Protocol:
             *((sound, name, "give each once") for sound, name in once),
             (not (many and shared), "stage", "several layers, heads, rates or decays share no clip_norm and no final_weight_decay"),
         )
+
+    @property
+    def classifiers(self) -> int:
+        """How many classifiers a linear probe trains: layers x heads x rates x decays."""
+        return len(self.layers) * len(self.heads) * len(self.rates) * max(1, len(self.decays))
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,7 @@ class Recipe:
         if self.size not in SIZES:
             return self._build_timm(channels, **changes)
         own = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels}
-        check_options(ViT, self.encoder, taken=(*own, "width", "depth", "heads"))
+        check_options(ViT, self.encoder, taken=(*own, "width", "heads"))
         options = own | self.encoder | changes
         return vit(self.size, **options)
 

@@ -32,7 +32,7 @@ class Row:
     backbone: str  # timm's name where it has one: vit_base_patch16_224
     pretrain_epochs: int  # epochs that the run pre-trained for, 0 where it was given an encoder; for a baseline those of the run beside it
     seed: int  # seed of the run
-    protocol: str  # what was done to get the number: pretrain, finetune, finetune_5_per_class, finetune_20_per_class, linear, knn
+    protocol: str  # what was done to get the number: pretrain, finetune, finetune_5_per_class, linear, knn; see ON_TEST
     start: str  # pretrained, or a baseline: scratch, random (frozen untrained encoder), pixels (no encoder at all)
     metric: str  # top1 or position_top1, both in percent
     value: float  # the number
@@ -44,6 +44,7 @@ class Row:
     log: str  # committed log of the run, relative to the repository's root: droppos/logs/digits-200ep-seed0.txt
 
 
+ON_TEST = "_on_test"  # ends the protocol of a number that is the best of several by the test images themselves: linear_best_on_test
 TYPES = get_type_hints(Row)
 GROUP = ["paper", "data", "recipe", "backbone", "pretrain_epochs", "protocol", "start", "metric", "device", "precision"]
 RUN = [*GROUP, "commit", "seed"]  # two rows that agree in these are the same run made twice

@@ -8,17 +8,16 @@ checkpoint.pt      where to go on from
 result.json        what came out; its presence says that the training is complete
 """
 
-import fcntl
 import json
-import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from common.files import replacing
+from common.files import Locked, locked, replacing
 from common.results import environment
 
 console = Console(highlight=False, soft_wrap=True)
@@ -40,21 +39,18 @@ class Run:
         self.metrics = self.directory / "metrics.jsonl"
 
     def __enter__(self) -> "Run":
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not self.main:
-            return self
-        self._lock = open(self.directory / ".lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{self.directory} is in use by another run; wait for it, or name another folder with OUT=") from None
-        os.register_at_fork(after_in_child=self._lock.close)  # else workers that outlive a killed run would keep it locked
-        self._start()
+        with ExitStack() as held:
+            if self.main:
+                try:
+                    held.enter_context(locked(self.directory / ".lock"))
+                except Locked:
+                    raise RunError(f"{self.directory} is in use by another run; wait for it, or name another folder with OUT=") from None
+                self._start()
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
-        if self.main:
-            self._lock.close()
+        self._held.close()
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -62,8 +58,11 @@ class Run:
         path = self.directory / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Log what came out and write it to result.json, with the day, code and machine (commit "+mixed" after a change of code)."""
+    def finish(self, result: dict[str, Any]) -> dict[str, Any] | None:
+        """Log what came out and write it to result.json, with the day, code and machine (commit "+mixed" after a change of code).
+
+        Returns what result.json then holds.
+        """
         if self.main:
             numbers = {name: value for name, value in result.items() if isinstance(value, (int, float))}
             self.say(f"{self.directory.name} done: {', '.join(f'{name} {value:.6g}' for name, value in numbers.items())}")
@@ -73,12 +72,13 @@ class Run:
                 came_from["commit"] += "+mixed"
             facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "environment": came_from}
             write_text(self.directory / "result.json", json.dumps(result | facts, indent=1) + "\n")
+        return self.result
 
     def say(self, line: str) -> None:
         """To the screen and to log.txt."""
         if self.main:
             console.print(line, markup=False)
-            with open(self.directory / "log.txt", "a") as log:
+            with open(self.directory / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def record(self, step: int, values: dict[str, float]) -> None:

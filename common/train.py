@@ -4,18 +4,21 @@ Everything random in a step is drawn from (seed, step, micro-batch, rank), and t
 step number is all there is to restore: a run killed at any moment goes on bit-identically from its last checkpoint.
 """
 
+import atexit
 import copy
 import logging
 import math
 import os
-import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import FSDPStrategy
+from lightning.fabric.strategies import DDPStrategy, FSDPStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,24 +26,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from common.checkpoint import PlainCheckpointIO, load_checkpoint, save_checkpoint
 from common.data import Loader
 from common.optim import Schedule, make_optimizer
+from common.processes import close_connections, on_any_process, sum_over_processes
 from common.randomness import reseed
 from common.recipe import RecipeError, Stage
 from common.run import Run, RunError, console
+from common.stopping import EXIT_STOPPED, Stopped, finish_first, stop_requested
 from common.vit import Block
 
-EXIT_STOPPED = 75  # a signal stopped the run after a checkpoint; the same command goes on (sysexits' EX_TEMPFAIL)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+__all__ = ["EXIT_STOPPED", "Stopped", "device_batch", "fit", "has_fast_bf16", "make_fabric"]
 
+# Steps after which the numbers of a step are read. A GPU has computed them by then, so that the loop does not wait for it.
+READ_AFTER = {"cuda": 4}
+# For a process that waits while the first one does alone what only one should do, such as a logistic regression. A process that dies is
+# noticed by the launcher, not by this.
+TIMEOUT = timedelta(hours=12)
 
 for _name in ("lightning.fabric", "lightning.pytorch"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # what they say at INFO, the first line of a run says better
-
-
-class Stopped(SystemExit):
-    """Raised after SIGTERM, SIGUSR1 or Ctrl-C, once the step is finished and saved. The process exits with EXIT_STOPPED."""
-
-    def __init__(self):
-        super().__init__(EXIT_STOPPED)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -68,18 +70,15 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
     if precision == "auto":
         precision = "bf16-mixed" if has_fast_bf16(torch.device(accelerator)) else "32-true"
     local, world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
-    return Fabric(
-        accelerator=accelerator,
-        devices=local,
-        num_nodes=world // local,
-        precision=precision,
-        strategy="auto"
-        if world == 1
-        else FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full")
-        if strategy == "fsdp"
-        else strategy,
-        plugins=[PlainCheckpointIO()],
-    )
+    chosen = "auto"
+    if world > 1 and strategy == "fsdp":
+        chosen = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", timeout=TIMEOUT)
+    elif world > 1:
+        chosen = DDPStrategy(timeout=TIMEOUT)
+    if world > 1:
+        atexit.register(close_connections)
+    options = {"devices": local, "num_nodes": world // local, "precision": precision, "strategy": chosen}
+    return Fabric(accelerator=accelerator, plugins=[PlainCheckpointIO()], **options)
 
 
 def device_batch(stage: Stage, devices: int) -> int:
@@ -108,7 +107,8 @@ def fit(
 
     `loader` yields micro-batches of `device_batch(stage, world size)` images. Goes on from run.checkpoint where there is one,
     and saves no more often than every `checkpoint_seconds`.
-    Raises RunError for a loss that is not finite, and Stopped after a signal; in both cases a checkpoint is left to go on from.
+    A step costs one exchange between the processes beside that of the gradients, and its numbers are read READ_AFTER steps later.
+    Raises RunError for a loss that is not finite, naming its step, and Stopped after a signal; a checkpoint is left to go on from.
     """
     rank, world = fabric.global_rank, fabric.world_size
     accumulate = stage.batch_size // (world * device_batch(stage, world))
@@ -134,51 +134,66 @@ def fit(
     started, step, sums, count = time.perf_counter() - 3600 * progress["hours"], progress["step"], progress["sums"], progress["count"]
     log_every = max(1, min(50, steps_per_epoch))
     saved_at, save_seconds = time.perf_counter(), 0.0
-    tensorboard = _tensorboard(run)
+    unread: deque[_Numbers] = deque()
+    read_after, values, stopping, save_due = READ_AFTER.get(fabric.device.type, 0), {}, False, False
 
     def advice() -> str:
         kept = f"The last good checkpoint is {run.checkpoint}" if run.checkpoint.exists() else "No checkpoint was written yet"
         return f"{kept}. Lower the learning rate, lengthen the warm-up, clip gradients (clip_norm), or use --precision 32-true"
 
-    def save() -> None:
-        nonlocal saved_at, save_seconds
-        begun = time.perf_counter()
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            raise RunError(f"a weight is not finite after step {step} of {total}, so nothing was saved. {advice()}")
-        state["progress"] = {"step": step, "hours": (begun - started) / 3600, "sums": sums, "count": count}
-        save_checkpoint(fabric, run.checkpoint, state)
-        saved_at, save_seconds = time.perf_counter(), time.perf_counter() - begun
+    def read(keep: int) -> None:
+        """Check and sum up the numbers of all steps but the last `keep`."""
+        nonlocal values, stopping, save_due, count
+        while len(unread) > keep:
+            numbers = unread.popleft()
+            values = numbers.read()
+            stopping, save_due = bool(values.pop("stop")) or stopping, bool(values.pop("save")) or save_due
+            for name in ("loss", "gradient_norm"):
+                if not math.isfinite(values.get(name, 0.0)):
+                    epoch = numbers.step // steps_per_epoch
+                    where = f"step {numbers.step} of {total} (epoch {epoch}, learning rate {numbers.learning_rate:.3g})"
+                    raise RunError(f"the {name.replace('_', ' ')} is {values[name]} at {where}. {advice()}")
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
 
-    def due() -> bool:
-        # Saving takes at most a fiftieth of the time, however large the model is. Every process must agree, so the first decides.
-        return fabric.broadcast(time.perf_counter() - saved_at > max(checkpoint_seconds, 50 * save_seconds))
+    def save() -> None:
+        nonlocal saved_at, save_seconds, save_due
+        begun = time.perf_counter()
+        finite = all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+        if on_any_process(fabric, not finite):
+            raise RunError(f"a weight is not finite after step {step} of {total}, so nothing was saved. {advice()}")
+        state["progress"] = {"step": step, "hours": (begun - started) / 3600, "sums": dict(sums), "count": count}
+        save_checkpoint(fabric, run.checkpoint, state)
+        saved_at, save_seconds, save_due = time.perf_counter(), time.perf_counter() - begun, False
 
     batches = None
     trained.train()
-    with _catching_signals() as stop, _progress_bar(run, total, step) as show:
+    with finish_first(), _tensorboard(run, step) as add_scalars, _progress_bar(run, total, step) as show:
         while step < total:
             epoch, position = divmod(step, steps_per_epoch)
             if batches is None or position == 0:
                 batches = loader.epoch(epoch, start=position * accumulate)
             schedule.step_update(step)
             at_step(step, total)
-            losses = []
+            losses, logged = [], (step + 1) % log_every == 0 or step + 1 == total
             for micro in range(accumulate):
                 images, targets = next(batches)
                 reseed(seed, step, micro, rank)
                 with fabric.no_backward_sync(trained, enabled=micro < accumulate - 1 and world > 1):
                     output = trained(images, targets)
                     fabric.backward(output.loss / accumulate)
-                losses.append({"loss": output.loss.detach(), **output.metrics})
-            values = _mean(fabric, losses, stop=float(bool(stop)))
+                metrics = {name: value for name, value in output.metrics.items() if not callable(value)}
+                costly = {name: value() for name, value in output.metrics.items() if callable(value)} if logged else {}
+                losses.append({"loss": output.loss.detach(), **metrics, **costly})
+            norm = {}
             if stage.clip_norm is not None:
-                norm = fabric.clip_gradients(trained, optimizer, max_norm=stage.clip_norm, error_if_nonfinite=False)
-                values["gradient_norm"] = float(norm)
-            for name in ("loss", "gradient_norm"):
-                if not math.isfinite(values.get(name, 0.0)):
-                    where = f"step {step} of {total} (epoch {epoch}, learning rate {_rate(optimizer):.3g})"
-                    raise RunError(f"the {name.replace('_', ' ')} is {values[name]} at {where}. {advice()}")
+                norm["gradient_norm"] = fabric.clip_gradients(trained, optimizer, max_norm=stage.clip_norm, error_if_nonfinite=False)
+            # Saving takes at most a fiftieth of the time, however large the model is. Every process must agree, so the first decides.
+            due = rank == 0 and time.perf_counter() - saved_at > max(checkpoint_seconds, 50 * save_seconds)
             learning_rate = _rate(optimizer)
+            unread.append(_exchange(fabric, step, learning_rate, losses, norm, {"stop": stop_requested(), "save": due}))
+            read(0 if logged else read_after)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             after_step(step, total)
@@ -186,21 +201,20 @@ def fit(
                 average.update_parameters(model)
             step += 1
 
-            stopped = values.pop("stop") > 0
-            sums, count = {name: sums.get(name, 0.0) + value for name, value in values.items()}, count + 1
-            if step % log_every == 0 or step == total:
-                means = {name: value / count for name, value in sums.items()}
+            if logged:
+                means = {name: value / count for name, value in sums.items()} | {name: values[name] for name in costly}
                 run.record(step, {"epoch": step / steps_per_epoch, "lr": learning_rate, **means})
-                if tensorboard is not None:
-                    for name, value in means.items():
-                        tensorboard.add_scalar(name, value, step)
+                add_scalars(step, means)
                 sums, count = {}, 0
             show(step, stage.batch_size, values)
-            if stopped or step == total or due():
+            if stopping or save_due or step == total:
+                read(0)
                 save()
-            if stopped and step < total:
-                run.say(f"stopped by a signal after step {step} of {total}; saved, and the same command goes on from here")
-                raise Stopped
+            if stopping:
+                break
+        if on_any_process(fabric, stopping or stop_requested()):  # a signal may arrive in the last save
+            run.say(f"stopped by a signal after step {step} of {total}; saved, and the same command goes on from here")
+            raise Stopped
     saved = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
     if stage.ema:
         saved["model"] = {name.removeprefix("module."): value for name, value in saved["average"].items() if name != "n_averaged"}
@@ -214,30 +228,43 @@ def _rate(optimizer: torch.optim.Optimizer) -> float:
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-def _mean(fabric: Fabric, losses: list[dict[str, torch.Tensor]], stop: float) -> dict[str, float]:
-    """Metrics averaged over micro-batches and processes in one exchange; `stop` > 0 where any process was told to stop."""
-    names = list(losses[0])
-    rows = torch.stack([torch.stack([loss[name].float() for name in names]) for loss in losses]).mean(0)
-    packed = torch.cat([rows, rows.new_tensor([stop])])
-    return dict(zip([*names, "stop"], fabric.all_reduce(packed, reduce_op="mean").tolist(), strict=True))
+@dataclass
+class _Numbers:
+    """What a step logged and decided, on its way from the device."""
+
+    step: int
+    learning_rate: float
+    names: list[str]
+    values: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> dict[str, float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
-@contextmanager
-def _catching_signals() -> Iterator[list[int]]:
-    """A list that is empty until one of STOP_SIGNALS arrives. A second Ctrl-C stops at once."""
-    caught: list[int] = []
-
-    def handler(number: int, frame: object) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
-    try:
-        yield caught
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+def _exchange(
+    fabric: Fabric,
+    step: int,
+    learning_rate: float,
+    losses: list[dict[str, torch.Tensor]],
+    norm: dict[str, torch.Tensor],
+    flags: dict[str, bool],
+) -> _Numbers:
+    """Metrics averaged over micro-batches and processes, and flags that any process raised, in one exchange that nobody waits for."""
+    on_gpu = fabric.device.type == "cuda"
+    names = [*losses[0], *norm, *flags]
+    means = torch.stack([torch.stack([loss[name].float() for name in losses[0]]) for loss in losses]).mean(0)
+    raised = torch.tensor([float(flag) for flag in flags.values()], pin_memory=on_gpu).to(fabric.device, non_blocking=True)
+    packed = torch.cat([means, *(value.float().reshape(1) for value in norm.values()), raised])
+    packed = sum_over_processes(fabric, packed) / fabric.world_size
+    if not on_gpu:
+        return _Numbers(step, learning_rate, names, packed, None)
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return _Numbers(step, learning_rate, names, host, arrived)
 
 
 @contextmanager
@@ -260,10 +287,23 @@ def _progress_bar(run: Run, total: int, done: int) -> Iterator[Callable[[int, in
         yield show
 
 
-def _tensorboard(run: Run):
-    """A TensorBoard writer in the run's directory where TensorBoard is installed, else None."""
+@contextmanager
+def _tensorboard(run: Run, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A function (step, values) that writes to TensorBoard in the run's directory where that is installed.
+
+    `done` steps were trained before; points that an earlier process wrote after them are purged, as they come again.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
-    return SummaryWriter(str(run.directory / "tensorboard")) if run.main else None
+        SummaryWriter = None
+    if SummaryWriter is None or not run.main:
+        yield lambda step, values: None
+        return
+    with SummaryWriter(str(run.directory / "tensorboard"), purge_step=done + 1) as writer:
+
+        def add_scalars(step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        yield add_scalars

@@ -248,11 +248,14 @@ class ViT(nn.Module):
 
 
 def vit(size: str, **options: Any) -> ViT:
-    """A ViT of a named size (micro, tiny, small, base, large, huge); options as in ViT. Raises ValueError for another name."""
+    """A ViT of a named size (micro, tiny, small, base, large, huge); options as in ViT, of which `depth` may be another than the size's.
+
+    Raises ValueError for another name.
+    """
     if size not in SIZES:
         raise ValueError(f"ViT size {size!r} is not known; choose one of {', '.join(SIZES)}")
     width, depth, heads = SIZES[size]
-    return ViT(width=width, depth=depth, heads=heads, **options)
+    return ViT(width=width, heads=heads, **{"depth": depth} | options)
 
 
 def initialise(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ CheckpointSaver writes, of which state_dict is read, and its tensors tell what t
 validate.py shows them: the short side resized to 1 / 0.9 of the image size (248 for 224 pixels), bicubic, and the centre cut out.
 """
 
+import dataclasses
 import os
 import sys
 import time
@@ -126,7 +127,8 @@ def validate(options: Options) -> dict[str, float]:
     scaled = "with" if hasattr(encoder.blocks[0].ls1, "gamma") else "without"
     network = f"ViT-{RELEASED[encoder.width]}/{encoder.patch_size} {scaled} LayerScale, {model.how} pooling, {classes} classes"
     seeing = f"short side to {resize} px (bicubic), the central {side} px, ImageNet's mean and deviation"
-    say(f"{options.checkpoint.name}: {coverage} (of {held} in the file, q and kv fused); {network}; images: {seeing}")
+    counts, notes = dataclasses.replace(coverage, notes=()), "".join(f"; {note}" for note in coverage.notes)
+    say(f"{options.checkpoint.name}: {counts} (of {held} in the file, q and kv fused){notes}; {network}; images: {seeing}")
     model.to(fabric.device).register_forward_hook(progress)
     found = accuracy(fabric, model, loader)
     spent = f"{time.perf_counter() - begun:.1f} s on {fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"

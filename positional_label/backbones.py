@@ -98,6 +98,11 @@ class ReleasedBlock(nn.Module):
         mask = None if block.attn_mask is None or whole is not None else block.attn_mask == 0
         self.register_buffer("visible_WTT", mask, persistent=False)  # pairs of a shifted window that are neighbours in the image
 
+    @property
+    def attn_mask(self) -> Tensor | None:
+        """What the official code saves under this name, (W, T, T): 0 for pairs that see each other, -100 for others."""
+        return None if self.visible_WTT is None else torch.where(self.visible_WTT, 0.0, -100.0)
+
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
         x_BHWC = x_BHWC + self.cpe(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

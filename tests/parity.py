@@ -44,3 +44,35 @@ def images(*shape: int, phase: float = 0.2) -> Tensor:
 def noise(*shape: int, s: int) -> Tensor:
     """Rule U."""
     return (torch.sin(12.9898 * _counter(shape, 1) + 78.233 * s) * 43758.5453).remainder(1).float()
+
+
+def numbers(shape: tuple[int, ...], s: int) -> Tensor:
+    """z(s): float64 numbers of mean 0 and variance 1 without a pattern, from whole numbers that fit into 64 bits."""
+    modulus = 2147483647
+    x = (48271 * torch.arange(1, 1 + torch.Size(shape).numel()) + 1103515245 * s) % modulus
+    for _ in range(3):
+        x = (x * x + 12345) % modulus
+    return (12**0.5 * (x.double() / modulus - 0.5)).reshape(shape)
+
+
+def patternless_weights(official: dict[str, Tensor], fill: float, seed: int) -> dict[str, Tensor]:
+    """Rule W on a state dict in official names; the masks of a Swin are counted and keep their values."""
+    filled = {}
+    for j, name in enumerate(sorted(official)):
+        shape, z = official[name].shape, numbers(official[name].shape, 1000 * seed + j)
+        if name.endswith("attn_mask"):
+            filled[name] = official[name]
+        elif name.endswith("bias"):
+            filled[name] = (0.2 * z).float()
+        elif len(shape) == 1:
+            filled[name] = (1 + 0.3 * z).float()
+        elif name == "pos_embed":
+            filled[name] = (0.5 * z).float()
+        else:
+            filled[name] = (fill * z / shape[1:].numel() ** 0.5).float()
+    return filled
+
+
+def patternless_images(*shape: int, phase: float, seed: int) -> Tensor:
+    """A wave with z added to it."""
+    return (torch.sin(0.37 * _counter(shape, 1) + phase) + numbers(shape, 1000 * seed + 999)).float()

@@ -1,20 +1,32 @@
 """Claims about checkpoints: whose are read, what is covered, what is refused, and what comes out for timm."""
 
 import argparse
+import collections
+import datetime
 import os
+import pathlib
 import re
+import shlex
+import subprocess
+import types
+import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from timm.models import SwinTransformer, VisionTransformer
+from torch import Tensor, nn
 
 from common.checkpoint import export_encoder
-from common.convert import ConversionError, fuse_qkv, load_encoder, load_method, read_checkpoint, rename
+from common.convert import ConversionError, Coverage, fuse_qkv, load_encoder, load_method, read_checkpoint, rename
+from common.recipe import Recipe, Stage, override
 from common.vit import ViT, vit
 from droppos.method import OFFICIAL_NAMES, DropPos
+from positional_label.backbones import release_swin
+from positional_label.method import OFFICIAL_SWIN_NAMES
 
 TO_OFFICIAL = {ours: official for official, ours in OFFICIAL_NAMES.items()}
 
@@ -315,6 +327,466 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
     assert not victim.exists()
     torch.load(tmp_path / "harmful.pth", weights_only=False)
     assert victim.exists()  # the file would have done harm
+
+
+# ---- parts of the file's encoder for which there is no place
+
+
+def timm_vit(**options) -> dict[str, Tensor]:
+    """The tensors of timm's ViT of `encoder`'s sizes, with whatever else timm has."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return copied(VisionTransformer(**sizes | options))
+
+
+def refusal(ours: ViT, state: dict[str, Tensor], **options) -> str:
+    """Why a state is refused, by which nothing has changed."""
+    before = copied(ours)
+    with pytest.raises(ConversionError) as error:
+        load_encoder(ours, state, **options)
+    assert same(ours.state_dict(), before)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "named"),
+    [
+        (lambda: timm_vit(reg_tokens=4), "reg_token"),
+        (lambda: timm_vit(qk_norm=True), "blocks.0.attn.k_norm.bias"),
+        (lambda: timm_vit(pre_norm=True), "norm_pre.bias, norm_pre.weight"),
+        (lambda: timm_vit(mlp_layer=timm.layers.SwiGLU), "blocks.0.mlp.fc1_g.bias"),
+        (lambda: timm_vit() | {"register_tokens": torch.zeros(1, 4, 16)}, "register_tokens"),
+        (lambda: timm_vit() | {"dist_token": torch.zeros(1, 1, 16)}, "dist_token"),
+        (lambda: timm_vit() | {"patch_embed.norm.weight": torch.ones(16)}, "patch_embed.norm.weight"),
+        (
+            lambda: timm_vit() | {"rel_pos_bias.relative_position_bias_table": torch.ones(52, 2)},
+            "rel_pos_bias.relative_position_bias_table",
+        ),
+        (lambda: timm_vit() | {"rope.freqs": torch.ones(4)}, "rope.freqs"),
+        (
+            lambda: timm_vit() | {"blocks.1.attn.relative_position_bias_table": torch.ones(52, 2)},
+            "blocks.1.attn.relative_position_bias_table",
+        ),
+        (lambda: timm_vit() | {"surprise": torch.ones(1)}, "surprise"),
+        (
+            lambda: {f"encoder.{name}": tensor for name, tensor in timm_vit().items()} | {"norm_pre.weight": torch.ones(16)},
+            "norm_pre.weight",
+        ),
+        (lambda: {f"a.encoder.{name}": tensor for name, tensor in timm_vit().items()} | {"a.pos_embed": torch.ones(1)}, "a.pos_embed"),
+    ],
+)
+def test_what_the_files_encoder_has_and_ours_has_not_is_refused_by_name(state, named):
+    said = refusal(encoder(), state())
+    assert f"without a place here: {named}" in said and len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("source", "setting"),
+    [
+        ({"depth": 12}, "encoder.depth=12"),
+        ({"layer_scale": 0.1}, "encoder.layer_scale=0.1"),
+        ({"depth": 12, "layer_scale": 0.1}, "encoder.depth=12 --set encoder.layer_scale=0.1"),
+        ({"class_token": False}, "encoder.class_token=false"),
+        ({"position": "none"}, "encoder.position=none"),
+        ({"position": "relative"}, "encoder.position=relative"),
+        ({"mlp_ratio": 2.0}, "encoder.mlp_ratio=2"),
+        ({"patch_size": 2}, "patch_size=2"),
+        ({"width": 192, "depth": 12}, "size=tiny"),
+        ({"width": 384, "depth": 12, "heads": 6, "patch_size": 3, "image_size": 15}, "size=small --set patch_size=3 --set image_size=15"),
+        ({"width": 192, "depth": 3}, "size=tiny --set encoder.depth=3"),
+    ],
+)
+def test_an_encoder_that_can_be_built_is_refused_with_the_set_that_builds_it(source, setting):
+    recipe = Recipe(("digits",), "micro", 16, 4, Stage(1, 1, 1.0), (), encoder={"position": "learned"})
+    state = ViT(**{"image_size": 16, "patch_size": 4, "width": 96, "depth": 6, "heads": 3, "position": "learned", **source}).state_dict()
+    said = refusal(recipe.build_encoder(3), state)
+    assert said.startswith("the checkpoint is of another architecture: ") and f"; --set {setting} would fit" in said and len(said) < 300
+    built = override(recipe, setting.split(" --set ")).build_encoder(3)
+    coverage = load_encoder(built, state)
+    assert not coverage.missing and not coverage.unexpected and same(built.state_dict(), state)
+
+
+def test_an_encoder_with_layer_scale_refuses_a_file_without():
+    assert "no LayerScale in the file, but here; --set encoder.layer_scale=null would fit" in refusal(encoder(layer_scale=0.1), timm_vit())
+
+
+def test_layer_scale_is_loaded_under_either_name():
+    state, ours = timm_vit(init_values=0.3), encoder(layer_scale=0.1)
+    official = {re.sub(r"ls([12])\.gamma", r"gamma_\1", name): tensor for name, tensor in state.items()}  # DeiT III's and BEiT's
+    assert "blocks.0.gamma_1" in official
+    load_encoder(ours, official)
+    assert same(ours.state_dict(), state)
+
+
+def test_a_class_token_without_a_position_gives_timms_tokens():
+    torch.manual_seed(1)
+    theirs = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0, no_embed_class=True).eval()
+    ours, images = encoder().eval(), torch.randn(2, 3, 16, 16)
+    load_encoder(ours, theirs.state_dict())
+    torch.testing.assert_close(ours(images), theirs.forward_features(images), atol=1e-5, rtol=0)
+
+
+def test_a_classifier_that_norms_after_pooling_is_refused_for_that():
+    said = refusal(encoder(), timm_vit(global_pool="avg", num_classes=3))
+    assert "norm after pooling (fc_norm) in the file" in said and "missing: norm.bias, norm.weight" in said
+
+
+def test_positions_that_the_caller_does_not_allow_to_be_left_out_are_refused_with_the_set_that_keeps_them():
+    for position in ("none", "relative"):
+        said = refusal(encoder(position=position), timm_vit(), allow_unused=("cls_token",))
+        assert "a position embedding in the file, none here; --set encoder.position=learned would fit" in said
+    assert "without a place here: cls_token" in refusal(encoder(class_token=False), timm_vit(), allow_unused=())
+
+
+def test_what_is_left_out_on_purpose_is_said():
+    assert "class token is left out" in str(load_encoder(encoder(class_token=False), timm_vit()))
+    assert "position embedding is left out" in str(load_encoder(encoder(position="none"), timm_vit()))
+    assert load_encoder(encoder(), timm_vit() | {"extra.weight": torch.ones(1)}, allow_unused=["extra.weight"]).unexpected == (
+        "extra.weight",
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    """head.weight head_dist.bias fc_norm.weight fc.weight lm_head.weight logit_scale decoder.weight decoder_blocks.0.norm1.weight
+    aux_decoder_pos_embed mask_token masked_embed predictor.blocks.0.norm1.weight projector.0.weight""".split(),
+)  # fmt: skip
+def test_what_is_no_part_of_an_encoder_is_reported_as_unexpected(name):
+    assert load_encoder(encoder(), timm_vit() | {name: torch.ones(1)}).unexpected == (name,)
+
+
+def test_refusals_name_three_tensors_and_count_the_others():
+    names = [f"decoder.{number}" for number in range(9)] + ["blocks.3.weight", "surprise"]
+    assert str(Coverage((), (), tuple(names))).endswith("unexpected: blocks.3.weight, decoder.0, surprise and 8 more")
+    method, said = droppos(), refusal(encoder(), {f"{number}.{name}": torch.ones(1) for number in range(500) for name in ("a", "b")})
+    assert said == "the file has none of the encoder's 30 names, but 1000 others: 0.a, 1.a, 10.a and 997 more"
+    with pytest.raises(ConversionError) as error:
+        load_method(method, {f"x.{number}.y": torch.ones(1) for number in range(5000)}, OFFICIAL_NAMES)
+    assert "missing" in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_method_of_another_depth_is_refused_by_its_depth():
+    official = rename(droppos(seed=1, decoder_depth=3).state_dict(), TO_OFFICIAL)
+    with pytest.raises(ConversionError, match=r"configuration \(3 decoder.blocks in the file, 1 here; "):
+        load_method(droppos(), official, OFFICIAL_NAMES)
+
+
+# ---- prefixes, and several encoders in a file
+
+
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_orig_mod._orig_mod.", "model.", "backbone.", "student."]
+PREFIXES += [
+    "teacher.",
+    "encoder.",
+    "model.encoder.",
+    "module.model._orig_mod.backbone.",
+    "_forward_module.",
+    "base_encoder.",
+    "any.thing.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("container", [(), ("model",), ("state_dict",), ("model", "state_dict"), ("state_dict", "model"), ("teacher",)])
+def test_what_stands_before_every_name_is_taken_off_and_said(prefix, container, tmp_path):
+    source, ours = encoder(seed=1), encoder()
+    content = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
+    assert load_encoder(encoder(), content).notes
+    for key in reversed(container):
+        content = {key: content, "epoch": 3}
+    torch.save(content, tmp_path / "a.pth")
+    coverage = load_encoder(ours, read_checkpoint(tmp_path / "a.pth"))
+    assert same(ours.state_dict(), source.state_dict()) and not coverage.unexpected
+    assert all(f"{part}." in str(coverage) for part in prefix.split(".")[:-1]) and "taken off" in str(coverage)
+
+
+def test_names_of_blocks_that_are_compiled_one_by_one_are_ours():
+    source, ours = encoder(seed=1), encoder()
+    load_encoder(ours, {re.sub(r"(blocks\.\d)", r"\1._orig_mod", name): tensor for name, tensor in source.state_dict().items()})
+    assert same(ours.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "network."])
+def test_a_whole_method_is_loaded_whatever_stands_before_its_names(prefix, tmp_path):
+    source, ours = droppos(seed=1), droppos(seed=2)
+    official = {f"{prefix}{name}": tensor for name, tensor in rename(source.state_dict(), TO_OFFICIAL).items()}
+    assert load_method(droppos(), official, OFFICIAL_NAMES).notes
+    torch.save({"model": official}, tmp_path / "a.pth")
+    coverage = load_method(ours, read_checkpoint(tmp_path / "a.pth"), OFFICIAL_NAMES)
+    assert same(ours.state_dict(), source.state_dict()) and "taken off" in str(coverage)
+
+
+def test_two_tensors_do_not_come_to_one_name():
+    state = copied(encoder())
+    with pytest.raises(ConversionError, match=r"two tensors would be called cls_token, module\.cls_token is one of them"):
+        load_encoder(encoder(), state | {f"module.{name}": tensor for name, tensor in state.items()})
+
+
+def run_offered(said: str) -> None:
+    """Run the command at the end of a refusal, here instead of in a process of its own, which would take seconds."""
+    program, option, code = shlex.split(said[said.index("python -c") :])
+    assert (program, option) == ("python", "-c")
+    exec(code, {})
+
+
+def two_encoders() -> dict[str, dict]:
+    first, second = copied(encoder(seed=1)), copied(encoder(seed=2))
+    head = {"head.mlp.0.weight": torch.ones(1)}
+
+    def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+    return {
+        "student teacher": {"student": under("module.backbone.", first) | head, "teacher": under("backbone.", second) | head, "epoch": 1},
+        "model model_ema": {"model": first, "model_ema": under("module.", second), "optimizer": {"state": {}, "param_groups": []}},
+        "model ema": {"model": first, "ema": {"state_dict": second}},
+        "state_dict ema_state_dict": {"state_dict": first, "ema_state_dict": second},
+        "base_encoder momentum_encoder": {
+            "state_dict": under("module.base_encoder.", first) | under("module.momentum_encoder.", second) | {"module.queue": torch.ones(2)}
+        },
+        "encoder target_encoder": {"encoder": first, "target_encoder": second},
+        "model teacher": under("model.", first) | under("teacher.", second),
+    }
+
+
+@pytest.mark.parametrize("case", two_encoders())
+def test_of_two_encoders_one_is_asked_for_and_the_command_that_is_offered_takes_it_out(case, tmp_path):
+    torch.save(two_encoders()[case], tmp_path / "both.pth")
+    with pytest.raises(ConversionError) as error:
+        load_encoder(encoder(), read_checkpoint(tmp_path / "both.pth"))
+    said, ours = str(error.value), encoder()
+    first, second = case.split()
+    assert f"both.pth holds 2 encoders, '{first}" in said and f" and '{second}" in said and "which of them?" in said and len(said) < 600
+    run_offered(said)
+    (taken,) = set(tmp_path.iterdir()) - {tmp_path / "both.pth"}
+    load_encoder(ours, read_checkpoint(taken))
+    assert same(ours.state_dict(), copied(encoder(seed=2)))
+    load_encoder(ours, read_checkpoint(tmp_path / "both.pth", first))
+    assert same(ours.state_dict(), copied(encoder(seed=1)))
+    with pytest.raises(ConversionError, match="holds 0 networks below 'neither'"):
+        read_checkpoint(tmp_path / "both.pth", "neither")
+
+
+def test_beside_timms_state_dict_its_average_is_left_out_and_that_is_said(tmp_path):
+    source, ours = encoder(seed=1), encoder()
+    torch.save({"state_dict": source.state_dict(), "state_dict_ema": encoder(seed=2).state_dict()}, tmp_path / "a.pth")
+    coverage = load_encoder(ours, read_checkpoint(tmp_path / "a.pth"))
+    assert same(ours.state_dict(), source.state_dict()) and "state_dict read, state_dict_ema not" in str(coverage)
+
+
+# ---- what a file holds beside tensors
+
+
+OBJECTS = {
+    "numpy scalars": lambda: [numpy.float64(81.2), numpy.float32(1), numpy.int64(3), numpy.bool_(True), numpy.str_("a")],
+    "numpy arrays": lambda: [numpy.arange(5.0), numpy.array([{"a": 1}], dtype=object), numpy.random.get_state()],
+    "paths": lambda: [Path("/a/b"), pathlib.PureWindowsPath("c:/b")],
+    "namespaces": lambda: [argparse.Namespace(out=Path("a"), rate=numpy.float64(1)), types.SimpleNamespace(a=1)],
+    "dates": lambda: [datetime.datetime(2024, 5, 6), datetime.date(2024, 5, 6), datetime.timedelta(3)],
+    "dicts": lambda: [collections.defaultdict(list, {"a": [1]}), collections.Counter("aab"), collections.OrderedDict(a=1), {1, 2}],
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_with_harmless_objects_is_read_whole(kind, zipped, tmp_path):
+    source, ours = encoder(seed=1), encoder()
+    torch.save({"args": OBJECTS[kind](), "model": source.state_dict()}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    coverage = load_encoder(ours, read_checkpoint(tmp_path / "a.pth"))
+    assert same(ours.state_dict(), source.state_dict()) and not coverage.unexpected
+    with pytest.raises(Exception, match="Weights only load failed") if kind != "dicts" else pytest.raises(Exception, match="."):
+        torch.load(tmp_path / "a.pth", weights_only=True)  # and reading one has not made anything safe for good
+
+
+class Settings:
+    """An object of a class of somebody's own."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("holder", [lambda state: {"model": state, "args": Settings()}, lambda state: {"model": whole(state)}])
+def test_a_file_with_other_objects_is_refused_by_their_class_and_the_command_that_is_offered_keeps_its_tensors(holder, zipped, tmp_path):
+    source, ours = encoder(seed=1), encoder()
+    torch.save(holder(copied(source)), tmp_path / "own.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ConversionError) as error:
+        read_checkpoint(tmp_path / "own.pth")
+    said = str(error.value)
+    assert re.search(r"own\.pth holds (tests\.test_convert\.Settings|common\.vit\.\w+|.*torch\.nn)", said) and "truncated" not in said
+    assert "if you trust who made the file" in said and len(said) < 900
+    run_offered(said)
+    load_encoder(ours, read_checkpoint(tmp_path / "own-tensors.pth"))
+    assert same(ours.state_dict(), source.state_dict())
+
+
+def whole(state: dict[str, Tensor]) -> nn.Module:
+    model = encoder()
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("function", [eval, exec, print, subprocess.run, getattr])
+def test_functions_in_a_file_are_refused_by_name(function, tmp_path):
+    torch.save({"model": copied(encoder()), "hook": function}, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match=rf"a\.pth holds \w+\.{function.__name__} beside plain tensors"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_numpy_arrays_in_the_place_of_tensors_are_said_to_be_that(tmp_path):
+    torch.save({"model": {name: tensor.numpy() for name, tensor in copied(encoder()).items()}}, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match="holds numpy arrays in the place of tensors"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\n<!DOCTYPE html><title>Quota exceeded</title>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        (b"\x89HDF\r\n", "an HDF5 file"),
+        (b"\x1f\x8b\x08", "compressed by gzip"),
+        (b'{"weight_map": {}}', "JSON"),
+        (b"\x93NUMPY", "a numpy array"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_another_kind_of_file_is_called_by_its_name(content, kind, suffix, tmp_path):
+    path = tmp_path / f"odd.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match=re.escape(f"{path} is {kind}")):
+        read_checkpoint(path)
+
+
+def test_archives_folders_and_programs_are_called_by_their_names(tmp_path):
+    numpy.savez(tmp_path / "a.npz", kernel=numpy.ones(2))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("images/a.txt", "x")
+    for name, kind in (("a.npz", "numpy arrays"), ("a.zip", r"a zip archive \(images/a.txt\)"), ("", "is a folder")):
+        with pytest.raises(ConversionError, match=kind):
+            read_checkpoint(tmp_path / name)
+
+
+def test_a_file_is_read_by_what_it_holds_and_not_by_its_suffix(tmp_path):
+    state = copied(encoder(seed=1))
+    save_file(state, tmp_path / "a.bin")
+    torch.save(state, tmp_path / "a.safetensors")
+    assert same(read_checkpoint(tmp_path / "a.bin"), state) and same(read_checkpoint(tmp_path / "a.safetensors"), state)
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    state = timm_vit() | {"head.weight": torch.tensor([value])}
+    load_encoder(encoder(), state)  # a head is not loaded
+    state["blocks.1.mlp.fc2.weight"][3, 5], state["norm.bias"][0] = value, value
+    assert refusal(encoder(), state).startswith("2 of 30 tensors are not finite: blocks.1.mlp.fc2.weight, norm.bias;")
+    official = rename(droppos(seed=1).state_dict(), TO_OFFICIAL)
+    official["decoder_pred.bias"][1] = value
+    ours = droppos()
+    before = copied(ours)
+    with pytest.raises(ConversionError, match="1 of .* tensors are not finite: decoder.head.bias;"):
+        load_method(ours, official, OFFICIAL_NAMES)
+    assert same(ours.state_dict(), before)
+
+
+def test_a_number_that_only_double_precision_holds_is_not_finite_here():
+    assert "are not finite: norm.bias" in refusal(encoder(), timm_vit() | {"norm.bias": torch.full((16,), 1e300, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda weight: weight.int(), "int32"),
+        (lambda weight: weight.bool(), "bool"),
+        (lambda weight: weight * 1j, "complex64"),
+        (lambda weight: torch.empty(weight.shape, device="meta"), "without values"),
+        (lambda weight: weight.to_sparse(), "sparse"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused_by_name_and_kind(change, kind):
+    state = timm_vit()
+    said = refusal(encoder(), state | {"blocks.0.mlp.fc1.weight": change(state["blocks.0.mlp.fc1.weight"])})
+    assert said.startswith("blocks.0.mlp.fc1.weight is ") and kind in said and "float32 here" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_loaded_into_float32_also_where_positions_are_resized(dtype):
+    state = {name: tensor.to(dtype) for name, tensor in timm_vit(img_size=32).items()}
+    ours, same_numbers = encoder(), encoder()
+    load_encoder(ours, state)
+    load_encoder(same_numbers, {name: tensor.float() for name, tensor in state.items()})
+    assert all(tensor.dtype == torch.float32 for tensor in ours.state_dict().values())
+    assert same(ours.state_dict(), same_numbers.state_dict())
+
+
+# ---- buffers that the architecture decides
+
+
+def released(**options) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A released Swin at full depth on 224 pixels, narrow, and its tensors as the official code saves them, masks included."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 224, "embed_dim": 8, "depths": (2, 2, 6, 2), "num_heads": (1, 1, 2, 2), "num_classes": 3}
+    method = nn.Module()
+    method.encoder = SwinTransformer(**sizes | options)
+    release_swin(method.encoder, keep_grid=False)
+    ours = {
+        ours: official for official, ours in OFFICIAL_SWIN_NAMES.items() if "FinalLayer" not in official and "downsample" not in official
+    }
+    ours |= {f"encoder.layers.{stage + 1}.downsample.": f"layers.{stage}.downsample." for stage in range(3)}
+    return method, rename(copied(method), ours)
+
+
+def official_mask(side: int, window: int) -> Tensor:
+    """(windows, T, T) of a grid of so many cells that is rolled by half a window: 0 where two cells were neighbours before, else -100."""
+    place = torch.arange(side).roll(-(window // 2))
+    cell = torch.cartesian_prod(place, place).view(side // window, window, side // window, window, 2)
+    cell = cell.permute(0, 2, 1, 3, 4).reshape(-1, window**2, 2)
+    torn = (cell[:, :, None] - cell[:, None]).abs().amax(-1) >= window
+    return torch.where(torn, -100.0, 0.0)
+
+
+MASKS = {f"layers.{stage}.blocks.{block}.attn_mask": 56 >> stage for stage, block in ((0, 1), (1, 1), (2, 1), (2, 3), (2, 5))}
+
+
+def test_an_official_swin_of_full_depth_is_loaded_with_the_masks_of_its_windows():
+    method, official = released()
+    masks = {name: official_mask(side, 7) for name, side in MASKS.items()}
+    assert [int((mask == 0).sum()) for mask in masks.values()] == [135424, 29584, 5476, 5476, 5476]  # as in the official files
+    coverage = load_method(method, official | masks, OFFICIAL_SWIN_NAMES)
+    assert coverage.missing == coverage.unexpected == () and len(coverage.loaded) == len(method.state_dict())
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.zero_()
+    load_method(method, {f"module.{name}": tensor for name, tensor in (official | masks).items()}, OFFICIAL_SWIN_NAMES)
+    assert same(method.state_dict(), released()[0].state_dict())
+
+
+@pytest.mark.parametrize("change", [lambda mask: mask.flip(0), lambda mask: mask.mT + mask, lambda mask: mask[:1], torch.zeros_like])
+def test_masks_of_other_windows_are_refused_by_name(change):
+    method, official = released()
+    masks = {name: official_mask(side, 7) for name, side in MASKS.items()}
+    masks["layers.2.blocks.3.attn_mask"] = change(masks["layers.2.blocks.3.attn_mask"])
+    with pytest.raises(ConversionError, match=r"1 unexpected; unexpected: encoder\.layers\.2\.blocks\.3\.attn_mask"):
+        load_method(method, official | masks, OFFICIAL_SWIN_NAMES)
+
+
+def test_indices_of_relative_positions_may_be_in_a_file_if_they_are_ours():
+    source, ours = encoder(seed=1, position="relative"), encoder(position="relative")
+    index = {
+        f"blocks.{block}.attn.rel_pos.relative_position_index": source.blocks[block].attn.rel_pos.relative_position_index
+        for block in (0, 1)
+    }
+    coverage = load_encoder(ours, source.state_dict() | index)
+    assert coverage.unexpected == () and same(ours.state_dict(), source.state_dict())
+    assert "relative_position_index" in refusal(ours, source.state_dict() | {name: tensor + 1 for name, tensor in index.items()})
+
+
+def test_counters_of_batches_may_be_missing_and_batch_norms_means_may_not():
+    source, ours = (timm.create_model("test_resnet", num_classes=3) for _ in range(2))
+    state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert len(state) < len(source.state_dict()) and load_method(ours, state, {}).missing == ()
+    with pytest.raises(ConversionError, match="missing: bn1.running_mean"):
+        load_method(ours, {name: tensor for name, tensor in state.items() if name != "bn1.running_mean"}, {})
 
 
 # ---- export

@@ -13,6 +13,7 @@ from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_acc
 from common.method import Output
 from common.optim import make_optimizer
 from common.recipe import Protocol, Stage
+from common.run import RunError
 from common.train import make_fabric
 from common.vit import ViT
 
@@ -269,3 +270,24 @@ def test_a_methods_own_metrics_are_means_over_images_and_the_same_for_the_same_s
     first, again, other = (own_metrics(make_fabric("cpu", "32-true"), Draws(), Batches(), seed) for seed in (0, 0, 1))
     assert first["brightness"] == pytest.approx(2.0)
     assert first == again and first["loss"] != other["loss"]
+
+
+# ---- what is not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", [0, 2])
+def test_nearest_neighbours_among_features_that_are_not_finite_are_no_number(part, value):
+    given = [torch.randn(20, 4), torch.arange(20) % 3, torch.randn(9, 4), torch.arange(9) % 3]
+    assert knn_accuracy(*given, classes=3) >= 0
+    given[part][7, 2] = value
+    with pytest.raises(RunError, match=rf"features of 1 of {len(given[part])} images are not finite, the first is number 7"):
+        knn_accuracy(*given, classes=3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_answers_that_are_not_finite_are_not_counted_as_right_or_wrong(value):
+    logits, targets = torch.zeros(6, CLASSES), torch.zeros(6, dtype=torch.long)
+    logits[4, 0] = value
+    with pytest.raises(RunError, match="answers to 1 of 6 images are not finite"):
+        accuracy(CPU, ImagesAreLogits(), Batches((logits[:3], targets[:3]), (logits[3:], targets[3:])))

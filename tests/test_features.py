@@ -144,6 +144,30 @@ def test_a_fingerprint_sees_every_value_name_and_shape():
     assert fingerprint(model) != before
 
 
+def spoiled(value: float = float("nan")) -> ViT:
+    model = encoder()
+    with torch.no_grad():
+        model.norm.bias[3] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused_and_not_kept(value, tmp_path):
+    for cache in (None, tmp_path / "x"):
+        with pytest.raises(RunError, match="features of 20 of 20 images are not finite, the first is number 0"):
+            features(CPU, spoiled(value), loader(), "mean", 1, cache)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_of_features_that_are_not_finite_is_refused_by_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.evaluate.frozen.check_finite", lambda *_: None)  # written before there was a check
+    features(CPU, spoiled(), loader(), "mean", 1, tmp_path / "x")
+    monkeypatch.undo()
+    (file,) = tmp_path.iterdir()
+    with pytest.raises(RunError, match=f"are not finite.*delete {file}"):
+        features(CPU, spoiled(), loader(), "mean", 1, tmp_path / "x")
+
+
 # ---- logistic regression
 
 
@@ -233,6 +257,17 @@ def test_a_class_without_a_label_is_refused():
     x, y = problem(4)
     with pytest.raises(ValueError, match="1 of 5 classes have no label to learn from, the first is class 4"):
         fit_logistic(x, y, 5, 0.0025)
+
+
+@pytest.mark.parametrize("part", [0, 2])
+def test_a_regression_on_features_that_are_not_finite_is_no_number(part):
+    x, y = problem(4)
+    given = [x.clone(), y, x.clone(), y]
+    given[part][7, 2] = float("inf")
+    with pytest.raises(RunError, match="features of 1 of 120 images are not finite, the first is number 7"):
+        logistic_accuracy(*given, classes=4, strength=0.0025)
+    with pytest.raises(RunError, match="not finite"):
+        fit_logistic(given[part], y, 4, 0.0025)
 
 
 def test_a_fit_that_is_cut_short_says_so_and_warns_nobody_else(monkeypatch):

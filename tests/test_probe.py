@@ -8,7 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from common.data import Augmentation, Loader, open_data
-from common.evaluate import FeatureLoader, LinearProbe, accuracies, accuracy, can_cache, features
+from common.evaluate import FeatureLoader, LinearProbe, accuracies, accuracy, can_cache, features, hold_out
 from common.method import Output
 from common.optim import Schedule, make_optimizer
 from common.recipe import VISSL_LARS, VISSL_SGD, Protocol, RecipeError, Stage
@@ -221,6 +221,68 @@ def test_the_best_is_told_of_each_number_of_layers_and_of_all():
     assert model.best([1.0, 5.0, 7.0, 2.0]) == {"_last": 1, "_last3": 2, "_best": 2}
     assert model.best([8.0, 5.0, 7.0, 2.0])["_best"] == 0
     assert probe(heads=("norm", "linear")).best([1.0, 5.0]) == {"": 1}
+
+
+def test_of_classifiers_that_are_equally_good_the_first_of_the_grid_is_chosen():
+    assert probe(layers=(1, 3), heads=("norm", "linear")).best([2.0, 5.0, 5.0, 5.0]) == {"_last": 1, "_last3": 2, "_best": 1}
+
+
+def test_a_name_says_on_test_where_the_test_images_choose_among_several_and_nowhere_else():
+    every, options = [1.0, 5.0, 7.0, 2.0], {"choose_on": "test"}
+    assert probe(layers=(1, 3), heads=("norm", "linear"), **options).best(every) == {
+        "_last_on_test": 1,
+        "_last3_on_test": 2,
+        "_best_on_test": 2,
+    }
+    assert probe(layers=(1, 3), **options).best([1.0, 5.0]) == {"_last": 0, "_last3": 1, "_best_on_test": 1}
+    assert probe(heads=("norm", "linear"), **options).best([1.0, 5.0]) == {"_on_test": 1}
+    assert probe(**options).best([1.0]) == probe().best([1.0]) == {"": 0}
+
+
+# ---- by which images a classifier of a grid is chosen
+
+
+def grid_of(count: int, **options) -> Protocol:
+    return Protocol("linear", "linear", STAGE, rates=tuple(range(1, count + 1)), **options)
+
+
+def test_a_tenth_of_each_class_is_held_out_and_the_rest_is_trained_on():
+    label_N = torch.arange(1000).repeat_interleave(torch.arange(1000) % 40 + 1) % 40  # classes of 25 to 1,000 images
+    label_N = label_N[torch.randperm(len(label_N), generator=torch.Generator().manual_seed(0))]
+    train_N, held_N = hold_out(grid_of(2), label_N, 0)
+    assert torch.equal(torch.cat([train_N, held_N]).sort().values, torch.arange(len(label_N)))
+    assert torch.equal(train_N, train_N.sort().values) and torch.equal(held_N, held_N.sort().values)
+    held_K, count_K = torch.bincount(label_N[held_N]), torch.bincount(label_N)
+    assert ((10 * held_K - count_K).abs() <= 5).all()
+
+
+def test_of_few_images_of_a_class_one_is_held_out_but_never_the_only_one():
+    label_N = torch.tensor([3, 0, 0, 1, 2, 2, 2, 2, 2, 0, 0, 4, 4])
+    train_N, held_N = hold_out(grid_of(2), label_N, 0)
+    assert torch.bincount(label_N[held_N]).tolist() == [1, 0, 1, 0, 1] and torch.bincount(label_N[train_N]).tolist() == [3, 1, 4, 1, 1]
+
+
+def test_what_is_held_out_depends_on_the_seed_and_on_nothing_before():
+    label_N = torch.arange(300) % 10
+    first = hold_out(grid_of(2), label_N, 7)
+    torch.manual_seed(5)
+    torch.rand(3)
+    assert all(map(torch.equal, first, hold_out(grid_of(5), label_N, 7)))
+    assert not torch.equal(first[1], hold_out(grid_of(2), label_N, 8)[1])
+
+
+def test_a_grid_of_one_and_a_choice_on_the_test_images_hold_nothing_out():
+    label_N = torch.arange(30) % 10
+    for protocol in (grid_of(1), grid_of(3, choose_on="test"), replace(grid_of(3), kind="knn")):
+        train_N, held_N = hold_out(protocol, label_N, 0)
+        assert torch.equal(train_N, torch.arange(30)) and len(held_N) == 0
+
+
+def test_a_grid_that_has_no_second_image_of_any_class_to_choose_by_is_refused_with_what_helps():
+    message = r"protocol linear: the best of 3 classifiers .* no class has a second one: .* --set linear.choose_on=test"
+    with pytest.raises(RecipeError, match=message):
+        hold_out(grid_of(3), torch.arange(10), 0)
+    assert len(hold_out(grid_of(1), torch.arange(10), 0)[0]) == 10
 
 
 # ---- protocols

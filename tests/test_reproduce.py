@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -14,8 +15,8 @@ from benchmarks.papers import choose_recipe, paper_module
 from benchmarks.reproduce import Options, Reproduction, main
 from common.convert import rename
 from common.data import open_data
-from common.evaluate import Classifier
-from common.recipe import override
+from common.evaluate import Classifier, FeatureLoader
+from common.recipe import RecipeError, override
 from common.results import load
 from common.train import make_fabric
 from droppos.method import OFFICIAL_NAMES
@@ -119,8 +120,10 @@ def test_an_official_checkpoint_is_evaluated_in_the_place_of_pretraining(tmp_pat
     assert main([*arguments, "--encoder", str(tmp_path / "absent.pth")]) == 2
     assert "there is no checkpoint at" in capsys.readouterr().out
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "official.pth").rename(tmp_path / "elsewhere" / "official.pth")
-    assert main([*arguments, "--encoder", str(tmp_path / "elsewhere" / "official.pth")]) == 2  # of the same name, but another file
+    moved = (tmp_path / "official.pth").rename(tmp_path / "elsewhere" / "official.pth")
+    assert main([*arguments, "--encoder", str(moved)]) == 0  # a file is known by its content, not by where it is
+    torch.save({"state_dict": {name: tensor + 1 for name, tensor in method.state_dict().items()}}, moved)
+    assert main([*arguments, "--encoder", str(moved)]) == 2
     assert "holds a run with other settings (encoder:" in " ".join(capsys.readouterr().out.split())
 
 
@@ -164,16 +167,18 @@ def frozen(tmp_path_factory):
     return out, reproduce.reproduce(Options("droppos", device="cpu", epochs=1, out=out, set=FROZEN))
 
 
-def test_a_grid_gives_a_row_for_each_number_of_layers_and_one_for_the_best(frozen):
+def test_a_grid_gives_a_row_for_each_number_of_layers_and_one_for_the_best_by_the_images_held_out(frozen):
     out, rows = frozen
     mine = {row.protocol: row for row in rows if row.protocol.startswith("finetune_20") and row.start == "pretrained"}
     assert list(mine) == [f"finetune_20_per_class_{part}" for part in ("last", "last4", "best")]
     result = json.loads((out / "droppos" / "digits-1ep-seed0" / "finetune_20_per_class-pretrained" / "result.json").read_text())
-    grid = {told["how"]: told["top1"] for told in result["grid"]}
+    grid, held_out = ({told["how"]: told[name] for told in result["grid"]} for name in ("top1", "held_out_top1"))
     assert len(grid) == 8
     for part, row in mine.items():
         beginning = "" if part.endswith("best") else f"layers={part.rpartition('_')[2]} "
-        assert row.value == round(grid[row.settings], 4) == round(max(v for how, v in grid.items() if how.startswith(beginning)), 4)
+        assert row.value == round(grid[row.settings], 4)
+        assert held_out[row.settings] == max(v for how, v in held_out.items() if how.startswith(beginning))
+    assert result["top1"] == grid[mine["finetune_20_per_class_best"].settings]
     log = (out / "droppos" / "digits-1ep-seed0" / "finetune_20_per_class-pretrained" / "log.txt").read_text()
     assert all(f"{how}: top1 " in log for how in grid)
 
@@ -182,13 +187,89 @@ def test_every_row_says_how_its_number_came_about(frozen):
     said = {row.protocol: row.settings for row in frozen[1] if row.start == "pretrained"}
     assert said["finetune"] == "pool=mean" and said["pretrain"] == ""
     assert re.fullmatch(
-        r"layers=last4? head=(norm_affine|linear) lr=[\d.e-]+ decay=0.05 pool=mean labels=200", said["finetune_20_per_class_best"]
+        r"layers=last4? head=(norm_affine|linear) lr=[\d.e-]+ decay=0.05 pool=mean held_out=20 labels=200",
+        said["finetune_20_per_class_best"],
     )
     assert said["finetune_5_per_class"] == "layers=last4 pool=mean statistics=own strength=0.0025 labels=50"
     assert said["linear"] == "layers=last pool=mean statistics=train strength=0.0025"
     assert said["knn"] == "layers=last pool=mean neighbours=20 temperature=0.07"
     pixels = next(row.settings for row in frozen[1] if row.start == "pixels")
     assert pixels == "neighbours=20 temperature=0.07"
+
+
+def probe_of(out, *changes: str, data=None, protocol: str = "linear") -> tuple[dict, list]:
+    """The result and the rows of a grid of probes of a random encoder, as 20 labels per class and few epochs leave them."""
+    module, data = paper_module("stop"), data or open_data("digits")
+    name, recipe = choose_recipe(module, "digits", None)
+    recipe = override(recipe, ["linear.stage.epochs=2", "linear.labels_per_class=20", *changes])
+    run = Reproduction(Options("stop", out=out), module, name, recipe, data, make_fabric("cpu"), 0)
+    run.check()
+    rows = run.evaluate(next(own for own in recipe.protocols if own.name == protocol), "random")
+    return json.loads((run.root / f"{protocol}-random" / "result.json").read_text()), rows
+
+
+def test_what_a_grid_reports_is_not_chosen_by_the_test_labels(tmp_path):
+    chosen, values = set(), set()
+    for shift in (0, 1, 3, 6):
+        data = open_data("digits")
+        data.val.labels = (data.val.labels + shift) % 10
+        _, rows = probe_of(tmp_path / str(shift), data=data)
+        chosen.add(tuple(row.settings for row in rows))
+        values.add(tuple(row.value for row in rows))
+    assert len(chosen) == 1 and len(values) == 4
+
+
+def test_on_test_is_the_best_of_the_grid_by_the_test_labels(tmp_path):
+    result, rows = probe_of(tmp_path, "linear.choose_on=test")
+    assert rows[-1].value == round(max(told["top1"] for told in result["grid"]), 4) == round(result["top1"], 4)
+    assert not any("held_out_top1" in told for told in result["grid"])
+
+
+def test_a_row_says_on_test_where_the_test_images_chose_and_how_many_images_were_held_out_where_they_did_not(tmp_path):
+    _, rows = probe_of(tmp_path / "held")
+    assert [row.protocol for row in rows] == ["linear_last", "linear_last4", "linear_best"]
+    assert all(row.settings.endswith("pool=mean held_out=20 labels=200") for row in rows)
+    _, rows = probe_of(tmp_path / "test", "linear.choose_on=test")
+    assert [row.protocol for row in rows] == ["linear_last_on_test", "linear_last4_on_test", "linear_best_on_test"]
+    assert all(row.settings.endswith("pool=mean labels=200") for row in rows)
+    _, rows = probe_of(tmp_path / "one", "linear.layers=[4]", 'linear.heads=["linear"]', "linear.rates=[0.3]")
+    assert [(row.protocol, row.settings) for row in rows] == [
+        ("linear", "layers=last4 head=linear lr=0.3 decay=0.0005 pool=mean labels=200")
+    ]
+
+
+@pytest.mark.parametrize("crop", ["none", "padding"])
+def test_no_image_is_both_trained_on_and_chosen_by_whether_features_are_kept_or_not(crop, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce, "fit", lambda *args, f=reproduce.fit, **options: seen.append(args[4]) or f(*args, **options))
+    monkeypatch.setattr(reproduce, "accuracies", lambda *args, f=reproduce.accuracies: seen.append(args[2]) or f(*args))
+    probe_of(tmp_path, f"linear.stage.augmentation.crop={crop}")
+    train, test, held = (getattr(loader, "loader", loader) for loader in seen)
+    assert [isinstance(loader, FeatureLoader) for loader in seen] == [crop == "none"] * 3
+    assert (len(train.split), len(held.split), len(test.split)) == (180, 20, 360) and held.augmentation is None is test.augmentation
+    pictures = [{image.numpy().tobytes() for image in loader.split.images} for loader in (train, held)]
+    whole = {image.numpy().tobytes() for image in open_data("digits").train.per_class(20, 0).images}
+    assert not pictures[0] & pictures[1] and pictures[0] | pictures[1] == whole
+    if crop == "none":
+        assert [loader.target_N.tolist() for loader in seen] == [loader.split.labels.tolist() for loader in (train, test, held)]
+        (features, _), images = next(seen[2].epoch(0)), next(held.epoch(0))[0]
+        assert features.shape == (20, 4 * 96) and len(images) == 20
+
+
+def test_a_run_that_ends_before_the_choice_goes_on_to_the_same_choice(tmp_path, monkeypatch):
+    undisturbed, _ = probe_of(tmp_path / "undisturbed")
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="killed"):
+        broken.setattr(reproduce, "accuracies", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        probe_of(tmp_path / "killed")
+    torch.rand(5)
+    resumed, _ = probe_of(tmp_path / "killed")
+    assert (resumed["rows"], resumed["grid"]) == (undisturbed["rows"], undisturbed["grid"])
+
+
+def test_a_grid_without_images_to_choose_by_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(RecipeError, match="--set linear.choose_on=test"):
+        probe_of(tmp_path, "linear.labels_per_class=1", protocol="knn")
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_features_are_kept_once_for_all_protocols_that_read_them(frozen):
@@ -200,11 +281,16 @@ def test_features_are_kept_once_for_all_protocols_that_read_them(frozen):
 
 
 def test_features_of_another_encoder_are_refused(frozen, capsys):
+    """Neither a finished evaluation of the old one is shown, nor are its features read."""
     directory = frozen[0] / "droppos" / "digits-1ep-seed0"
-    (directory / "knn-pretrained" / "result.json").unlink()
     (directory / "pretrain" / "encoder.safetensors").write_bytes(encoder_file(1.5))
     changes = [word for change in FROZEN for word in ("--set", change)]
-    assert main(["droppos", "--device", "cpu", "--epochs", "1", "--out", str(frozen[0]), *changes]) == 2
+    again = ["droppos", "--device", "cpu", "--epochs", "1", "--out", str(frozen[0]), *changes]
+    assert main(again) == 2
+    assert "finetune-pretrained holds a run with other settings (pretrained: encoder.safetensors" in capsys.readouterr().out
+    for evaluation in directory.glob("*-pretrained"):
+        shutil.rmtree(evaluation)
+    assert main(again) == 2
     assert "holds features with another encoder; delete it" in capsys.readouterr().out
 
 

@@ -380,6 +380,24 @@ def test_a_method_that_does_not_name_its_backbone_is_told_with_it(root: Path) ->
     )
 
 
+def test_the_best_by_the_test_images_stands_apart_from_that_by_held_out_ones_and_both_beside_what_was_published(root: Path) -> None:
+    print_numbers(root, f"linear_probe,imagenet1k,DropPos,{BASE},200,,linear_best,top1,72.9")
+    held_out = replace(IMAGENET, protocol="linear_best", value=72.0)
+    rows = [held_out, replace(held_out, protocol="linear_best_on_test", value=73.0)]
+    record(root, *rows)
+    (line,) = lines_of(root, "results")
+    assert line["Ours"] == (
+        "ViT-B/16 72.00 (-0.90) (200 ep, 1 seed, imagenet-b16), 73.00 (+0.10) (200 ep, chosen on test, 1 seed, imagenet-b16)"
+    )
+    (line,) = lines_of(root, "together")
+    assert line["Linear"] == "72.00 (best), 73.00 (best on test)"
+    shown = table.comparison("droppos", frame(rows), root)
+    assert dict(zip(shown["Protocol"], shown["Published"], strict=True)) == dict.fromkeys(
+        ["linear best", "linear best on test"], "72.9 (ImageNet-1K, ViT-B/16, 200 ep)"
+    )
+    assert {"linear best", "linear best on test"} <= {cell.strip() for cell in (root / "droppos" / "README.md").read_text().split("|")}
+
+
 def test_runs_of_one_recipe_on_two_devices_are_told_apart(root: Path) -> None:
     record(root, IMAGENET, replace(IMAGENET, device="H100", value=82.9), replace(IMAGENET, device="H100", precision="32-true", value=83.1))
     (line,) = lines_of(root, "results")

@@ -125,17 +125,22 @@ def test_two_processes_train_on_the_same_effective_batches_as_one(tmp_path):
     """Fine-tuning without mixup and drop path draws nothing in a step, so what two devices log is what one logs."""
     changes = [
         "finetune.drop_path=0",
+        "linear.rates=[1, 0.5]",
         *(f"{name}.stage.epochs=1" for name in ("finetune", "finetune_5_per_class", "finetune_20_per_class", "linear")),
     ]
     options = ["droppos", "--device", "cpu", "--precision", "32-true", "--epochs", "1", *(word for c in changes for word in ("--set", c))]
     launchers = {"one": [sys.executable, "-m"], "two": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]}
-    logged = {}
+    logged, grids = {}, {}
     for name, launcher in launchers.items():
         command = [*launcher, "benchmarks.reproduce", *options, "--out", str(tmp_path / name)]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         path = next((tmp_path / name).glob("*/*/finetune-scratch/metrics.jsonl"))
         logged[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        grids[name] = json.loads(next((tmp_path / name).glob("*/*/linear-random/result.json")).read_text())["grid"]
+    for one, two in zip(grids["one"], grids["two"], strict=True):  # the best is chosen by the same images
+        assert one["how"] == two["how"] and one["how"].endswith("held_out=145")
+        assert all(two[value] == pytest.approx(one[value], abs=2) for value in ("top1", "held_out_top1"))
     assert [line["step"] for line in logged["two"]] == [line["step"] for line in logged["one"]]
     assert [line["loss"] for line in logged["two"]] == pytest.approx([line["loss"] for line in logged["one"]], rel=1e-4)
 

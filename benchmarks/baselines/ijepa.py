@@ -1,6 +1,7 @@
 """I-JEPA (Assran et al., CVPR 2023, arXiv 2301.08243): StoP's method without noise, by I-JEPA's own recipes.
 
-The method is stop/method.py. Beside StoP, on StoP's recipes, it is the arm `ijepa` of PAPER=stop.
+The method is stop/method.py. Beside StoP, on StoP's recipes, it is the arm `ijepa` of PAPER=stop. The published linear probes are the
+best of a grid on the test images; that is `--set linear.choose_on=test`, and without it the best is chosen on held-out training images.
 """
 
 from dataclasses import replace
@@ -23,7 +24,7 @@ def digits() -> Recipe:
 def imagenet_vitb16() -> Recipe:
     """ViT-B/16, 600 epochs (appendix A.1): `make reproduce PAPER=ijepa DATA=/datasets/imagenet ARGS="--data-name imagenet1k"`.
 
-    Published top-1: linear probe 72.9, the best of the grid (Table 1). Expected of ours: not measured yet.
+    Published top-1: linear probe 72.9, the best of the grid on the test images (Table 1). Expected of ours: not measured yet.
     """
     # StoP has these settings from I-JEPA, but for the rates, crops that are flipped, grey or blurred, and 64 images on a device.
     crops = Augmentation(scale=(0.3, 1.0), interpolation="bilinear", flip=0.0)
@@ -56,6 +57,7 @@ def imagenet_vith16_448() -> Recipe:
 
 
 # Appendix A.2: the best of the last layer and the last four, with and without batch norm, of three rates and two weight decays.
+# There it is chosen on the test images: see Protocol.choose_on.
 _LINEAR = Protocol(
     "linear",
     "linear",

@@ -2,7 +2,7 @@
 
 from common.evaluate.finetune import Classifier, Supervision, accuracies, accuracy, best_five, own_metrics, pool, position_parameters
 from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
-from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache
+from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache, hold_out
 
 __all__ = [
     "Classifier",
@@ -14,6 +14,7 @@ __all__ = [
     "best_five",
     "can_cache",
     "features",
+    "hold_out",
     "knn_accuracy",
     "layers_name",
     "logistic_accuracy",

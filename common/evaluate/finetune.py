@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from common.data import Loader
 from common.method import Output
+from common.processes import once, sum_over_processes
 from common.randomness import reseed
 from common.recipe import Protocol
+from common.run import RunError
 from common.vit import ViT
 
 
@@ -125,15 +127,22 @@ def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, floa
 
 @torch.no_grad()
 def accuracies(fabric: Fabric, model: nn.Module, loader: Loader, classifiers: tuple[int, ...] = ()) -> Tensor:
-    """top1 and top5 in percent, (2,) float64; where the logits are a stack (G, B, K) of `classifiers` = (G,), of each: (2, G)."""
+    """top1 and top5 in percent, (2,) float64; where the logits are a stack (G, B, K) of `classifiers` = (G,), of each: (2, G).
+
+    Raises RunError, after the last batch, where answers were not finite.
+    """
     model.eval()
-    hits = torch.zeros(3, *classifiers, dtype=torch.float64, device=fabric.device)
+    hits = torch.zeros(4, *classifiers, dtype=torch.float64, device=fabric.device)
     for images, targets in loader.epoch(0):
         with fabric.autocast():
             logits = model(images).named["logits"]
         right = best_five(logits, targets)
-        hits += torch.stack([right[..., 0].sum(-1), right.sum((-1, -2)), torch.full(classifiers, len(targets), device=fabric.device)])
-    hits = fabric.all_reduce(hits, reduce_op="sum")
+        spoiled = (~logits.isfinite()).any(-1).sum(-1)
+        count = torch.full(classifiers, len(targets), device=fabric.device)
+        hits += torch.stack([right[..., 0].sum(-1), right.sum((-1, -2)), count, spoiled])
+    hits = sum_over_processes(fabric, hits)
+    if hits[3].any():
+        raise RunError(f"answers to {int(hits[3].max())} of {int(hits[2].max())} images are not finite, so none would be a fair count")
     return 100 * hits[:2] / hits[2]
 
 
@@ -148,8 +157,9 @@ def own_metrics(fabric: Fabric, method: nn.Module, loader: Loader, seed: int) ->
         with fabric.autocast():
             output = method(images, targets)
         for name, value in {"loss": output.loss, **output.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(images)
+            sums[name] = sums.get(name, 0.0) + float(value() if callable(value) else value) * len(images)
         count += len(images)
-    totals = torch.tensor([*sums.values(), count], dtype=torch.float64, device=fabric.device)
-    totals = fabric.all_reduce(totals, reduce_op="sum").tolist()
-    return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
+    names = once(fabric, lambda: list(sums))  # a process without images has none, and all must exchange tensors of one shape
+    totals = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64, device=fabric.device)
+    totals = sum_over_processes(fabric, totals).tolist()
+    return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.data import Loader
 from common.evaluate.finetune import best_five, pool, tokens
 from common.files import replacing
+from common.processes import gather_rows, once
 from common.run import RunError
 from common.vit import ViT
 
@@ -33,19 +34,22 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Pooled features (N, D) after the last blocks of an encoder, and the classes (N,), of every image; raw pixels where it is None.
 
+    A loader that divides the images among processes divides the work; every process returns the features of all, in order.
     Where `cache` is given, such as runs/x/features/pretrained-train, they are read from a file whose name begins so, or written to it.
-    Raises RunError where that file holds features of another encoder, or of the same seen, read or computed in another way.
+    Raises RunError where that file holds features of another encoder, or of the same seen, read or computed in another way, and for
+    features that are not finite.
     """
     if encoder is None:
         return _extract(fabric, None, loader, how, layers)
     encoder = copy.deepcopy(encoder).to(fabric.device).eval()
     if cache is None:
         return _extract(fabric, encoder, loader, how, layers)
-    key = {"encoder": fingerprint(encoder), "data": loader.data.name, "images": loader.split.digest(), **loader.view}
-    key |= {"layers": str(layers), "pool": how, "precision": str(fabric._precision.precision)}
+    options = {"layers": str(layers), "pool": how, "precision": str(fabric._precision.precision)}
+    images = once(fabric, loader.split.digest)
+    key = {"encoder": fingerprint(encoder), "data": loader.data.name, "images": images, **loader.view, **options}
     seen = f"{layers_name(layers)}-{how}-{key['resize']}-{key['interpolation']}-{key['images'][:8]}"
     file = cache.with_name(f"{cache.name}-{seen}.safetensors")
-    if file.exists():
+    if once(fabric, file.exists):
         return _read(file, key, fabric.device)
     feature_ND, target_N = _extract(fabric, encoder, loader, how, layers)
     if fabric.is_global_zero:
@@ -61,8 +65,19 @@ def _extract(fabric: Fabric, encoder: ViT | None, loader: Loader, how: str, laye
         with fabric.autocast():
             feature = images.flatten(1) if encoder is None else pool(tokens(encoder, images, layers), encoder, how)
         found.append((feature.float(), targets))
-    feature_ND, target_N = (torch.cat(part) for part in zip(*found, strict=True))
-    return feature_ND, target_N
+    feature, target = (torch.cat(part) for part in zip(*found, strict=True)) if found else (None, None)
+    if fabric.world_size > 1 and loader.world_size > 1:
+        feature, target = (gather_rows(fabric, part, len(loader.split)) for part in (feature, target))
+    check_finite(feature, "look at the encoder's weights and at the images, or compute them with --precision 32-true")
+    return feature, target
+
+
+def check_finite(feature_ND: Tensor, advice: str = "they would be ranked as if they were numbers") -> None:
+    """Raise RunError for features (N, D) that are not finite, with how many images they are of and what to do about it."""
+    spoiled_N = ~feature_ND.isfinite().all(1)
+    if spoiled_N.any():
+        count, first = int(spoiled_N.sum()), int(spoiled_N.nonzero()[0])
+        raise RunError(f"features of {count} of {len(feature_ND)} images are not finite, the first is number {first}: {advice}")
 
 
 def _read(file: Path, key: dict[str, str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -70,7 +85,9 @@ def _read(file: Path, key: dict[str, str], device: torch.device) -> tuple[Tensor
         with safe_open(file, "pt", str(device)) as held:
             differing = [name for name in key if (held.metadata() or {}).get(name) != key[name]]
             if not differing:
-                return held.get_tensor("features"), held.get_tensor("classes")
+                feature_ND, target_N = held.get_tensor("features"), held.get_tensor("classes")
+                check_finite(feature_ND, f"delete {file} to have them made again")
+                return feature_ND, target_N
     except SafetensorError as error:
         raise RunError(f"{file} cannot be read ({error}); delete it to have it made again") from error
     raise RunError(f"{file} holds features with another {', '.join(differing)}; delete it to have them made again, or use another OUT=")
@@ -110,8 +127,9 @@ def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, strength: floa
 
     They minimise the mean cross-entropy + strength / N * |W|^2 / 2, as cyanure does for StoP. StoP turns the features to their principal
     axes before; the penalty is the same in all directions, so that changes nothing and is left out.
-    Raises ValueError where a class has no label.
+    Raises ValueError where a class has no label, RunError for features that are not finite.
     """
+    check_finite(train_ND)
     # imported here because scikit-learn takes a second to load, and nothing else needs it
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -132,7 +150,12 @@ def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, strength: floa
 def logistic_accuracy(
     train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, strength: float, statistics: str = "train"
 ) -> dict[str, float]:
-    """top1 and top5 in percent of logistic regression on standardised features, and whether it has `converged`."""
+    """top1 and top5 in percent of logistic regression on standardised features, and whether it has `converged`.
+
+    Raises ValueError and RunError as fit_logistic does.
+    """
+    for feature_ND in (train_ND, test_MD):
+        check_finite(feature_ND)
     train_ND, test_MD = standardise(train_ND, test_MD, statistics)
     weights_KD, converged = fit_logistic(train_ND, train_N, classes, strength)
     logits_MK = test_MD @ weights_KD.float().to(test_MD.device).T
@@ -144,7 +167,12 @@ def logistic_accuracy(
 def knn_accuracy(
     train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, neighbours: int = 20, temperature: float = 0.07
 ) -> float:
-    """top1 in percent of the weighted nearest-neighbour classifier: a neighbour of cosine similarity s has exp(s / temperature) votes."""
+    """top1 in percent of the weighted nearest-neighbour classifier: a neighbour of cosine similarity s has exp(s / temperature) votes.
+
+    Raises RunError for features that are not finite.
+    """
+    for feature_ND in (train_ND, test_MD):
+        check_finite(feature_ND)
     train_ND, test_MD = F.normalize(train_ND, dim=1), F.normalize(test_MD, dim=1)
     hits = 0
     for block_BD, block_B in zip(test_MD.split(1024), test_M.split(1024), strict=True):

@@ -1,6 +1,6 @@
 """Linear probes: classifiers on the features of an encoder that stays as it is, a whole grid of them at once.
 
-Shapes: B images, T tokens, L layers side by side, D width of one, G classifiers, K classes.
+Shapes: B images, T tokens, L layers side by side, D width of one, G classifiers, K classes; N labelled images, of which H are held out.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,12 @@ from common.data import Augmentation, Loader
 from common.evaluate.finetune import pool, tokens
 from common.evaluate.frozen import layers_name
 from common.method import Output
-from common.recipe import Protocol
+from common.randomness import generator
+from common.recipe import Protocol, RecipeError
+from common.results import ON_TEST
 from common.vit import ViT
+
+HELD_OUT = 2**32  # in the key of the draw of `hold_out`; the draws of labels have the number of a class in its place
 
 
 class LinearProbe(nn.Module):
@@ -30,7 +34,7 @@ class LinearProbe(nn.Module):
     def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
         super().__init__()
         self.encoder, self.how, self.width = encoder.requires_grad_(False), protocol.pool, encoder.width
-        self.layers, self.stage = max(protocol.layers), protocol.stage
+        self.layers, self.stage, self.choose_on = max(protocol.layers), protocol.stage, protocol.choose_on
         if self.layers > len(encoder.blocks):
             raise ValueError(f"layers={protocol.layers}: the encoder has {len(encoder.blocks)}, so ask for that many at most")
         decays = protocol.decays or (protocol.stage.weight_decay,)
@@ -78,10 +82,16 @@ class LinearProbe(nn.Module):
         ]
 
     def best(self, top1_G: list[float]) -> dict[str, int]:
-        """The place in the grid of the best with each number of layers, and of all: "_last", "_last4", "_best"; of one number, ""."""
+        """The place in the grid of the best with each number of layers, and of all: "_last", "_last4", "_best"; of one number, "".
+
+        top1_G: by which the best is chosen; of several that are equal the first is. Where a choice is made on the test images, the name
+        ends in ON_TEST. The best of all comes last.
+        """
         every = range(len(self.grid))
         groups = {f"_{layers_name(n)}": [g for g in every if self.grid[g][0] == n] for n in dict.fromkeys(n for n, *_ in self.grid)}
         groups = groups | {"_best": every} if len(groups) > 1 else {"": every}
+        if self.choose_on == "test":
+            groups = {part + (ON_TEST if len(places) > 1 else ""): places for part, places in groups.items()}
         return {part: max(places, key=top1_G.__getitem__) for part, places in groups.items()}
 
     def train(self, mode: bool = True) -> "LinearProbe":
@@ -101,6 +111,31 @@ def _head(kind: str, width: int, attention_heads: int, classes: int) -> nn.Seque
         "attentive": [AttentionPoolLatent(width, num_heads=attention_heads, norm_layer=nn.LayerNorm)] if kind == "attentive" else [],
     }
     return nn.Sequential(*before[kind], linear)
+
+
+def hold_out(protocol: Protocol, label_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Which labelled images a probe is trained on, and on which the best of its grid is chosen: indices (N - H,) and (H,), in order.
+
+    A tenth of each class is held out, at least one image, and never a class's only one; drawn with the seed alone, so that a resumed run
+    and every process choose by the same images. H is 0 where there is one classifier, or the protocol chooses on the test images.
+    Raises RecipeError where no class has a second image.
+    """
+    every_N = torch.arange(len(label_N))
+    if protocol.kind != "linear" or protocol.classifiers == 1 or protocol.choose_on == "test":
+        return every_N, every_N[:0]
+    drawn_N = torch.randperm(len(label_N), generator=generator(seed, HELD_OUT))
+    drawn_N = drawn_N[label_N[drawn_N].argsort(stable=True)]  # class by class
+    count_K = torch.bincount(label_N)
+    held_K = ((count_K + 5) // 10).clamp(min=1).minimum(count_K - 1)
+    label_of_drawn_N = label_N[drawn_N]
+    place_N = every_N - (count_K.cumsum(0) - count_K)[label_of_drawn_N]  # within the class
+    held_N = place_N < held_K[label_of_drawn_N]
+    if not held_N.any():
+        raise RecipeError(
+            f"protocol {protocol.name}: the best of {protocol.classifiers} classifiers is chosen on labelled images that are held out of "
+            f"the training, and no class has a second one: use more labels, one classifier, or --set {protocol.name}.choose_on=test"
+        )
+    return drawn_N[~held_N].sort().values, drawn_N[held_N].sort().values
 
 
 class FeatureLoader:

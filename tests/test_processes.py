@@ -1,0 +1,195 @@
+"""Several processes agree: about what is done, what was computed, and when to stop."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.results import ROOT
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(processes: int, *command: str) -> subprocess.Popen:
+    """A program under torchrun, or alone."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    head = [sys.executable, *(["-m", *torchrun] if processes > 1 else [])]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*head, *command], cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    return said
+
+
+def script(folder: Path, code: str) -> str:
+    file = folder / "program.py"
+    file.write_text(code)
+    return str(file)
+
+
+def short(*names: str) -> list[str]:
+    return [word for name in names for word in ("--set", f"{name}.stage.epochs=1")]
+
+
+STOP = ["stop", "--arms", "ijepa+stop", "--device", "cpu", "--precision", "32-true", *short("linear")]
+DROPPOS = ["droppos", "--device", "cpu", "--precision", "32-true", "--epochs", "1"]
+DROPPOS += short("finetune", "finetune_20_per_class", "finetune_5_per_class", "linear")
+
+# ---- features and counts
+
+FEATURES = """
+import sys, torch, common
+from common.data import Loader, open_data
+from common.evaluate import accuracy, features, own_metrics
+from common.method import Output
+from common.train import make_fabric
+from common.vit import ViT
+
+fabric = make_fabric("cpu", "32-true")
+fabric.launch()
+data = open_data("digits")
+torch.manual_seed(0)
+encoder = ViT(image_size=8, patch_size=4, channels=1, width=16, depth=2, heads=2)
+for count in (1, 2, 5, 9, 23):
+    split = data.val.subset(range(count))
+    def loader(rank, world):
+        options = {"augmentation": None, "seed": 0, "device": fabric.device, "workers": 0, "rank": rank, "world_size": world}
+        return Loader(split, data=data, image_size=(8, 8), batch_size=2, **options)
+    seen = []
+    hook = encoder.patch_embed.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+    alone = features(fabric, encoder, loader(0, 1), "mean", 2)
+    seen.clear()
+    shared = features(fabric, encoder, loader(fabric.global_rank, fabric.world_size), "mean", 2)
+    pixels = features(fabric, None, loader(fabric.global_rank, fabric.world_size), "mean")[0]
+    hook.remove()
+    assert torch.equal(shared[1], alone[1]) and torch.equal(shared[1], split.labels)
+    torch.testing.assert_close(shared[0], alone[0], atol=1e-6, rtol=0)
+    assert torch.equal(pixels, torch.cat([images.flatten(1) for images, _ in loader(0, 1).epoch(0)]))
+
+    class Method(torch.nn.Module):
+        def forward(self, images, targets=None):
+            brightness = images.mean((1, 2, 3))
+            return Output(images.mean(), {"brightness": brightness.mean()}, {"logits": torch.eye(10)[(brightness > 0).long()]})
+    found = own_metrics(fabric, Method(), loader(fabric.global_rank, fabric.world_size), 0)
+    brightness = pixels.mean(1)
+    assert abs(found["brightness"] - brightness.mean()) < 1e-5, found
+    top1 = accuracy(fabric, Method(), loader(fabric.global_rank, fabric.world_size))["top1"]
+    assert abs(top1 - 100 * ((brightness > 0).long() == split.labels).float().mean()) < 1e-4, top1
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_features_and_counts_are_exact_and_in_order_for_any_number_of_processes(processes, tmp_path):
+    """Also where the last turn is incomplete, and where there are fewer images than processes."""
+    assert finish(launch(processes, script(tmp_path, FEATURES))).count("done") == processes
+
+
+# ---- whole runs
+
+
+@pytest.mark.slow
+def test_frozen_features_are_computed_once_by_all_processes_and_give_the_numbers_of_one(tmp_path):
+    for processes in (1, 2):
+        options = ["-m", "benchmarks.reproduce", *DROPPOS, "--out", str(tmp_path / str(processes))]
+        said = finish(launch(processes, *options))
+        assert said.count("Protocol") == 1  # one table
+    kept = [{path.name: load_file(path) for path in (tmp_path / str(n)).glob("*/*/features/random-*")} for n in (1, 2)]
+    assert kept[0].keys() == kept[1].keys() and len(kept[0]) == 2
+    for name, alone in kept[0].items():
+        assert torch.equal(alone["classes"], kept[1][name]["classes"])
+        torch.testing.assert_close(alone["features"], kept[1][name]["features"], atol=1e-5, rtol=0)
+    results = [json.loads(next((tmp_path / str(n)).glob("*/*/knn-random/result.json")).read_text())["top1"] for n in (1, 2)]
+    assert results[0] == pytest.approx(results[1], abs=0.3)  # a test image is .28; what is summed in another order may turn one
+
+
+SLOW = """
+import os, sys, time
+import benchmarks.reproduce as program
+
+def late(name):
+    call = getattr(program, name)
+    def wrapped(*given, **options):
+        time.sleep(1.5)
+        return call(*given, **options)
+    setattr(program, name, wrapped)
+
+if os.environ["RANK"] == sys.argv[1]:
+    for name in ("fit", "own_metrics", "accuracy", "accuracies", "features", "export_encoder"):
+        late(name)
+sys.exit(program.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", ["0", "1"])
+def test_a_process_that_is_much_slower_than_the_other_finds_what_the_other_finds(slow, tmp_path):
+    said = finish(launch(2, script(tmp_path, SLOW), slow, *DROPPOS, "--out", str(tmp_path / "runs")))
+    assert "Traceback" not in said
+    assert "Protocol" in finish(launch(2, script(tmp_path, SLOW), slow, *DROPPOS, "--out", str(tmp_path / "runs")))  # all is done
+
+
+TEACHER = """
+import sys, common.train
+import benchmarks.reproduce as program
+from common.evaluate.frozen import fingerprint
+
+fit = program.fit
+def watched(run, fabric, model, *given, **options):
+    if run.directory.name == "pretrain":
+        model.register_forward_hook(lambda *_: seen.append(1))
+    seen = []
+    method, hours = fit(run, fabric, model, *given, **options)
+    if run.directory.name == "pretrain":
+        print(f"teacher {fingerprint(model.encoder)} student {fingerprint(model.context_encoder)} after {len(seen)}", flush=True)
+    return method, hours
+program.fit = watched
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_teacher_of_stop_is_the_same_on_every_process_and_follows_the_student(tmp_path):
+    said = finish(launch(2, script(tmp_path, TEACHER), *STOP, "--epochs", "1", "--out", str(tmp_path / "runs")))
+    found = re.findall(r"teacher (\w+) student (\w+) after (\d+)", said)
+    assert len(found) == 2 and found[0] == found[1] and found[0][0] != found[0][1] and int(found[0][2]) > 0
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = next(out.glob("*/*/pretrain/metrics.jsonl")).read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 2)])
+def test_a_run_that_one_process_is_told_to_stop_goes_on_with_another_number_of_processes(numbers, tmp_path):
+    """Every process stops after the same step, saves, and exits with 75. DropPos draws by process, so losses differ a little."""
+    arguments = ["-m", "benchmarks.reproduce", *DROPPOS, "--epochs", "60", "--checkpoint-seconds", "1000", "--out", str(tmp_path)]
+    process = launch(numbers[0], *arguments)
+    while not list(tmp_path.glob("*/*/pretrain/metrics.jsonl")) and process.poll() is None:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]) if numbers[0] > 1 else process.pid, signal.SIGUSR2)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == (75 if numbers[0] == 1 else 1), said
+    assert len(re.findall(r"exitcode +: 75", said)) == (0 if numbers[0] == 1 else 2), said  # torchrun lists how each process ended
+    assert "saved, and the same command goes on from here" in said
+    assert not list(tmp_path.glob("*/*/finetune*"))
+    before = losses(tmp_path)
+    said = finish(launch(numbers[1], *arguments))
+    assert "going on from step" in said
+    after = losses(tmp_path)
+    assert before.items() <= after.items() and len(after) > len(before)
+    assert after[max(after)] < after[min(after)]
