@@ -394,6 +394,8 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
     wrong = [name for name in loaded if ours[name].shape != wanted[name].shape]
     if missing or unexpected or wrong:
         causes = [f"{file} {stem} in the file, {here} here" for stem, (file, here) in _depths(ours, wanted).items()]
+        if masks := [name for name in unexpected if name.endswith("attn_mask")]:
+            causes.append(f"{_few(masks)}: not the shift masks of this window and image size")
         shapes = [f"other shapes: {_few(wrong)}"] if wrong else []
         raise ConversionError(
             f"the checkpoint is of another method or another configuration ({'; '.join([*causes, str(coverage), *shapes])})"

@@ -347,3 +347,18 @@ def test_a_gpu_sees_what_the_cpu_sees():
     here, there = (next(Loader(data.train, device=torch.device(name), **options).epoch(0)) for name in ("cpu", "cuda"))
     torch.testing.assert_close(there[0].cpu(), here[0], atol=1e-3, rtol=0)
     assert torch.equal(there[1].cpu(), here[1])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"flip": 2}, "flip=2: a probability lies in 0..1"),
+        ({"erase": -0.1}, "erase=-0.1: a probability"),
+        ({"interpolation": "nearest"}, "interpolation='nearest': it is bilinear or bicubic"),
+        ({"padding": -1}, "padding=-1: it is 0 or more"),
+        ({"color_jitter": -0.4}, "color_jitter=-0.4: it is 0 or more"),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_by_name(option, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**option)

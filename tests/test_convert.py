@@ -450,7 +450,7 @@ def test_what_is_left_out_on_purpose_is_said():
     "name",
     """head.weight head_dist.bias fc_norm.weight fc.weight lm_head.weight logit_scale decoder.weight decoder_blocks.0.norm1.weight
     aux_decoder_pos_embed mask_token masked_embed predictor.blocks.0.norm1.weight projector.0.weight""".split(),
-)  # fmt: skip
+)
 def test_what_is_no_part_of_an_encoder_is_reported_as_unexpected(name):
     assert load_encoder(encoder(), timm_vit() | {name: torch.ones(1)}).unexpected == (name,)
 

@@ -1,6 +1,10 @@
 """Claims about where images come from and in which order they arrive."""
 
 import logging
+import os
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -8,7 +12,7 @@ from urllib.error import URLError
 import numpy
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from common.data import Augmentation, Data, DataError, Loader, Split, open_data
 from common.data.augment import DRAWS, augment, erase, normalize, worker_transform
@@ -208,7 +212,186 @@ def test_classes_must_agree_between_train_and_val(folder):
         open_data(str(folder))
 
 
+FOREIGN = [
+    "._1.png",
+    ".hidden.png",
+    ".ipynb_checkpoints/1-checkpoint.png",
+    "@eaDir/1.png",
+    "deep/.Trashes/1.png",
+    "deep/__MACOSX/1.png",
+    "__MACOSX/._1.png",
+]
+
+
+@pytest.mark.parametrize("level", ["train", "train/bee", "train/bee/deep/er", "val/cat"])
+def test_only_what_a_person_put_there_is_an_image_at_every_level(level, folder):
+    draw(folder / "train" / "bee" / "deep" / "er" / "9.png")
+    before = open_data(str(folder))
+    for name in FOREIGN if level != "train" else [name for name in FOREIGN if not name.startswith("deep")]:
+        draw(folder / level / name)
+    (folder / level / "Thumbs.db").touch()
+    (folder / level / ".DS_Store").touch()
+    after = open_data(str(folder))
+    assert after.train.paths == before.train.paths and after.val.paths == before.val.paths
+    assert after.identity == before.identity and len(after.train) == 13
+
+
+def test_a_class_folder_with_nothing_but_hidden_files_is_empty(folder):
+    for path in (folder / "train" / "bee").iterdir():
+        path.rename(path.with_name(f"._{path.name}"))
+    with pytest.raises(DataError, match="train/bee holds no images"):
+        open_data(str(folder))
+
+
+def test_hidden_folders_on_the_way_to_a_data_set_hide_nothing(folder, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home") / ".cache" / "@eaDir" / "set"
+    home.parent.mkdir(parents=True)
+    folder.rename(home)
+    assert len(open_data(str(home)).train) == 12
+
+
+def test_class_folders_may_be_links(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "bees"
+    (folder / "train" / "bee").rename(elsewhere)
+    (folder / "train" / "bee").symlink_to(elsewhere)
+    data = open_data(str(folder))
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and "/train/bee/" in data.train.paths[5]
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_not_passed_over(folder, monkeypatch):
+    (folder / "train" / "bee" / "deep").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="train/bee/deep cannot be listed .Permission denied.: make it readable"):
+        open_data(str(folder))
+
+
+def test_tiny_imagenet_names_a_validation_image_that_is_not_there(tmp_path):
+    home = tmp_path / "tiny-imagenet-200"
+    draw(home / "train" / "n01" / "images" / "n01_0.JPEG", (64, 64))
+    draw(home / "train" / "n01" / "images" / "._n01_0.JPEG", (64, 64))
+    draw(home / "val" / "images" / "val_0.JPEG", (64, 64))
+    (home / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\t0\t0\t63\t63\n")
+    assert len(open_data("tiny-imagenet", root=tmp_path).train) == 1
+    (home / "val" / "images" / "val_0.JPEG").unlink()
+    with pytest.raises(DataError, match="val/images/val_0.JPEG, which is not there: unpack the archive again"):
+        open_data("tiny-imagenet", root=tmp_path)
+
+
+# ---- images in memory
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(3, 1, 8, 8), r"type torch.float32: .*torch.uint8 tensor .*\(255 \* images\).round\(\).to\(torch.uint8\)"),
+        (torch.zeros(3, 1, 8, 8, dtype=torch.int64), "type torch.int64"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"shape \(3, 8, 8\)"),
+    ],
+)
+def test_images_in_memory_that_are_not_bytes_are_refused_with_the_conversion(images, message):
+    with pytest.raises(DataError, match=message):
+        Split(torch.zeros(3, dtype=torch.int64), images)
+
+
+def test_images_in_memory_have_the_channels_of_their_data_set(digits):
+    rows_last = Split(torch.zeros(8, dtype=torch.int64), torch.zeros(8, 32, 32, 3, dtype=torch.uint8))
+    with pytest.raises(DataError, match=r"\(8, 32, 32, 3\) for digits with channels=1: give a split of \(N, 1, H, W\)"):
+        batches(rows_last, digits, None)
+    with pytest.raises(DataError, match=r"\(8, 32, 32, 3\), and channels=1"):
+        replace(digits, train=rows_last)
+
+
 # ---- images
+
+
+def read(tmp_path: Path, image: Image.Image, name: str = "image.tiff") -> tuple[int, int, int]:
+    image.save(tmp_path / name)
+    found = read_image(str(tmp_path / name))
+    assert found.mode == "RGB" and found.size == image.size
+    return found.getpixel((0, 0))
+
+
+@pytest.mark.parametrize("name", ["image.tiff", "image.pfm"])
+def test_float_pixels_from_0_to_1_are_scaled_and_others_refused(name, tmp_path):
+    floats = numpy.array([[0.5, 1.0], [0.0, 0.25]], dtype=numpy.float32)
+    assert read(tmp_path, Image.fromarray(floats), name) == (128, 128, 128)
+    assert read(tmp_path, Image.fromarray(floats * 0), name) == (0, 0, 0)
+    for pixels, low, high in ((floats * 200, 0.0, 200.0), (floats - 0.5, -0.5, 0.5), (floats * numpy.float32("nan"), "nan", "nan")):
+        with pytest.raises(
+            DataError, match=f"image.* has float pixels from {low} to {high}, .* from 0 to 1: save it with 8 bits"
+        ) as caught:
+            read(tmp_path, Image.fromarray(pixels), name)
+        assert "delete" not in str(caught.value).rpartition(" has ")[2]
+
+
+def test_integers_of_16_and_32_bits_are_scaled_or_refused_and_never_black(tmp_path):
+    for dtype in (numpy.uint16, ">u2", numpy.int32):
+        pixels = numpy.array([[40_000, 65_535]]).astype(dtype)
+        assert read(tmp_path, Image.fromarray(pixels)) == (155, 155, 155)
+        assert read(tmp_path, Image.fromarray(pixels * 0)) == (0, 0, 0)
+        with pytest.raises(DataError, match="from 0 to 200, .*, where they would all be black: save it with 8 bits"):
+            read(tmp_path, Image.fromarray(numpy.array([[0, 200]]).astype(dtype)))
+    for low, high in ((-5, 300), (0, 2**20)):
+        with pytest.raises(DataError, match=f"from {low} to {high}, and these are read from 0 to 65535: save"):
+            read(tmp_path, Image.fromarray(numpy.array([[low, high]], dtype=numpy.int32)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "value"), [("PA", (1, 7)), ("YCbCr", (200, 128, 128)), ("LAB", (200, 128, 128)), ("CMYK", (55, 55, 55, 0))]
+)
+def test_other_modes_are_read_as_they_look(mode, value, tmp_path):
+    image = Image.new(mode, (3, 2), value)
+    if mode == "PA":
+        image.putpalette([0, 0, 0, 200, 200, 200])
+    assert all(abs(level - 200) < 10 for level in read(tmp_path, image))
+
+
+def test_colours_of_16_bits_keep_their_high_byte(tmp_path):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = zlib.compress(b"\0" + struct.pack(">3H", 200 * 257, 100 * 257, 7))
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    assert read_image(str(tmp_path / "a.png")).getpixel((0, 0)) == (200, 100, 0)
+
+
+@pytest.mark.parametrize("limit", [60, 100])  # of the 160 pixels: an error by itself, and a warning
+def test_a_sound_image_above_pillows_limit_is_read_without_a_word_and_the_limit_stays(limit, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    Image.new("RGB", (16, 10), (1, 2, 3)).save(tmp_path / "a.png")
+    with ThreadPoolExecutor(4) as pool:
+        for image in pool.map(read_image, [str(tmp_path / "a.png")] * 40):
+            assert image.getpixel((0, 0)) == (1, 2, 3)
+    assert not recwarn.list and Image.MAX_IMAGE_PIXELS == limit
+
+
+def test_a_sound_image_with_long_text_in_it_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("notes", "x" * 3 * 2**20, zip=True)
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "a.png", pnginfo=text)
+    assert read_image(str(tmp_path / "a.png")).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_nobody_is_told_to_delete_an_image_that_may_be_sound(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="gone.png cannot be opened .No such file") as absent:
+        read_image(str(tmp_path / "gone.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sysconf", lambda name: 4)
+        with pytest.raises(DataError, match="a.png has more pixels than fit into memory: give a smaller copy") as large:
+            read_image(str(tmp_path / "a.png"))
+    monkeypatch.setattr(Image, "open", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(DataError, match="a.png cannot be opened .Input/output error") as system:
+        read_image(str(tmp_path / "a.png"))
+    assert not [caught for caught in (absent, large, system) if "delete" in str(caught.value).rpartition(".png ")[2]]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +464,7 @@ def test_a_set_of_nothing_but_corrupt_images_ends(folder):
     for path in folder.glob("train/*/*.png"):
         spoil(path, "zero-byte")
     data = open_data(str(folder), skip_corrupt=True)
-    with pytest.raises(DataError, match="none of 12 images can be read"):
+    with pytest.raises(DataError, match="none of 12 images can be read, .* the first: .*png cannot be read as an image"):
         next(batches(data.train, data).epoch(0))
 
 

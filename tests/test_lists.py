@@ -1,13 +1,20 @@
 """Claims about which training images an evaluation may use the labels of, and how images from files are seen."""
 
+import os
+import shutil
+import time
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
 
-from common.data import DataError, Loader, Split, open_data
+from common.data import DataError, Loader, Split, open_data, sets
 from common.data.augment import view_size
+from common.data.sets import Paths
 
 
 def split_of(*counts: int) -> Split:
@@ -106,6 +113,148 @@ def test_a_digest_knows_labels_images_and_names_and_not_where_the_folder_is():
     )
     assert here.digest() == there.digest() == here.subset([0, 1]).digest()
     assert len({split.digest() for split in (*memory, here, other, here.subset([0]))}) == 7
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two classes of three files to train and one to validate; what opens a data set does not look into them."""
+    for part, count in (("train", 3), ("val", 1)):
+        for name in ("ant", "bee"):
+            (tmp_path / "one" / part / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / "one" / part / name / f"{i}.png").write_bytes(f"{part} {name} {i}".encode() * 10)
+    return tmp_path / "one"
+
+
+def test_the_identity_of_data_counts_and_names_each_split_and_does_not_depend_on_the_place_or_the_times_of_files(folder, tmp_path):
+    found = open_data(str(folder)).identity
+    assert {name: line.rsplit(", ", 1)[0] for name, line in found.items()} == {"train": "6 images, 2 classes", "val": "2 images, 2 classes"}
+    assert all(len(line.rsplit(", ", 1)[1]) == 16 for line in found.values())
+    copy = shutil.copytree(folder, tmp_path / "deep" / "er" / "two", copy_function=shutil.copyfile)
+    os.utime(copy / "train" / "ant" / "0.png", (1, 1))
+    assert open_data(str(copy)).identity == found
+    assert open_data(os.path.relpath(copy)).identity == found
+
+
+def replaced(folder: Path) -> None:
+    (folder / "train" / "bee" / "1.png").write_bytes(b"train bee 2" * 10)  # of the same length
+
+
+def longer(folder: Path) -> None:
+    (folder / "train" / "bee" / "1.png").write_bytes(b"another image")
+
+
+def renamed(folder: Path) -> None:
+    (folder / "train" / "bee" / "1.png").rename(folder / "train" / "bee" / "9.png")
+
+
+def grown(folder: Path) -> None:
+    (folder / "train" / "bee" / "9.png").touch()
+
+
+def moved(folder: Path) -> None:
+    (folder / "train" / "bee" / "0.png").rename(folder / "train" / "ant" / "3.png")
+
+
+def other_classes(folder: Path) -> None:
+    for part in ("train", "val"):
+        (folder / part / "bee").rename(folder / part / "cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "noticed"),
+    [
+        *((change, {}, True) for change in (replaced, longer, renamed, grown, moved, other_classes)),
+        (replaced, {"CONTENT_BYTES": 400}, False),
+        (longer, {"CONTENT_BYTES": 400}, True),
+        (longer, {"CONTENT_FILES": 5}, False),
+        (renamed, {"CONTENT_FILES": 5}, True),
+        (other_classes, {"CONTENT_FILES": 5}, True),
+    ],
+)
+def test_a_change_of_the_training_images_changes_their_identity_as_the_docs_say(change, limits, noticed, folder, monkeypatch):
+    for name, value in limits.items():
+        monkeypatch.setattr(sets, name, value)
+    before = open_data(str(folder)).identity
+    change(folder)
+    after = open_data(str(folder)).identity
+    assert (before["train"] != after["train"]) == noticed
+    assert (before["val"] != after["val"]) == (change is other_classes)
+
+
+def test_a_subset_has_a_digest_of_its_own_that_follows_from_its_origin(folder):
+    whole = open_data(str(folder)).train
+    parts = [whole, whole.subset([0, 1]), whole.subset([1, 0]), whole.subset([0, 2]), replace(whole, labels=whole.labels.flip(0))]
+    assert len({part.digest() for part in parts}) == 5
+    assert whole.subset([4, 0, 1]).subset([1, 2]).digest() == parts[1].digest()
+    before = parts[1].digest()
+    replaced(folder)  # an image that is not among them; who draws from another set draws from another set
+    assert open_data(str(folder)).train.subset([0, 1]).digest() != before
+
+
+def test_class_names_and_pixels_belong_to_a_digest():
+    digits = open_data("digits")
+    assert open_data("digits").identity == digits.identity
+    renamed = replace(digits.train, class_names=tuple("abcdefghij"))
+    changed = digits.train.images.clone()
+    changed[700, 0, 3, 3] += 1
+    assert len({split.digest() for split in (digits.train, renamed, replace(digits.train, images=changed), digits.val)}) == 4
+
+
+def test_the_digest_of_imagenets_paths_takes_less_than_two_seconds_and_a_hundred_megabytes():
+    split = split_of(*[1281] * 1000)
+    tracemalloc.start()
+    before = time.perf_counter()
+    first = split.digest()
+    taken, (_, peak) = time.perf_counter() - before, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 2 and peak < 100e6
+    before = time.perf_counter()
+    assert split.digest() == first and time.perf_counter() - before < 0.01  # computed once
+
+
+# ---- paths in one array
+
+
+def test_paths_in_one_array_are_a_sequence_like_a_list():
+    names = [f"/data/train/{'ab'[i % 2]}/{i}.png" for i in range(70_000)]  # more than are encoded at once
+    paths = Paths(names)
+    assert len(paths) == 70_000 and paths.root == "/data/train/" and paths == names and [*paths] == names
+    assert (paths[0], paths[65_536], paths[-1], paths[numpy.int64(5)]) == (names[0], names[65_536], names[-1], names[5])
+    assert paths[10:70_000:7] == names[10::7] and paths[::-1][:3] == names[:-4:-1]
+    chosen = torch.randperm(70_000)[:100]
+    part = paths[chosen]
+    assert part == [names[i] for i in chosen.tolist()] and part[numpy.array([3, 3])] == [part[3]] * 2
+    assert part[-1] == names[chosen[-1]] and part + ["x"] == [*part, "x"] and names[7] in paths and paths.index(names[7]) == 7
+    assert paths != names[:-1] and paths != [*names[:-1], "other"] and not paths[[]] and len(paths[[]]) == 0
+    for index in (70_000, -70_001):
+        with pytest.raises(IndexError):
+            paths[index]
+    with pytest.raises(IndexError):
+        part[100]
+
+
+@pytest.mark.parametrize("names", [[], ["a.png"], ["", "a"], ["/a", "/b"], ["a/b/c.png"], ["a/x y\n.png", "b/\u2028\x85"]])
+def test_few_or_odd_paths_are_kept_as_they_are(names):
+    assert Paths(names) == names and [*Paths(names)] == names
+    assert len(Paths(names)) == len(names) and Paths(names).digest() == Paths(names)[:].digest()
+
+
+def test_names_that_are_not_utf8_survive(tmp_path):
+    odd = [os.fsdecode(name) for name in (b"\xff\xfe.png", "grün.png".encode(), "grün.png".encode("latin-1"))]
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for name in odd:
+        (tmp_path / "train" / "a" / name).touch()
+    found = sets.scan_folder(tmp_path / "train", False)
+    assert sorted(found.paths) == sorted(str(tmp_path / "train" / "a" / name) for name in odd)
+    assert all(map(os.path.exists, found.paths))
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe.png\n")
+    assert found.listed(tmp_path / "list.txt").paths == [str(tmp_path / "train" / "a" / odd[0])]
+
+
+def test_a_path_that_no_file_can_have_is_refused():
+    with pytest.raises(DataError, match="is no path: it holds a zero byte"):
+        Split(torch.zeros(2), paths=["/d/a", "/d/b\0c"])
 
 
 # ---- the view

@@ -123,6 +123,18 @@ def test_processes_may_open_it_at_the_same_moment(root, monkeypatch):
     assert len(list(root.iterdir())) == 2
 
 
+def test_where_the_file_is_there_nothing_is_written_and_where_it_cannot_be_written_that_is_said(root, monkeypatch):
+    def denied(**options):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sets, "TemporaryDirectory", denied)
+        refused(root, f"{root / SPLIT} is missing and cannot be written (Read-only file system): make {root} writable once")
+    mini(root)
+    monkeypatch.setattr(sets, "TemporaryDirectory", denied)
+    assert len(mini(root).val) == 3
+
+
 def refused(root: Path, *parts: str) -> None:
     with pytest.raises(DataError) as caught:
         mini(root)

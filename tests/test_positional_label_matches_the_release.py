@@ -122,9 +122,9 @@ def test_a_checkpoint_whose_shift_masks_are_of_other_windows_is_refused():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     key = "layers.0.blocks.1.attn_mask"
     state = rename(other.state_dict(), {ours: theirs for theirs, ours in OFFICIAL_SWIN_NAMES.items() if "FinalLayer" not in theirs})
-    with pytest.raises(ConversionError, match=rf"{key}.*\(64, 49, 49\) in the file and \(16, 196, 196\) here"):
+    with pytest.raises(ConversionError, match=rf"{key}: not the shift masks of this window and image size"):
         load_method(model, state | {key: shift_mask(64, 49)}, OFFICIAL_SWIN_NAMES)
-    with pytest.raises(ConversionError, match=rf"{key}.*has other values"):
+    with pytest.raises(ConversionError, match=rf"{key}: not the shift masks"):
         load_method(model, state | {key: torch.zeros(16, 196, 196)}, OFFICIAL_SWIN_NAMES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     coverage = load_method(model, state | {key: shift_mask(16, 196).half()}, OFFICIAL_SWIN_NAMES)  # also as a file in half precision has it

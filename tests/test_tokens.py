@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.papers import choose_recipe, paper_module
 from benchmarks.reproduce import Options, Reproduction, main
-from common.data import Augmentation, Data, DataError, Loader, open_data
+from common.data import Augmentation, Data, DataError, Loader, open_data, sets
 from common.recipe import RecipeError
 from common.run import RunError
 from common.train import make_fabric
@@ -192,6 +192,27 @@ def test_images_that_the_store_does_not_know_are_refused_by_the_first_and_their_
     said = "tokens for 2 of 12 images, the first is train/bee/2x.png: these are not the images it was made from; give those, or delete the"
     with pytest.raises(DataError, match=re.escape(said)):
         prepare(open_data(str(folder)), tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("files", [20_000, 5])
+def test_images_that_were_replaced_under_their_names_are_refused_where_the_set_is_small(files, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sets, "CONTENT_FILES", files)
+    tokens = tmp_path / "tokens"
+    prepare(open_data(str(folder)), tokens)
+    draw(folder / "train" / "bee" / "1.png", seed=1000)
+    other = draw_pictures(tmp_path / "other" / "pictures")  # the same images, so the same tokens
+    assert prepare(open_data(str(other)), tokens).train.labels.shape == (10, 16)
+    data = open_data(str(folder))
+    if files == 5:
+        prepare(data, tokens)
+        return
+    for given, count in ((data, 10), (replace(data, train=data.train.subset([9, 6])), 2)):
+        said = (
+            f"made from other images than 1 of these {count}, the first is train/bee/1.png, which has the name of one: give those, or del"
+        )
+        with pytest.raises(DataError, match=said):
+            prepare(given, tokens)
+    assert len(prepare(replace(data, train=data.train.subset([0, 9])), tokens).train) == 2
 
 
 # ---- what is refused

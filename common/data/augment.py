@@ -60,12 +60,14 @@ class Augmentation:
             _check_randaugment(self.randaugment)
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"resize={self.resize}: give pixels of the short side; the whole image is pressed into shape by crop=squeezed")
-        for name in ("flip", "grey", "blur", "erase"):
-            if not 0 <= (probability := getattr(self, name)) <= 1:
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation={self.interpolation!r}: it is bilinear or bicubic")
+        for name, probability in {"flip": self.flip, "grey": self.grey, "blur": self.blur, "erase": self.erase}.items():
+            if not 0 <= probability <= 1:
                 raise ValueError(f"{name}={probability}: a probability lies in 0..1")
-        for name in ("padding", "color_jitter"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"{name}={value}: give a number from 0 up")
+        for name, value in {"padding": self.padding, "color_jitter": self.color_jitter}.items():
+            if value < 0:
+                raise ValueError(f"{name}={value}: it is 0 or more")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats}: an image is drawn at least once")
 

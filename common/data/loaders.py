@@ -9,11 +9,15 @@ row r of that is copy r // N of image r % N, and the rows of copy 0 are the imag
 Shapes: N images of the split, R rows, E of an epoch, B of a micro-batch, C channels, H x W pixels, K uniform numbers.
 """
 
+import functools
 import itertools
 import logging
+import mmap
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
+from multiprocessing.util import Finalize
 
 import torch
 from PIL import Image
@@ -21,13 +25,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, view_name, worker_transform
-from common.data.sets import Data, DataError, Split, read_image
+from common.data.sets import Data, DataError, Split, any_size, read_image
 from common.randomness import generator, reseed
+from common.stopping import STOP_SIGNALS, finish_first
 
 # last in their keys; AUGMENTATION is the largest, because copy c of an image has AUGMENTATION + c in its place
 ORDER, AUGMENTATION = 1, 2
 
 log = logging.getLogger(__name__)
+
+
+def default_workers(processes: int | None = None) -> int:
+    """Loader workers for one of `processes` of this machine: its share of the cores that it may use, at least 1 and at most 8.
+
+    Left out, `processes` is torchrun's LOCAL_WORLD_SIZE, and 1 without torchrun.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
 
 
 @dataclass(eq=False)
@@ -38,7 +52,8 @@ class Loader:
     the same however they are divided. Evaluation, where there is none: every image once over all ranks, in order. Images in memory live on
     the device and are augmented there; files, and images that RandAugment needs on the CPU, go through worker processes.
 
-    Raises DataError where the split is smaller than one effective batch of training, and for a `resize` that cannot be.
+    Raises DataError where the split is smaller than one effective batch of training, for a `resize` that cannot be, and for images in
+    memory of other channels than the data set's.
     """
 
     split: Split
@@ -72,21 +87,29 @@ class Loader:
         if resize is not None and (self.split.paths is None or 0 < resize < min(self.image_size)):
             short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but these have one size"
             raise DataError(f"images are to be resized to {resize} pixels, {short}: choose a larger `resize`, None, or 0 to squeeze images")
+        if self.split.images is not None and self.split.images.shape[1] != self.data.channels:
+            given = f"images of shape {tuple(self.split.images.shape)} for {self.data.name} with channels={self.data.channels}"
+            raise DataError(f"{given}: give a split of (N, {self.data.channels}, H, W)")
         self.in_memory = self.split.images is not None and (self.augmentation is None or self.augmentation.randaugment is None)
         if self.in_memory:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
             return
         self.schedule, self.reported = _Schedule(), set[str]()
+        ending = mmap.mmap(-1, 1)  # shared with the workers: whether SIGTERM comes from this process, to end them
         self.worker_batches = DataLoader(
             _Images(self),
             batch_sampler=self.schedule,  # type: ignore[arg-type]
             num_workers=self.workers,
-            worker_init_fn=_own_group,
+            worker_init_fn=functools.partial(_start_worker, ending),
+            # the split, whose paths may be a million, is shared and not copied
+            multiprocessing_context="fork" if self.workers else None,
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
             # torch seeds its workers from this; left out, it would draw from the caller's global generator
             generator=torch.Generator(),
         )
+        # before multiprocessing ends its children and waits for them, or where nobody uses these any more
+        Finalize(self.worker_batches, ending.write, (b"1",), exitpriority=100)
 
     @property
     def view(self) -> dict[str, str]:
@@ -145,7 +168,9 @@ class Loader:
     def _from_workers(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         self.schedule.epoch, self.schedule.batches = epoch, batches
         try:
-            for images_BCHW, labels_B, draws_BK, skipped in self.worker_batches:
+            with finish_first():  # a signal would end a worker that has not come to ignore it yet
+                batches_of_workers = iter(self.worker_batches)
+            for images_BCHW, labels_B, draws_BK, skipped in batches_of_workers:
                 # reported here and not in the workers, so that a file is named once however many of them come across it
                 for path in {path for paths in skipped for path in paths.splitlines()} - self.reported:
                     self.reported.add(path)
@@ -189,26 +214,32 @@ class _Images(Dataset):
             # Python's, NumPy's and torch's global generators, because the transforms draw from all three. Without workers that happens in
             # the caller's process; nothing is restored, as the training loop reseeds before each step. Evaluation leaves them alone.
             reseed(self.seed, epoch, index, AUGMENTATION + copy)
-        image, index, skipped = self._read(index)
-        image_CHW = self.transform(image)[: self.channels]
+        with any_size():  # cutting, too, warns of large images
+            image, index, skipped = self._read(index)
+            image_CHW = self.transform(image)[: self.channels]
         return image_CHW, self.split.labels[index], torch.rand(DRAWS) if self.random else torch.zeros(DRAWS), skipped
 
     def _read(self, index: int) -> tuple[Image.Image, int, str]:
         if self.split.paths is None:
             pixels_HWC = self.split.images[index].permute(1, 2, 0).numpy()
             return Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC).convert("RGB"), index, ""
-        skipped: list[str] = []
+        skipped, faults = list[str](), list[DataError]()
         for candidate in itertools.chain(range(index, len(self.split)), range(index)):
             try:
                 return read_image(self.split.paths[candidate]), candidate, "\n".join(skipped)
-            except DataError:
+            except DataError as error:
                 if not self.split.skip_corrupt:
                     raise
                 skipped.append(self.split.paths[candidate])
-        raise DataError(f"none of {len(skipped)} images can be read, the first is {skipped[0]}: delete them and restore the data set")
+                faults = faults or [error]
+        raise DataError(f"none of {len(skipped)} images can be read, and --skip-corrupt does not help; the first: {faults[0]}")
 
 
-def _own_group(worker: int) -> None:
-    """Terminals, torchrun and `timeout` signal the process group of a run. Only the process that trains can save it, and for that it
-    needs its workers, which end when it does."""
+def _start_worker(ending: mmap.mmap, worker: int) -> None:
+    """Terminals, torchrun, Slurm and `timeout` signal the processes of a run, or all of its group. Only the process that trains can save,
+    and for that it needs its workers: these ignore the signals, and end when it does."""
     os.setpgrp()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending[0] else None)
+    signal.siginterrupt(signal.SIGTERM, False)  # else reading a file may fail

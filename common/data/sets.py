@@ -8,43 +8,176 @@ import difflib
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity, extract_archive
 
-from common.files import replacing
+from common.files import locked, replacing
 from common.randomness import generator
 
 NAMES = ("digits", "cifar10", "cifar100", "tiny-imagenet", "mini-imagenet")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MINI_CLASSES, MINI_IMAGES, MINI_TRAIN = 100, 600, 500  # of Mini-ImageNet: classes, images of each, and how many of these train
+# sets of at most so many files are known by the sizes of these too, and of at most so many bytes in all by their contents
+CONTENT_FILES, CONTENT_BYTES = 20_000, 512 * 2**20
+# folders that systems and not people make, beside those whose names begin with a dot
+FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 class DataError(ValueError):
     """A fault in the data that the user can mend; the message says where and how."""
 
 
+class Paths(Sequence):
+    """The paths of N files as one array of bytes instead of N objects: loader workers, which are forked, share it with their parent.
+
+    Of a list of str each would in time have a copy, because looking at an object writes its reference count. `paths[i]` makes a str;
+    a slice or an array of int64 selects, and copies no name. Names that are not UTF-8 survive as os.fsdecode writes them.
+    """
+
+    def __init__(self, names: Iterable[str], root: str | None = None) -> None:
+        """root: what stands before every name, such as data/train/. Left out, it is the folder that all have in common."""
+        if root is None:
+            names = [os.fspath(name) for name in names]
+            root = os.path.commonprefix([min(names), max(names)]) if names else ""
+            root = root[: root.rfind("/") + 1]
+            names = (name[len(root) :] for name in names)
+        self.root, names = root, iter(names)
+        held, ends = bytearray(), [numpy.empty(0, numpy.int64)]
+        while part := [*itertools.islice(names, 2**16)]:  # not all at once, so that memory never holds the names as objects
+            encoded = os.fsencode("\0".join(part)) + b"\0"
+            ends.append((numpy.frombuffer(encoded, numpy.uint8) == 0).nonzero()[0] + len(held))
+            if len(ends[-1]) != len(part):
+                raise DataError(f"{next(name for name in part if chr(0) in name)!r} is no path: it holds a zero byte")
+            held += encoded
+        self._bytes, self._ends = numpy.frombuffer(held, numpy.uint8), numpy.concatenate(ends)  # each name ends with a zero byte
+        self._whole: Paths | None = None  # that this is a selection of
+        self._rows: numpy.ndarray | None = None  # which of its names these are: (N,) int64
+
+    def __len__(self) -> int:
+        return len(self._ends if self._rows is None else self._rows)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"path {index} of {len(self)}")
+            row = range(len(self))[index] if self._rows is None else int(self._rows[index])
+            begin = int(self._ends[row - 1]) + 1 if row else 0
+            return self.root + os.fsdecode(self._bytes[begin : int(self._ends[row])].tobytes())
+        if not isinstance(index, slice):
+            index = numpy.asarray(index)
+            if index.ndim == 0:
+                return self[int(index)]
+            index = index if index.size else index.astype(numpy.int64)  # of an empty list numpy makes floats
+        part = object.__new__(Paths)
+        part.__dict__ |= {name: held for name, held in self.__dict__.items() if name != "contents"}
+        part._whole = self if self._whole is None else self._whole
+        part._rows = (numpy.arange(len(self)) if self._rows is None else self._rows)[index]
+        return part
+
+    def __iter__(self) -> Iterator[str]:
+        if self._rows is not None:
+            yield from (self[index] for index in range(len(self)))
+            return
+        begin = 0
+        for last in range(2**16 - 1, len(self) + 2**16 - 1, 2**16):
+            end = int(self._ends[min(last, len(self) - 1)])
+            yield from (self.root + name for name in os.fsdecode(self._bytes[begin:end].tobytes()).split("\0"))
+            begin = end + 1
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (Paths, list, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(ours == theirs for ours, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Iterable[str]) -> list[str]:
+        return [*self, *other]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} paths below {self.root!r}>"
+
+    @cached_property
+    def contents(self) -> list[str]:
+        """What each file holds, as text: its size, a hyphen, and where all are small a hash of its bytes. Empty where there are too many.
+
+        Read once; see CONTENT_FILES and CONTENT_BYTES, which count the set that this is a selection of. Of a file that is not there: "-".
+        """
+        if self._whole is not None:
+            whole = self._whole.contents
+            return [whole[row] for row in self._rows] if whole else []
+        if len(self) > CONTENT_FILES:
+            return []
+        sizes = [_size(path) for path in self]
+        hashed = sum(filter(None, sizes)) <= CONTENT_BYTES
+        return [f"{'' if size is None else size}-{_hash(path) if hashed else ''}" for path, size in zip(self, sizes, strict=True)]
+
+    def digest(self) -> str:
+        """A hash of the names below `root` in their order, and of `contents`; of a selection, of the whole's digest and its rows."""
+        if self._whole is None:
+            found = hashlib.sha256(self._bytes)
+            found.update("\n".join(self.contents).encode())
+        elif numpy.array_equal(self._rows, numpy.arange(len(self._ends))):
+            return self._whole.digest()
+        else:
+            found = hashlib.sha256(self._whole.digest().encode())
+            found.update(numpy.ascontiguousarray(self._rows))
+        return found.hexdigest()
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def _hash(path: str) -> str:
+    found = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                found.update(part)
+    except OSError:  # opening a data set reads no image: a fault in one is reported when it is its turn
+        return ""
+    return found.hexdigest()[:16]
+
+
 @dataclass(eq=False)
 class Split:
-    """Labelled images, either in memory or as files. Raises DataError unless it is exactly one of the two, one label per image."""
+    """Labelled images, either in memory or as files.
+
+    Raises DataError unless it is exactly one of the two, one label per image, and images are uint8 (N, C, H, W).
+    """
 
     labels: Tensor  # (N,) int64
     images: Tensor | None = None  # (N, C, H, W) uint8
-    paths: list[str] | None = None
+    paths: Sequence[str] | None = None  # kept as Paths
     class_names: tuple[str, ...] = ()
     skip_corrupt: bool = False  # an unreadable file is replaced by the next readable one instead of ending the run
 
     def __post_init__(self) -> None:
         if (self.images is None) == (self.paths is None):
             raise DataError("a split holds either images or paths")
+        if self.paths is not None and not isinstance(self.paths, Paths):
+            self.paths = Paths(self.paths)
+        if self.images is not None and (self.images.dtype != torch.uint8 or self.images.ndim != 4):
+            given = f"images of shape {tuple(self.images.shape)} and type {self.images.dtype}"
+            mend = "convert pixels from 0..1 by (255 * images).round().to(torch.uint8), and NHWC by images.permute(0, 3, 1, 2)"
+            raise DataError(f"{given}: a split holds a torch.uint8 tensor (N, C, H, W) of 0 to 255; {mend}")
         count = len(self.images if self.paths is None else self.paths)
         if count != len(self.labels):
             raise DataError(f"{count} images but {len(self.labels)} labels")
@@ -56,7 +189,7 @@ class Split:
         """The images at `indices`, in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         images = None if self.images is None else self.images[chosen]
-        paths = None if self.paths is None else [self.paths[i] for i in chosen.tolist()]
+        paths = None if self.paths is None else self.paths[chosen.numpy()]
         return Split(self.labels[chosen], images, paths, self.class_names, self.skip_corrupt)
 
     def per_class(self, n: int, seed: int) -> "Split":
@@ -87,12 +220,15 @@ class Split:
         """
         if self.paths is None:
             raise DataError(f"{path} lists images by name, and these have none, they are in memory: use data in files, or no list")
-        known: dict[str, list[int]] = {}
-        for index, file in enumerate(map(Path, self.paths)):
-            for name in (file.name, f"{file.parent.name}/{file.name}"):
-                known.setdefault(name, []).append(index)
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
-        absent = [name for name in names if name not in known]
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as names of files are decoded
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        known: dict[str, list[int]] = {name: [] for name in names}
+        for index, file in enumerate(self.paths):
+            folder, _, short = file.rpartition("/")
+            for name in (short, f"{folder.rpartition('/')[2]}/{short}"):
+                if name in known:
+                    known[name].append(index)
+        absent = [name for name in names if not known[name]]
         if absent or not names:
             what = f"names {len(absent)} of {len(names)} images that are absent, the first is {absent[0]!r}" if names else "names no image"
             raise DataError(f"{path} {what}: give the list of this data set, with one file name, or class/file name, on each line")
@@ -107,16 +243,27 @@ class Split:
 
     @property
     def classes(self) -> int:
-        return max(len(self.class_names), int(self.labels.max()) + 1)
+        return max(len(self.class_names), int(self.labels.max()) + 1 if len(self) else 0)
 
     def digest(self) -> str:
-        """What tells this split from others, in hexadecimal: its labels, and its pixels, or its paths below their common folder."""
-        found = hashlib.sha256(self.labels.numpy().tobytes())
-        if self.images is not None:
-            found.update(repr(tuple(self.images.shape)).encode() + self.images.contiguous().numpy().tobytes())
-        elif self.paths:
-            root = os.path.commonpath(os.path.dirname(path) for path in self.paths)
-            found.update("\0".join(os.path.relpath(path, root) for path in self.paths).encode(errors="surrogateescape"))
+        """What tells this split from others, in hexadecimal, computed once: labels, class names, and pixels or files.
+
+        Files are known by their names below the folder that they share, so not by where that lies, nor by their times. Of a set of up to
+        20,000 files and 512 MiB the contents count too, of a larger one of so many files the sizes. What is not noticed: in sets of more
+        files that one is replaced under its name; in those that are known by sizes, that it is replaced by one of the same size; and
+        whatever happens after the first call.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        found = hashlib.sha256("\0".join(self.class_names).encode(errors="surrogateescape"))
+        for tensor in (self.labels, self.images):
+            if tensor is not None:
+                found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.cpu().contiguous().numpy().reshape(-1).view(numpy.uint8))  # in place, however large it is
+        if self.paths is not None:
+            found.update(self.paths.digest().encode())
         return found.hexdigest()
 
     def _draw(self, counts: Sequence[int], seed: int) -> "Split":
@@ -147,6 +294,20 @@ class Data:
     identity = property(lambda self: {part: getattr(self, part).digest()[:16] for part in ("train", "val")})
     split: str = ""  # what tells train from val where the data set itself does not: name and digest of the file
 
+    def __post_init__(self) -> None:
+        for part in (self.train, self.val):
+            if part.images is not None and part.images.shape[1] != self.channels:
+                shape = tuple(part.images.shape)
+                raise DataError(f"{self.name}: images of shape {shape}, and channels={self.channels}: a split holds (N, C, H, W)")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What was opened, whatever it is called: a line for each split, of how much it holds and Split.digest."""
+        return {
+            name: f"{len(split)} images, {split.classes} classes, {split.digest()[:16]}"
+            for name, split in (("train", self.train), ("val", self.val))
+        }
+
 
 def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) -> Data:
     """Open `digits`, `cifar10`, `cifar100`, `tiny-imagenet`, `mini-imagenet` (kept under `root`), or the folder that `name` is the path of.
@@ -172,20 +333,69 @@ def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) 
     )
 
 
-def read_image(path: str) -> Image.Image:
-    """Decode a file of any kind that Pillow knows to 8-bit RGB. Raises DataError naming the file where that fails.
+_limits = threading.Lock()
+_unlimited = 0  # how many blocks of any_size are open
 
-    Transparency is dropped, as ImageNet pipelines do; 16-bit grey values are scaled to 8 bits, not clipped.
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Within the block Pillow opens and cuts images of any size, and reads any text in them, without a warning.
+
+    Its guards are against strangers' files, and these are the user's own. They are global: the last thread to leave restores them.
+    """
+    global _unlimited, _guards
+    with _limits:
+        if _unlimited == 0:
+            _guards = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = None, 2**31 - 1, 2**31 - 1
+        _unlimited += 1
+    try:
+        yield
+    finally:
+        with _limits:
+            _unlimited -= 1
+            if _unlimited == 0:
+                Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = _guards
+
+
+def read_image(path: str) -> Image.Image:
+    """Decode a file of any kind and size that Pillow knows to 8-bit RGB. Raises DataError naming the file where that fails.
+
+    Transparency is dropped, as ImageNet pipelines do. Grey values of 16 bits (0 to 65535) and floats (0 to 1) are scaled to 8 bits;
+    others are refused with their range, as clipping would make them black or white.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode == "I" or image.mode.startswith("I;16"):
-                values = numpy.asarray(image).astype(numpy.int64).clip(0, 65535)
-                return Image.fromarray((values // 257).astype(numpy.uint8)).convert("RGB")
+        with any_size(), Image.open(path) as image:
+            if 4 * image.width * image.height > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+                raise MemoryError  # before the kernel kills a process, for what may be a broken header
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                return Image.fromarray(_to_bytes(path, numpy.asarray(image))).convert("RGB")
             # Pillow turns a palette with transparent entries into RGB only by way of RGBA
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    except DataError:
+        raise
+    except MemoryError as error:
+        raise DataError(f"{path} has more pixels than fit into memory: give a smaller copy of it, or pass --skip-corrupt") from error
     except Exception as error:  # decoders raise a dozen kinds of exceptions on broken files
-        raise DataError(f"{path} cannot be read as an image ({error}): delete it, or pass --skip-corrupt") from error
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, and not of a decoder
+            raise DataError(f"{path} cannot be opened ({error.strerror}): make it readable, or pass --skip-corrupt") from error
+        mend = "if other programs show it, save it anew as PNG or JPEG; otherwise delete it, or pass --skip-corrupt"
+        raise DataError(f"{path} cannot be read as an image ({error}): {mend}") from error
+
+
+def _to_bytes(path: str, values: numpy.ndarray) -> numpy.ndarray:
+    """Grey pixels of 16 or 32 bits, integers or floats, as uint8. Raises DataError for a range that has no usual meaning."""
+    low, high = values.min().item(), values.max().item()
+    if values.dtype.kind == "f":
+        if low >= 0 and high <= 1:
+            return (values * 255).round().astype(numpy.uint8)
+        what, wanted = "float pixels", "floats are read from 0 to 1"
+    elif 0 <= low and high <= 65535 and not 0 < high < 257:
+        return (values.astype(numpy.int64) // 257).astype(numpy.uint8)
+    else:
+        what, wanted = "pixels of more than 8 bits", "these are read from 0 to 65535"
+        wanted += ", where they would all be black" if 0 <= low and high <= 65535 else ""
+    raise DataError(f"{path} has {what} from {low} to {high}, and {wanted}: save it with 8 bits, or pass --skip-corrupt")
 
 
 def _digits() -> Data:
@@ -203,8 +413,21 @@ def _digits() -> Data:
 
 def _cifar(name: str, root: Path) -> Data:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+    def load(download: bool) -> list:
+        return [kind(root, train=train, download=download) for train in (True, False)]
+
     try:
-        sets = [kind(root, train=train, download=True) for train in (True, False)]
+        try:
+            sets = load(download=False)  # needs no lock, and so no folder that can be written to
+        except (OSError, RuntimeError):
+            # one process downloads and unpacks; those that wait for it find everything there, as torchvision looks before it downloads
+            with locked(root / f"{name}.lock", wait=True):
+                archive, names = root / kind.filename, root / kind.base_folder / kind.meta["filename"]
+                if check_integrity(archive, kind.tgz_md5) and not check_integrity(names, kind.meta["md5"]):
+                    # a process was killed while it unpacked; torchvision itself unpacks again only where images are missing
+                    extract_archive(archive, root)
+                sets = load(download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{name} is not in {root} and cannot be downloaded ({error}): put {kind.filename} from {kind.url} there") from error
     splits = [
@@ -241,6 +464,9 @@ def _tiny_imagenet(folder: Path, skip_corrupt: bool) -> Data:
             raise DataError(f"{annotations}: the line {line!r} names no class of {folder / 'train'}: unpack the archive again")
         paths.append(str(annotations.parent / "images" / fields[0]))
         labels.append(number[fields[1]])
+    missing = next((path for path in paths if not os.path.exists(path)), None)
+    if missing or not paths:
+        raise DataError(f"{annotations} names {missing or 'no images'}, which is not there: unpack the archive again")
     val = Split(torch.tensor(labels), paths=paths, class_names=train.class_names, skip_corrupt=skip_corrupt)
     return Data("tiny-imagenet", len(number), 3, (64, 64), IMAGENET_MEAN, IMAGENET_STD, train, val)
 
@@ -263,11 +489,16 @@ def _mini_imagenet(folder: Path, file: Path, skip_corrupt: bool) -> Data:
         # the usual split gives train and val classes of their own, as few-shot learning wants it, so each class is divided here
         chosen = set(whole.per_class(MINI_TRAIN, seed=0).paths)
         parts = {short: "train" if path in chosen else "val" for short, path in zip(paths, whole.paths, strict=True)}
-        # the processes of a run may all get here at once, and `replacing` has one temporary name, so each has a folder of its own
-        with TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as own:
-            with replacing(Path(own) / file.name) as temporary, open(temporary, "w", encoding="utf-8", newline="") as out:
-                csv.writer(out, lineterminator="\n").writerows([("path", "split"), *sorted(parts.items())])
-            os.replace(Path(own) / file.name, file)
+        # the processes of a run may all get here at once: what they write is the same, each in a folder of its own as `replacing` has one
+        # temporary name, and the file is whole from the moment it has its name
+        text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        try:
+            with TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as own:
+                with replacing(Path(own) / file.name) as temporary, open(temporary, "w", **text) as out:
+                    csv.writer(out, lineterminator="\n").writerows([("path", "split"), *sorted(parts.items())])
+                os.replace(Path(own) / file.name, file)
+        except OSError as error:
+            raise DataError(f"{file} is missing and cannot be written ({error.strerror}): make {file.parent} writable once") from error
     content = file.read_bytes()
     parts = _read_split(file, content, paths)
     train, val = (whole.subset([i for i, path in enumerate(paths) if parts[path] == part]) for part in ("train", "val"))
@@ -279,7 +510,7 @@ def _read_split(file: Path, content: bytes, paths: Sequence[str]) -> dict[str, s
     def fault(what: str) -> DataError:
         return DataError(f"{file} {what}: mend it, or delete it to have it made again")
 
-    header, *lines = content.decode("utf-8-sig", errors="replace").splitlines() or [""]
+    header, *lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines() or [""]
     if header != "path,split":
         raise fault(f"begins with {header!r} and not with 'path,split'")
     parts, known = {}, set(paths)
@@ -304,7 +535,7 @@ def _folder(folder: Path, skip_corrupt: bool) -> Data:
     held_out = folder / "val" if (folder / "val").is_dir() else folder / "test"
     if not (folder / "train").is_dir() or not held_out.is_dir():
         missing = "train/" if held_out.is_dir() else "val/" if (folder / "train").is_dir() else "train/ and val/"
-        entries = sorted(entry.name for entry in folder.iterdir())
+        entries = sorted(entry.name for entry in folder.iterdir() if not _foreign(entry.name))
         found = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
         raise DataError(f"{folder} lacks {missing}; found: {found or 'nothing'}. It needs train/ and val/, each with one folder per class")
     train, val = scan_folder(folder / "train", skip_corrupt), scan_folder(held_out, skip_corrupt)
@@ -320,14 +551,36 @@ def _folder(folder: Path, skip_corrupt: bool) -> Data:
 def scan_folder(folder: Path, skip_corrupt: bool) -> Split:
     """The images of a folder that holds one folder per class, classes in the order of their names; `skip_corrupt` as in Split.
 
-    Raises DataError where there are no class folders, or one holds no images.
+    At every level, what systems leave beside people's files is passed over: names that begin with a dot, and FOREIGN.
+    Raises DataError where there are no class folders, one holds no images, or one cannot be listed.
     """
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): make it readable")
+
+    def images() -> Iterator[str]:
+        for name in names:
+            found = []
+            for top, inner, files in os.walk(os.path.join(folder, name), onerror=refuse, followlinks=True):
+                inner[:] = [entry for entry in inner if not _foreign(entry)]
+                found.append((top[len(root) :], [file for file in files if not _foreign(file) and file.lower().endswith(IMG_EXTENSIONS)]))
+            counts.append(sum(len(files) for _, files in found))
+            yield from (f"{top}/{file}" for top, files in sorted(found) for file in sorted(files))
+
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _foreign(entry.name))
+    except OSError as error:
+        refuse(error)
     if not names:
         raise DataError(f"{folder} holds no class folders: put the images of each class into a folder of its own there")
-    samples = make_dataset(folder, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
-    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-    for name, count in zip(names, torch.bincount(labels, minlength=len(names)).tolist(), strict=True):
+    root, counts = os.path.join(folder, ""), list[int]()
+    paths = Paths(images(), root)
+    for name, count in zip(names, counts, strict=True):
         if count == 0:
             raise DataError(f"{folder / name} holds no images ({' '.join(IMG_EXTENSIONS)}): fill the folder or delete it")
-    return Split(labels, paths=[path for path, _ in samples], class_names=tuple(names), skip_corrupt=skip_corrupt)
+    labels = torch.arange(len(names)).repeat_interleave(torch.tensor(counts))
+    return Split(labels, paths=paths, class_names=tuple(names), skip_corrupt=skip_corrupt)
+
+
+def _foreign(name: str) -> bool:
+    return name.startswith(".") or name in FOREIGN

@@ -150,7 +150,10 @@ def _make(
     _check(manifest, seeing)
     loaders = {part: _loader(data, getattr(data, part), seeing, manifest["short_side"], workers) for part in PARTS}
     train = loaders["train"]
-    partial = unfinished(place, [name for part in PARTS for name in image_names(loaders[part].split, part)], manifest)
+    splits = {part: loaders[part].split for part in PARTS}
+    contents = [held for split in splits.values() for held in (split.paths.contents if split.paths else []) or [""] * len(split)]
+    manifest = manifest | ({"contents": contents} if any(contents) else {})
+    partial = unfinished(place, [name for part in PARTS for name in image_names(splits[part], part)], manifest)
     tokenizer = seeing
     if isinstance(seeing, Features):
         tokenizer = NearestCentroid(seeing, _centroids(partial, seeing, tokenization, train, manifest["vocabulary"], device))

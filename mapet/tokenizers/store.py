@@ -1,13 +1,15 @@
 """A store of tokens: what a tokenizer makes of every image of a data set, made once, and found again by the images' names.
 
-manifest.json   what made the tokens, how images were seen, how many there are; while it is made also how many are done
+manifest.json   what made the tokens, how images were seen, how many there are, and what the files of small sets held (Paths.contents);
+                while it is made also how many are done
 tokens.npy      ids (images, cells) int16, cells in row-major order, read as a memory map
 images.json     a name per row: train/ or val/ and the path below the split's folder; of images in memory the hash of their pixels
 codewords.png   patches that are nearest to some of the codes
 codebook.safetensors   of k-means: the centroids
 
-A file is known by its path alone, wherever its data set lies and whenever it was written: who puts other images under old names deletes
-the store. The folder is called .partial until all this is in it; a killed process leaves it, and the next goes on from there.
+A file is known by its path, wherever its data set lies and whenever it was written. That another image has its name now is noticed in
+sets of up to 20,000 files (by their contents up to 512 MiB, else by sizes); who does that in larger ones deletes the store. The folder is
+called .partial until all this is in it; a killed process leaves it, and the next goes on from there.
 """
 
 import fcntl
@@ -16,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,11 +77,12 @@ class TokenStore:
     def of(self, split: Split, part: str) -> Tensor:
         """The tokens (N, cells) int16 of a split's images, or of some of them; `part` is "train" or "val".
 
-        Raises DataError naming the first image that the store does not know.
+        Raises DataError naming the first image that the store does not know, or that another one has taken the place of.
         """
         names = image_names(split, part, self.names)
         first = self.names.index(names[0]) if names[0] in self.names else 0
         if self.names[first : first + len(names)] == names:
+            self._compare(split, names, range(first, first + len(names)))
             return self.tokens[first : first + len(names)]  # stays on disk
         row = {name: index for index, name in enumerate(self.names)}
         absent = [name for name in names if name not in row]
@@ -88,7 +91,23 @@ class TokenStore:
                 f"{self.folder} has no tokens for {len(absent)} of {len(names)} images, the first is {absent[0]}: these are not the images "
                 "it was made from; give those, or delete the folder to have it made again"
             )
-        return self.tokens[torch.tensor([row[name] for name in names])]
+        rows = [row[name] for name in names]
+        self._compare(split, names, rows)
+        return self.tokens[torch.tensor(rows)]
+
+    def _compare(self, split: Split, names: list[str], rows: Sequence[int]) -> None:
+        """Raise DataError where the images' files hold something else than those that the tokens were made from."""
+        held = self.manifest.get("contents")
+        if not held or split.paths is None:
+            return
+        pairs = zip(names, split.paths.contents, (held[row] for row in rows), strict=False)  # no contents: a large set
+        # of the larger of two sets only sizes may be known, and nothing of the largest
+        other = [name for name, now, then in pairs if then and not now.startswith(then) and not then.startswith(now)]
+        if other:
+            raise DataError(
+                f"{self.folder} was made from other images than {len(other)} of these {len(names)}, the first is {other[0]}, which has the "
+                "name of one: give those, or delete the folder to have it made again"
+            )
 
     def _fault(self, what: str) -> DataError:
         return DataError(f"the token store {self.folder} cannot be used: {what}; delete it to have it made again")
