@@ -75,7 +75,7 @@ def _complaints(run: "Reproduction", root: Path, read: Callable) -> Iterator[tup
         if fault := _trial(lambda: _method(run))[1]:
             yield "pretrain", fault
         if encoder_file is not None and not done["pretrain"]:
-            yield from _said("--encoder", lambda: load_encoder(_encoder(run), read(encoder_file)))
+            yield from _said("--encoder", lambda: load_encoder(_encoder(run), read(encoder_file), allow_unused=("cls_token",)))
     for protocol in protocols:
         for complaint in _protocol(run, protocol):
             yield f"protocol {protocol.name}", complaint
