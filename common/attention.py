@@ -12,7 +12,7 @@ Shapes: B images, H heads, Q queries, K keys, D head width.
 import csv
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from common.kernels import DTYPES, WIDTHS
 
@@ -57,8 +57,9 @@ def attend(
     bias_HQK (H, Q, K) is added to the scores, and gets a gradient.
 
     Backends: "sdpa" (torch's scaled_dot_product_attention; a window becomes a mask, and only here can there be a bias), "flex"
-    (torch's FlexAttention; compiled on CUDA, without gradients elsewhere), "triton" (common/kernels, for CUDA), and "auto": what
-    was measured to be fastest for the nearest shape on this device (common/kernels/choices.csv), otherwise "sdpa".
+    (torch's FlexAttention; compiled on CUDA, without gradients elsewhere; its block mask is made once for a window, as long as the
+    tensors stay the same memory, unchanged), "triton" (common/kernels, for CUDA), and "auto": what was measured to be fastest for the
+    nearest shape on this device (common/kernels/choices.csv), otherwise "sdpa".
     Returns (B, H, Q, D). Raises ValueError for a backend, shape, dtype or device that does not fit, ImportError without Triton.
     """
     if backend not in BACKENDS:
@@ -135,22 +136,58 @@ class _Bfloat16OnCPU(torch.autograd.Function):
 
 def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tensor | None) -> Tensor:
     if q_BHQD.device.type == "cuda":
-        make_mask, flex = _compiled(create_block_mask), _compiled(flex_attention)
+        flex = _compiled(flex_attention)
     else:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHQD, k_BHKD, v_BHKD)):
             raise ValueError(f"the flex backend has no gradients on {q_BHQD.device}; choose 'sdpa', or attend under torch.no_grad()")
         q_BHQD, k_BHKD, v_BHKD = q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach()
-        make_mask, flex = create_block_mask, flex_attention
+        flex = flex_attention
 
-    (B, _, Q, _), K = q_BHQD.shape, k_BHKD.shape[2]
-    window = {name: None if x is None else x.expand(B, -1) for name, x in window.items()}
+    blocks = None
+    if window:
+        rows = window["time"], window["visible_from"], window["visible_until"]
+        sizes = q_BHQD.shape[0], q_BHQD.shape[2], k_BHKD.shape[2]
+        # While the whole model is traced there is no memory to compare. Then the compiler merges equal masks of one step.
+        if torch.compiler.is_compiling() or any(row is not None and row.is_inference() for row in rows):
+            blocks = _block_mask(*rows, sizes, q_BHQD.device)
+        else:
+            blocks = _kept_block_mask(tuple(None if row is None else _Row(row) for row in rows), sizes, q_BHQD.device)
+    return flex(q_BHQD, k_BHKD, v_BHKD, block_mask=blocks)
+
+
+def _block_mask(
+    time: Tensor | None, visible_from: Tensor | None, visible_until: Tensor | None, sizes: tuple[int, int, int], device: torch.device
+) -> BlockMask:
+    """FlexAttention's form of a window, for `sizes` (B, Q, K)."""
+    B, Q, K = sizes
+    time, visible_from, visible_until = (None if x is None else x.expand(B, -1) for x in (time, visible_from, visible_until))
 
     def visible(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        now = query if window["time"] is None else window["time"][image, query]
-        return _within(now, *(None if x is None else x[image, key] for x in (window["visible_from"], window["visible_until"])))
+        now = query if time is None else time[image, query]
+        return _within(now, *(None if x is None else x[image, key] for x in (visible_from, visible_until)))
 
-    blocks = make_mask(visible, B, None, Q, K, device=q_BHQD.device) if window else None
-    return flex(q_BHQD, k_BHKD, v_BHKD, block_mask=blocks)
+    make_mask = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make_mask(visible, B, None, Q, K, device=device)
+
+
+class _Row:
+    """A vector of a window as a key: equal to any view of the same memory with the same content. It holds the memory, so that no other
+    vector takes that place while the key is kept."""
+
+    def __init__(self, row: Tensor):
+        self.row, self.key = row, (row.data_ptr(), row.device, row.dtype, row.shape, row.stride(), row._version)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Row) and self.key == other.key
+
+
+@lru_cache(maxsize=8)  # a model has one or two windows at a time
+def _kept_block_mask(rows: tuple[_Row | None, ...], sizes: tuple[int, int, int], device: torch.device) -> BlockMask:
+    """`_block_mask`, made once for all blocks and steps that have the window in common."""
+    return _block_mask(*(None if key is None else key.row for key in rows), sizes, device)
 
 
 @cache

@@ -211,7 +211,8 @@ class TokenHead(nn.Linear):
     """A linear classifier of so many classes that the logits of a batch would take more memory than the rest of a training step."""
 
     def loss(self, x_MD: Tensor, token_M: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy of M tokens' features with their classes, and the share that is told right; logits come in pieces."""
+        """The mean cross-entropy of M tokens' features with their classes, and the share of tokens whose class has the largest logit, the
+        first of equals. Logits are computed in pieces."""
         device, factors = x_MD.device.type, (x_MD, self.weight, self.bias)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             factors = (x.to(torch.get_autocast_dtype(device)) for x in factors)
@@ -231,10 +232,10 @@ class _TokenLoss(torch.autograd.Function):
         for start in range(0, len(x_MD), rows):
             part = slice(start, start + rows)
             token_M1 = token_M[part, None]
-            logp_MV = F.linear(x_MD[part], weight_VD, bias_V).log_softmax(1, dtype=torch.float32)
-            true_M1 = logp_MV.gather(1, token_M1)
-            loss -= true_M1.sum()
-            right += (true_M1 == logp_MV.amax(1, keepdim=True)).sum()
+            logit_MV = F.linear(x_MD[part], weight_VD, bias_V).float()
+            right += (logit_MV.argmax(1, keepdim=True) == token_M1).sum()
+            logp_MV = logit_MV.log_softmax(1)
+            loss -= logp_MV.gather(1, token_M1).sum()
             if any(ctx.needs_input_grad):
                 d_logit_MV = _logit_gradient(logp_MV, token_M1)
                 gradients[2] += d_logit_MV.sum(0)

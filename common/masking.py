@@ -124,12 +124,14 @@ class MultiBlock:
             failures_B[short_B.int().argmax()] += 1
             draws = torch.cat([draws, _raw_draws(2)])
         ascending_BN = (~context_BN).int().sort(dim=1, stable=True).indices
-        return ascending_BN[:, : int(length_B.min())].to(device), self._block_cells(corner_GB2, target).to(device)
+        context_BM = ascending_BN[:, : int(length_B.min())]
+        return context_BM.to(device, non_blocking=True), self._block_cells(corner_GB2, target).to(device, non_blocking=True)
 
     def _corners(self, size: Grid, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
         """Top and left of blocks anywhere on the grid, (*shape, 2)."""
-        places = torch.tensor([side - block + 1 for side, block in zip(self.grid, size, strict=True)], device=device)
-        return (torch.rand(*shape, 2, device=device) * places).long()
+        draws = torch.rand(*shape, 2, device=device).unbind(-1)
+        places = (side - block + 1 for side, block in zip(self.grid, size, strict=True))  # numbers: a tensor of them would wait for a GPU
+        return torch.stack([draw * count for draw, count in zip(draws, places, strict=True)], -1).long()
 
     def _released_corners(self, draws: Tensor, first: Tensor, size: Grid) -> Tensor:
         """As `_corners`, from the two draws that begin at each index `first`; never at the far end."""

@@ -127,7 +127,8 @@ class DropPos(nn.Module):
         loss = (weight_BV * loss_BV).sum() / weight_BV.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
         predicted_BV = logit_BVL.argmax(-1)
-        metrics = {"position_top1": 100 * (predicted_BV == cell_BV)[dropped_BV].float().mean()}
+        right_BV = (predicted_BV == cell_BV) & dropped_BV
+        metrics = {"position_top1": 100 * (right_BV.sum() / dropped_BV.sum())}
         named = {"cells": cell_BV, "dropped": dropped_BV, "predicted": predicted_BV, "encoded": encoded_BTD, "affinity": affinity_BV}
         if self.position_weight is not None:
             pixel_loss = self.pixel_decoder.loss(encoded_BTD, order_BL, images)
@@ -160,7 +161,8 @@ class DropPos(nn.Module):
         if self.position_token == "zeros":
             return true_BVD * ~dropped_BV[..., None]
         # "wrong": the dropped positions of each image change places among themselves, alike in every image of the batch.
-        slot_BK = dropped_BV.nonzero()[:, 1].view(len(cell_BV), -1)
+        # Sorted rather than found by nonzero(), which waits for a GPU.
+        slot_BK = (~dropped_BV).int().argsort(dim=1, stable=True)[:, : self.visible - self.placed]
         order_K = torch.randperm(slot_BK.shape[1], device=cell_BV.device)
         taken = gather_tokens(true_BVD, slot_BK[:, order_K])
         return true_BVD.scatter(1, slot_BK[..., None].expand_as(taken), taken)

@@ -9,6 +9,7 @@ Shapes: B images, N patches, M of the context, G target blocks of T patches, D w
 
 import copy
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,6 +22,8 @@ from common.masking import MultiBlock, gather_tokens
 from common.method import Output
 from common.positions import sincos_2d
 from common.vit import Block, ViT, initialise
+from stop.collapse import SPREAD
+from stop.collapse import spread as spread
 
 
 class Predictor(nn.Module):
@@ -124,7 +127,7 @@ class StoP(nn.Module):
         """
         if self.training and len(images) == 1:
             raise ValueError("a device batch of 1 image: masks of a batch share their sizes, and its spread tells collapse; use 2 or more")
-        context_BM, target_GBT = self.masks(len(images), self.step, images.device) if cells is None else cells
+        context_BM, target_GBT = self._draw(images) if cells is None else cells
         G, B, T = target_GBT.shape
 
         # Targets: the blocks' features in the whole image, by the target encoder, normalised once more without affine parameters.
@@ -150,7 +153,8 @@ class StoP(nn.Module):
         told_GBTD = self.predictor(x_GBSP.flatten(0, 1), T).float().unflatten(0, (G, B))
         loss = F.smooth_l1_loss(told_GBTD, truth_GBTD)
 
-        metrics = {"context": feature_BND.new_tensor(context_BM.shape[1]), **spread(feature_BND)}
+        metrics = {"context": feature_BND.new_full((), context_BM.shape[1])}
+        metrics |= {name: partial(measure, feature_BND) for name, measure in SPREAD.items()}
         named = {"context": context_BM, "cells": target_GBT, "seen": seen_BMD, "truth": truth_GBTD, "told": told_GBTD}
         return Output(loss, metrics, named)
 
@@ -165,21 +169,19 @@ class StoP(nn.Module):
         average = get_ema_multi_avg_fn(momentum)
         average(list(self.encoder.parameters()), list(self.context_encoder.parameters()), step)
 
+    @torch.compiler.disable
+    def _draw(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The cells of a batch. Never compiled: a compiled step would hold for the sizes of one step only."""
+        cells = self.masks(len(images), self.step, images.device)
+        for cell in cells:
+            torch._dynamo.maybe_mark_dynamic(cell, cell.ndim - 1)
+        return cells
+
     def _noise(self, shape: torch.Size, given: Tensor | None) -> Tensor:
         """What is added to tokens (..., P): sigma n, tied by the projection that the context takes. The bias is no part of it."""
         tied, weight_PD = self.covariance == "tied", self.predictor.embed.weight
         n = torch.randn(*shape, weight_PD.shape[int(tied)], device=weight_PD.device) if given is None else given
         return F.linear(self.sigma * n, weight_PD) if tied else self.sigma * n
-
-
-def spread(feature_BND: Tensor) -> dict[str, Tensor]:
-    """Whether features collapse. feature_std: deviation over the images of each patch's features, 0 for features that say nothing of the
-    image, about 1 at best. rankme: in how many directions the images' mean features differ, as the exponential of the entropy of their
-    singular values (Garrido et al. 2023); from 1 to min(B, D)."""
-    share = torch.linalg.svdvals(feature_BND.mean(1))
-    share = share / share.sum()
-    deviation_ND = (feature_BND - feature_BND.mean(0)).square().mean(0).sqrt()
-    return {"feature_std": deviation_ND.mean(), "rankme": torch.special.entr(share).sum().exp()}
 
 
 # Where the tensors of the official checkpoints stand here (StoP's and I-JEPA's have the same names); the longest matching prefix counts.

@@ -114,7 +114,7 @@ def test_the_fastest_backend_of_each_shape_becomes_attends_choice():
             {**line, "way": "dense mask, SDPA", "milliseconds": 2.0},
             {**line, "way": "ours", "milliseconds": 1.0},
             {**line, "way": "ours", "milliseconds": 0.1, "pass": "forward"},
-            {**line, "way": "FlexAttention, mask cached", "milliseconds": 0.5},  # nothing that attend could choose
+            {**line, "way": "context first, flash", "milliseconds": 0.5},  # nothing that attend could choose
             {**line, "way": "context first, SDPA", "milliseconds": 0.7, "keys": 50},
         ]
     )

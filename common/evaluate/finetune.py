@@ -56,6 +56,7 @@ class Supervision:
         self.smoothing = smoothing
         self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
 
+    @torch.compiler.disable  # weights of a blend are new numbers in each step, and a compiled step would hold for one of them
     def blend(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) and classes (B,) to blended images and soft targets (B, K); as they are where nothing is to be blended.
 
