@@ -109,7 +109,8 @@ def _protocol(run: "Reproduction", protocol: Protocol) -> Iterator[str]:
     absent = (torch.bincount(labelled.labels, minlength=run.data.classes) == 0).nonzero()[:, 0].tolist()
     if protocol.kind == "logistic" and absent:
         first = train.class_names[absent[0]] if train.class_names else absent[0]
-        yield f"{len(absent)} of {run.data.classes} classes have no label to learn from, the first is {first}: add one{_label_fix(run, protocol)}"
+        missing = f"{len(absent)} of {run.data.classes} classes have no label to learn from, the first is {first}"
+        yield f"{missing}: add one of each{_label_fix(run, protocol)}"
     changes = {"drop_path": protocol.drop_path, **({"position": protocol.position} if protocol.position else {})}
     encoder, fault = _trial(lambda: _encoder(run, **changes))
     if fault:
