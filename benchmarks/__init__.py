@@ -1,3 +1,10 @@
-"""Running the papers: reproduce, compare, tables, speed. The only floor that knows them by name."""
+"""What runs the papers: `python -m benchmarks.reproduce` and the like.
 
-import common  # noqa: F401  (declares torchvision's operators before anything imports torchvision)
+OpenMP reads its settings once, when torch is loaded, so how its threads wait for each other is set here, before that. By default they
+wait in a loop that keeps a core busy, and a run beside another process, or beside its own loader workers, crawls.
+"""
+
+import os
+
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["GOMP_SPINCOUNT"] = "100"  # GNU's, turns of the loop before a thread sleeps; by default 300,000

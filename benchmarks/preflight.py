@@ -75,7 +75,7 @@ def _complaints(run: "Reproduction", root: Path, read: Callable) -> Iterator[tup
         if fault := _trial(lambda: _method(run))[1]:
             yield "pretrain", fault
         if encoder_file is not None and not done["pretrain"]:
-            yield from _said("--encoder", lambda: load_encoder(_encoder(run), read(encoder_file)))
+            yield from _said("--encoder", lambda: load_encoder(_encoder(run), read(encoder_file), allow_unused=("cls_token",)))
     for protocol in protocols:
         for complaint in _protocol(run, protocol):
             yield f"protocol {protocol.name}", complaint
@@ -109,8 +109,8 @@ def _protocol(run: "Reproduction", protocol: Protocol) -> Iterator[str]:
     absent = (torch.bincount(labelled.labels, minlength=run.data.classes) == 0).nonzero()[:, 0].tolist()
     if protocol.kind == "logistic" and absent:
         first = train.class_names[absent[0]] if train.class_names else absent[0]
-        missing = f"{len(absent)} of {run.data.classes} classes have no label to learn from, the first is {first}"
-        yield f"{missing}: add one of each{_label_fix(run, protocol)}"
+        fault = f"{len(absent)} of {run.data.classes} classes have no label to learn from, the first is {first}"
+        yield f"{fault}: add one{_label_fix(run, protocol)}"
     changes = {"drop_path": protocol.drop_path, **({"position": protocol.position} if protocol.position else {})}
     encoder, fault = _trial(lambda: _encoder(run, **changes))
     if fault:

@@ -31,6 +31,7 @@ from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split, open_data
 from common.data.augment import view_name
+from common.data.loaders import default_workers
 from common.evaluate import (
     Classifier,
     FeatureLoader,
@@ -89,8 +90,8 @@ class Options:
     """auto is bf16-mixed where the hardware computes it, else 32-true."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several devices share the work, under torchrun."""
-    workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    """Processes that decode images, per device; by default one per core, at most 8. Data that fit in memory need none."""
+    workers: int = dataclasses.field(default_factory=default_workers)
+    """Processes that decode images, per device; by default the cores, shared among the processes of the machine, at most 8."""
     compile: bool = False
     """Compile the models with torch.compile."""
     checkpoint_seconds: float = 20.0
@@ -181,7 +182,7 @@ class Reproduction:
             if result is None:
                 if run.main:
                     encoder = self.new_encoder()
-                    run.say(f"{path.name}: {load_encoder(encoder, read_checkpoint(path))}")
+                    run.say(f"{path.name}: {load_encoder(encoder, read_checkpoint(path), allow_unused=('cls_token',))}")
                     export_encoder(encoder, run.directory / "encoder.safetensors")
                 self.finish(run, {"hours": 0.0})
         return []
@@ -293,8 +294,13 @@ class Reproduction:
         if start == "pretrained":
             with torch.device("meta"):  # for the names alone: every start then draws the same head
                 own = self.recipe.build_encoder(self.data.channels).state_dict()
-            added = [name for name in encoder.state_dict() if name not in own]  # positions that pre-training had none of
-            load_encoder(encoder, load_file(self.root / "pretrain" / "encoder.safetensors"), allow_missing=added)
+            # a protocol may have other positions than the pre-training
+            added, left = (
+                [name for name in encoder.state_dict() if name not in own],
+                [name for name in own if name not in encoder.state_dict()],
+            )
+            pretrained = load_file(self.root / "pretrain" / "encoder.safetensors")
+            load_encoder(encoder, pretrained, allow_missing=added, allow_unused=left)
         if start == "random":
             with torch.random.fork_rng(devices=[]):  # some methods draw the first weights of their encoder themselves
                 encoder = self.module.build(self.recipe, encoder, self.data.classes).encoder

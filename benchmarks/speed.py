@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from benchmarks import speed_attention
 from benchmarks.measure import facts, gemm_rate, keep, show, wait
 from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, papers
+from common import keep_freed_memory
 from common.optim import make_optimizer
 from common.randomness import generator
 from common.recipe import Stage, override
@@ -174,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--paper", choices=[*papers(), *baselines()], help="one paper beside the baselines, without attention")
     parser.add_argument("--size", choices=SIZES, help="size of the encoders, in the place of the recipes'")
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     device = torch.device(options.device)
     names = papers() if options.paper is None else list(dict.fromkeys([options.paper, *baselines()]))
     frame = measure(device, make_steps(device, names, options.size), options.batch, options.rounds)

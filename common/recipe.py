@@ -214,8 +214,10 @@ class Recipe:
 
     @property
     def backbone(self) -> str:
-        """timm's name of the encoder; of a class of timm's, its name with patch and image size."""
+        """timm's name of the encoder; of a class of timm's, its name with patch and image size. A ViT of another depth says so in it."""
+        depth = self.encoder.get("depth", SIZES[self.size][1]) if self.size in SIZES else 0
         family = f"vit_{self.size}" if self.size in SIZES else self.size
+        family += f"_depth{depth}" if depth and depth != SIZES[self.size][1] else ""
         return self.size if timm.is_model(self.size) else f"{family}_patch{self.patch_size}_{self.image_size}"
 
     def build_encoder(self, channels: int, **changes) -> nn.Module:

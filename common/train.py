@@ -93,10 +93,10 @@ def device_batch(stage: Stage, devices: int) -> int:
     size = max(size for size in range(1, min(share, stage.device_batch) + 1) if share % size == 0)
     if share // size > 2 * math.ceil(share / stage.device_batch):
         larger = next(size for size in range(stage.device_batch, share + 1) if share % size == 0)
-        whole = devices * 2 ** int(math.log2(share))
+        near = devices * 2 ** int(math.log2(share))
         raise RecipeError(
-            f"a batch of {stage.batch_size} on {devices} devices is {share // size} micro-batches of {size} images, as {share} has no larger "
-            f"divisor up to device_batch={stage.device_batch}; choose a batch of {whole}, or device_batch={larger}"
+            f"a batch of {stage.batch_size} on {devices} devices is {share // size} micro-batches of {size} images, as {share} has no "
+            f"larger divisor up to device_batch={stage.device_batch}; choose a batch of {near} or device_batch={larger}"
         )
     return size
 

@@ -9,7 +9,6 @@ validate.py shows them: the short side resized to 1 / 0.9 of the image size (248
 """
 
 import dataclasses
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from typing import Annotated, Literal
 import tyro
 from torch import nn
 
+from common import keep_freed_memory
 from common.convert import ConversionError, Coverage, State, load_method, read_checkpoint
 from common.data import Data, DataError, Loader
+from common.data.loaders import default_workers
 from common.data.sets import IMAGENET_MEAN, IMAGENET_STD, scan_folder
 from common.evaluate import Classifier, accuracy
 from common.recipe import Protocol
@@ -46,8 +47,8 @@ class Options:
     """One of the six released files."""
     batch_size: int = 256
     """Images given to a device at once."""
-    workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    """Processes that decode images, per device; by default one per core, at most 8."""
+    workers: int = dataclasses.field(default_factory=default_workers)
+    """Processes that decode images, per device; by default the cores, shared among the processes of the machine, at most 8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU where there is one."""
     precision: Literal["auto", "bf16-mixed", "32-true"] = "32-true"
@@ -137,7 +138,8 @@ def validate(options: Options) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
+    """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
+    keep_freed_memory()
     try:
         config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
         validate(tyro.cli(Options, args=arguments, prog="python -m mapet.validate", description=__doc__, config=config))

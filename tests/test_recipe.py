@@ -1,7 +1,7 @@
 """Claims about recipes: what can be changed, what is refused, and what reaches the devices."""
 
-import math
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -325,9 +325,7 @@ def test_a_device_gets_the_largest_divisor_of_its_share_within_its_limit(share, 
         assert device_batch(stage, devices) == size
 
 
-@pytest.mark.parametrize(
-    ("batch", "devices", "expected"), [(4096, 8, 512), (4096, 64, 64), (4096, 1, 512), (100, 1, 100), (1026, 2, 171)]
-)
+@pytest.mark.parametrize(("batch", "devices", "expected"), [(4096, 8, 512), (4096, 64, 64), (4096, 1, 512), (100, 1, 100), (1026, 2, 171)])
 def test_accumulation_makes_up_the_effective_batch(batch, devices, expected):
     assert device_batch(replace(STAGE, batch_size=batch), devices) == expected
 
@@ -398,3 +396,13 @@ def test_every_recipe_builds_its_method_and_says_how_to_run_it(paper, name, monk
     assert 0 < recipe.pretrain.warmup_epochs < recipe.pretrain.epochs
     for protocol in recipe.protocols:
         assert (protocol.stage is None) == (protocol.kind in ("knn", "logistic"))
+
+
+def test_a_vit_of_another_depth_than_its_size_is_built_so_and_says_so():
+    own = Recipe(("digits",), "micro", 16, 4, Stage(1, 1, 1.0), ())
+    deep = override(own, ["encoder.depth=12"])
+    assert (len(own.build_encoder(3).blocks), len(deep.build_encoder(3).blocks)) == (6, 12)
+    assert (own.backbone, deep.backbone) == ("vit_micro_patch4_16", "vit_micro_depth12_patch4_16")
+    assert override(own, ["encoder.depth=6"]).backbone == own.backbone
+    with pytest.raises(RecipeError, match="no option 'width'"):
+        override(own, ["encoder.width=12"]).build_encoder(3)
