@@ -149,7 +149,10 @@ def _label_fix(run: "Reproduction", protocol: Protocol) -> str:
     if protocol.labels_per_class is not None and protocol.labels_per_class > least:
         return f": --set {protocol.name}.labels_per_class={least or 'null'}"
     if protocol.label_share is not None and protocol.label_share * len(train) < classes * least:
-        return f": --set {protocol.name}.label_share={math.ceil(1e4 * classes / len(train)) / 1e4:g}"
+        wanted = min(
+            classes * least, max(classes, math.ceil(1.25 * protocol.stage.batch_size) if protocol.stage else 0)
+        )  # a tenth is held out
+        return f": --set {protocol.name}.label_share={math.ceil(1e4 * wanted / len(train)) / 1e4:g}"
     if protocol.label_share is not None:
         return f": --set {protocol.name}.label_share={math.floor(1e4 * classes * least / len(train)) / 1e4 or 'null'}"
     return f": --set {protocol.name}.label_list=null" if protocol.label_list is not None else ""
