@@ -8,3 +8,5 @@ import os
 
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = "300"  # GNU's, turns of the loop before a thread sleeps; by default 300,000
+
+import common  # noqa: E402, F401 - before anything imports torchvision, see there
