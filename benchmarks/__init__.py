@@ -7,4 +7,6 @@ wait in a loop that keeps a core busy, and a run beside another process, or besi
 import os
 
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    os.environ["GOMP_SPINCOUNT"] = "100"  # GNU's, turns of the loop before a thread sleeps; by default 300,000
+    os.environ["GOMP_SPINCOUNT"] = "300"  # GNU's, turns of the loop before a thread sleeps; by default 300,000
+
+import common  # noqa: E402, F401 - before anything imports torchvision, see there

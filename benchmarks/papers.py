@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -48,9 +49,12 @@ def recipes(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
 def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str, Recipe]:
     """The named recipe, or the first that is meant for the data set (any folder counts as "folder").
 
-    Raises RecipeError for an unknown name, or data that no recipe is meant for.
+    Raises RecipeError for an unknown name, data that no recipe is meant for, and a paper without recipes.
     """
     known = recipes(module)
+    if not known:
+        what = "a recipe is a public function without parameters that is annotated as returning common.recipe.Recipe"
+        raise RecipeError(f"{paper_name(module)} has no recipe: {what}, such as def digits() -> Recipe")
     if name is not None:
         if name not in known:
             raise RecipeError(f"RECIPE={name!r} is not known for {paper_name(module)}; {nearest(name, known)}")
@@ -65,7 +69,13 @@ def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str,
 
 
 def _makes_recipe(value: object, module: ModuleType) -> bool:
-    if not inspect.isfunction(value) or value.__module__ != module.__name__:
+    """Whether a value of a module is one of its own functions, decorated or not, without parameters, that returns a Recipe."""
+    function = inspect.unwrap(value) if callable(value) else value
+    if not inspect.isfunction(function) or function.__module__ != module.__name__ or inspect.signature(function).parameters:
         return False
-    signature = inspect.signature(value)
-    return signature.return_annotation is Recipe and not signature.parameters
+    annotation = function.__annotations__.get("return")
+    try:
+        annotation = typing.get_type_hints(function).get("return")  # also of annotations that are text
+    except Exception:  # whatever evaluating the text ends in, such as a name that is imported for type checkers only
+        return str(annotation).strip("\"'").rpartition(".")[2] == Recipe.__name__
+    return isinstance(annotation, type) and issubclass(annotation, Recipe)

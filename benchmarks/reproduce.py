@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.numbers import arm_of
 from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
+from benchmarks.preflight import check
 from benchmarks.table import comparison, side_by_side
 from common import keep_freed_memory, results
 from common.checkpoint import export_encoder
@@ -114,6 +115,7 @@ class Reproduction:
         self, options: Options, module: ModuleType, name: str, recipe: Recipe, data: Data, fabric: Fabric, seed: int, arm: str = ""
     ):
         self.options, self.module, self.recipe, self.data, self.fabric, self.seed = options, module, recipe, data, fabric, seed
+        self.arm = arm
         self.paper = paper_name(module)
         label = "-".join(filter(None, [name, arm, data.name if data.name != name else ""]))
         source = f"{recipe.pretrain.epochs}ep" if options.encoder is None else options.encoder.stem
@@ -128,7 +130,6 @@ class Reproduction:
 
     def run(self, baselines: bool = True) -> list[results.Row]:
         """All stages in order, with or without what is not pre-trained; returns a row per number."""
-        self.check()
         rows = self.pretrain() if self.options.encoder is None else self.convert(self.options.encoder)
         for protocol in self.recipe.protocols:
             starts = ["pretrained", "scratch" if protocol.kind == "finetune" else "random"]
@@ -139,23 +140,20 @@ class Reproduction:
         return rows
 
     def check(self) -> None:
-        """Refuse before the training what an evaluation could not do after it: labels, resizing and layers that there are not."""
-        with torch.device("meta"):
-            depth = len(getattr(self.recipe.build_encoder(self.data.channels), "blocks", ()))
-        for protocol in self.recipe.protocols:
-            hold_out(protocol, self.labelled(protocol).labels, self.seed)
-            self.loader(self.data.val, self.recipe.pretrain, None, protocol)
-            if max(protocol.layers) > max(depth, 1):
-                raise RecipeError(f"protocol {protocol.name}: layers={protocol.layers}, and the encoder has {depth}: ask for no more")
+        """Raise RecipeError with all of this run that cannot work; see benchmarks.preflight."""
+        check([self], ROOT)
 
-    def prepare(self) -> Data:
-        """What the pre-training sees: the data, with other targets in the place of labels where the method learns from such."""
+    def prepare(self, check: bool = False) -> Data:
+        """What the pre-training sees: the data, with other targets in the place of labels where the method learns from such.
+
+        check: only raise what making them would raise at its beginning.
+        """
         if not hasattr(self.module, "prepare"):
             if self.options.prepare:
                 raise RecipeError(f"{self.paper} learns from nothing that is made before it trains; PAPER=mapet does")
             return self.data
         folder, alone = self.options.data_root / "tokens", self.fabric.world_size == 1
-        return self.module.prepare(self.recipe, self.data, folder, self.fabric.device, self.options.workers, make=alone)
+        return self.module.prepare(self.recipe, self.data, folder, self.fabric.device, self.options.workers, make=alone, check=check)
 
     def pretrain(self) -> list[results.Row]:
         stage = self.recipe.pretrain
@@ -404,22 +402,22 @@ def reproduce(options: Options) -> list[results.Row]:
     arms = {arm: override(own, changes) for arm, own in choose_arms(recipe, options.arms).items()}
     fabric = make_fabric(options.device, options.precision, options.strategy)
     fabric.launch()
+    runs = [Reproduction(options, module, name, own, data, fabric, seed, arm) for seed in range(options.seeds) for arm, own in arms.items()]
+    check(runs, ROOT)
     rows = []
-    for seed in range(options.seeds):
-        for index, (arm, recipe) in enumerate(arms.items()):
-            reproduction = Reproduction(options, module, name, recipe, data, fabric, seed, arm)
-            if fabric.is_global_zero:
-                where = f"{fabric.world_size} x {results.device_name(fabric.device)}, {reproduction.precision}"
-                what = f"{recipe.backbone} on {data.name} ({len(data.train)} images), {recipe.pretrain.epochs} epochs, seed {seed}"
-                title = f"{options.paper}, recipe {name}" + (f", arm {arm}" if arm else "")
-                console.print(f"{title}: {what}; {where}; kept in {reproduction.root}")
-            if options.prepare:
-                reproduction.prepare()
-                continue
-            made = reproduction.run(baselines=index == 0)  # arms differ in pre-training, which a baseline goes without
-            if options.record and fabric.is_global_zero:
-                reproduction.record(made)
-            rows += made
+    for run in runs:
+        if fabric.is_global_zero:
+            where = f"{fabric.world_size} x {results.device_name(fabric.device)}, {run.precision}"
+            what = f"{run.recipe.backbone} on {data.name} ({len(data.train)} images), {run.recipe.pretrain.epochs} epochs, seed {run.seed}"
+            title = f"{options.paper}, recipe {name}" + (f", arm {run.arm}" if run.arm else "")
+            console.print(f"{title}: {what}; {where}; kept in {run.root}")
+        if options.prepare:
+            run.prepare()
+            continue
+        made = run.run(baselines=run.arm == runs[0].arm)  # arms differ in pre-training, which a baseline goes without
+        if options.record and fabric.is_global_zero:
+            run.record(made)
+        rows += made
     if rows and fabric.is_global_zero:
         show(options.paper, rows)
     return rows

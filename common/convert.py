@@ -5,10 +5,7 @@ elsewhere: a container around the tensors, prefixes before every name, a class t
 apart from keys and values, LayerScale as `gamma_1`.
 """
 
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -16,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.checkpoint_file import ConversionError, few, read_mapping
 from common.positions import resize_positions
 from common.vit import SIZES, ViT
 
@@ -36,10 +33,6 @@ NO_PART = re.compile(
 PART = re.compile(r"(blocks|layers|stages|patch_embed|(\w*_)?norm(_\w*)?|\w*_tokens?|\w*pos_embed|rel_pos\w*|rope\w*)$")
 LAYER_SCALE = re.compile(r"blocks\.\d+\.ls[12]\.gamma$")
 RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos\.relative_position_bias_table$")
-
-
-class ConversionError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the module."""
 
 
 class State(dict[str, Tensor]):
@@ -65,7 +58,7 @@ class Coverage:
 
     def __str__(self) -> str:
         counts = f"{len(self.loaded)} tensors loaded, {len(self.missing)} missing, {len(self.unexpected)} unexpected"
-        details = [f"{kind}: {_few(getattr(self, kind))}" for kind in ("missing", "unexpected", "reshaped") if getattr(self, kind)]
+        details = [f"{kind}: {few(getattr(self, kind))}" for kind in ("missing", "unexpected", "reshaped") if getattr(self, kind)]
         return "; ".join([counts, *details, *self.notes])
 
 
@@ -81,7 +74,7 @@ def read_checkpoint(path: Path | str, part: str = "") -> State:
     Raises ConversionError for a file that cannot be read so, and for one that holds the same network twice, unless `part` says which.
     """
     path = Path(path)
-    content, arrays = _read(path)
+    content, arrays = read_mapping(path)
     notes: list[str] = []
     tensors = _unwrap(_flatten(content if part else _open_containers(content, path, notes)), notes)
     if not tensors:
@@ -92,131 +85,11 @@ def read_checkpoint(path: Path | str, part: str = "") -> State:
         prefixes = {found[0] for name in tensors if (found := below.match(name))}
         if len(prefixes) != 1:
             tops = prefixes or {name.split(".")[0] for name in tensors}
-            raise ConversionError(f"{path} holds {len(prefixes)} networks below {part!r}; choose among {_few(tops)}")
+            raise ConversionError(f"{path} holds {len(prefixes)} networks below {part!r}; choose among {few(tops)}")
         (prefix,) = prefixes
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         notes.append(f"{part!r} read")
     return State(_without_prefix(tensors, notes), path, notes)
-
-
-def _read(path: Path) -> tuple[Mapping, bool]:
-    """What a file holds, and whether it holds numpy arrays. Raises ConversionError with what is wrong with it."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except FileNotFoundError:
-        raise ConversionError(f"there is no checkpoint at {path}") from None
-    except IsADirectoryError:
-        raise ConversionError(f"{path} is a folder: name the checkpoint in it") from None
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if kind := _other_kind(path, head):
-        raise ConversionError(f"{path} is {kind}")
-    names: list[str] = []
-    try:
-        content = load_file(path) if head[8:9] == b"{" else _load_plain(path, names)
-    except Exception as error:  # whatever a file ends in that is cut off, damaged or none
-        raise ConversionError(_unreadable(path, head, names, error)) from error
-    arrays = any(name.endswith(("._reconstruct", ".ndarray")) for name in names)
-    return content if isinstance(content, Mapping) else {}, arrays
-
-
-def _other_kind(path: Path, head: bytes) -> str:
-    """What a file is that is no checkpoint, and what to do about it, by its first bytes; "" where they may be a checkpoint's."""
-    if head.startswith(b"PK\x03\x04"):
-        try:
-            names = zipfile.ZipFile(path).namelist()
-        except (OSError, zipfile.BadZipFile):
-            return ""
-        if any(name.endswith("/constants.pkl") for name in names):
-            return "a TorchScript program, not a checkpoint: save its state_dict()"
-        if any(name.endswith("data.pkl") for name in names):
-            return ""
-        arrays = "an archive of numpy arrays (.npz), as JAX writes: take the weights for PyTorch"
-        return arrays if names and all(name.endswith(".npy") for name in names) else f"a zip archive ({_few(names)}): unpack it first"
-    kinds = {
-        b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
-        b"\x89HDF": "an HDF5 file, as Keras writes: take the weights for PyTorch",
-        b"\x93NUMPY": "a numpy array: take the weights for PyTorch",
-        b"\x1f\x8b": "compressed by gzip: unpack it first",
-        b"BZh": "compressed by bzip2: unpack it first",
-        b"\xfd7zXZ": "compressed by xz: unpack it first",
-        b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
-        b"<": "a web page, not a checkpoint: download the file itself",
-        b"{": "JSON, not a checkpoint: name the file with the tensors",
-    }
-    return next((kind for start, kind in kinds.items() if head.startswith(start) or head.lstrip().startswith(start)), "")
-
-
-class _Plain:
-    """Stands in for an object of a file that is no tensor. Whatever it is made of, nothing is executed."""
-
-    def __init__(self, *_: object):
-        pass
-
-    def __new__(cls, *_: object) -> "_Plain":
-        return super().__new__(cls)
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-class _PlainMapping:
-    """The same for a mapping or a namespace, which weights_only fills only where it is an OrderedDict."""
-
-    def __new__(cls, *_: object) -> OrderedDict:
-        return OrderedDict()
-
-
-MAPPINGS = ("argparse", "types", "collections", "omegaconf", "yacs", "easydict", "addict", "ml_collections", "mmengine", "mmcv", "munch")
-VALUES = ("numpy", "pathlib", "datetime", "decimal", "fractions", "uuid", "zoneinfo", "typing")
-BUILTINS = ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "frozenset", "slice", "range", "object")
-
-
-def _stand_in(name: str) -> type | None:
-    """What a name in a pickle is read as; None for what may be code."""
-    module, _, rest = name.partition(".")
-    if module in MAPPINGS:
-        return _PlainMapping
-    return _Plain if module in VALUES or (module == "builtins" and rest in BUILTINS) or name == "copyreg._reconstructor" else None
-
-
-def _load_plain(path: Path, names: list[str]) -> Any:
-    """torch.load by weights_only, with stand-ins for data that are no tensors. `names` is given what stood in the file beside tensors."""
-    try:
-        names += torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # an old format, or no checkpoint: names are found one after the other below
-        pass
-    while True:
-        with torch.serialization.safe_globals([(found, name) for name in names if (found := _stand_in(name))]):
-            try:
-                with open(path, "rb") as file:  # by a path, torch goes by its suffix
-                    return torch.load(file, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-                name = found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
-                if name is None or name in names:
-                    raise
-                names.append(name)
-
-
-def _unreadable(path: Path, head: bytes, names: Sequence[str], error: Exception) -> str:
-    """Why a file cannot be read, and what to do about it."""
-    reason = " ".join(str(error).split())
-    code = sorted(name for name in names if _stand_in(name) is None)
-    protocol = "Unsupported operand" in reason and head.startswith((b"PK", b"\x80"))
-    if isinstance(error, pickle.UnpicklingError) and (code or protocol):
-        what = f"holds {_few(code)} beside plain tensors" if code else "is pickled by another protocol than torch's"
-        kept = "(dict, torch.Tensor, torch.nn.Module)"
-        keep = (
-            "keep = lambda x: x if isinstance(x, torch.Tensor) else {k: keep(v) for k, v in "
-            f"(x.state_dict() if isinstance(x, torch.nn.Module) else x).items() if isinstance(v, {kept})}}"
-        )
-        load, other = f"torch.load('{path}', map_location='cpu', weights_only=False)", path.with_name(f"{path.stem}-tensors.pth")
-        command = f"python -c \"import torch; {keep}; torch.save(keep({load}), '{other}')\""
-        return f"{path} {what}, and reading that could run code; if you trust who made the file, keep its tensors alone: {command}"
-    reason = reason.split(". ")[0][:120] if " " in reason else "it is empty" if not head else f"{type(error).__name__} {reason}".strip()
-    return f"{path} cannot be read as a checkpoint (truncated, or not one): {reason}"
 
 
 def _flatten(content: Mapping) -> dict[str, Tensor]:
@@ -315,19 +188,6 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return fused
 
 
-def _few(names: Iterable[str]) -> str:
-    """At most three names, of as many parts as there are, and how many more there are."""
-    names = sorted(names)
-    if len(names) <= 3:
-        return ", ".join(names)
-    first: dict[str, str] = {}
-    for kind in (lambda name: re.split(r"[._]", name)[0], lambda name: re.sub(r"\d+", "", name.rpartition(".")[0]), lambda name: name):
-        for name in names:
-            first.setdefault(f"{kind(name)}", name)
-    shown = list(dict.fromkeys(first.values()))[:3]
-    return f"{', '.join(shown)} and {len(names) - 3} more"
-
-
 # ---- modules
 
 
@@ -395,8 +255,8 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
     if missing or unexpected or wrong:
         causes = [f"{file} {stem} in the file, {here} here" for stem, (file, here) in _depths(ours, wanted).items()]
         if masks := [name for name in unexpected if name.endswith("attn_mask")]:
-            causes.append(f"{_few(masks)}: not the shift masks of this window and image size")
-        shapes = [f"other shapes: {_few(wrong)}"] if wrong else []
+            causes.append(f"{few(masks)}: not the shift masks of this window and image size")
+        shapes = [f"other shapes: {few(wrong)}"] if wrong else []
         raise ConversionError(
             f"the checkpoint is of another method or another configuration ({'; '.join([*causes, str(coverage), *shapes])})"
         )
@@ -452,7 +312,7 @@ def _check_values(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> Non
             raise ConversionError(f"{name} is {form} in the file and {own} here: take a checkpoint with plain floating-point weights")
     spoiled = [name for name, tensor in found.items() if not tensor.to(wanted[name].dtype).isfinite().all()]
     if spoiled:
-        raise ConversionError(f"{len(spoiled)} of {len(found)} tensors are not finite: {_few(spoiled)}; take an earlier checkpoint")
+        raise ConversionError(f"{len(spoiled)} of {len(found)} tensors are not finite: {few(spoiled)}; take an earlier checkpoint")
 
 
 def _check_architecture(
@@ -468,7 +328,7 @@ def _check_architecture(
     Of the encoder's names `missing` are not in the file, `extra` are in the file alone, and `wrong` have other shapes there.
     """
     if missing and not any(name in wanted for name in file):
-        raise ConversionError(f"the file has none of the encoder's {len(wanted)} names, but {len(file)} others: {_few(file)}")
+        raise ConversionError(f"the file has none of the encoder's {len(wanted)} names, but {len(file)} others: {few(file)}")
     causes: list[str] = []
     fits, settings, explained = True, {}, set()
 
@@ -525,9 +385,9 @@ def _check_architecture(
     missing, extra, wrong = ([name for name in names if name not in explained] for names in (missing, extra, wrong))
     if not (causes or missing or extra or wrong):
         return
-    causes += [f"{_few([f'{n}: {tuple(file[n].shape)} in the file, {tuple(wanted[n].shape)} here' for n in wrong])}"] if wrong else []
-    details = [f"{len(missing)} missing of {len(wanted)}; missing: {_few(missing)}"] if missing else []
-    details += [f"{len(extra)} in the file without a place here: {_few(extra)}"] if extra else []
+    causes += [f"{few([f'{n}: {tuple(file[n].shape)} in the file, {tuple(wanted[n].shape)} here' for n in wrong])}"] if wrong else []
+    details = [f"{len(missing)} missing of {len(wanted)}; missing: {few(missing)}"] if missing else []
+    details += [f"{len(extra)} in the file without a place here: {few(extra)}"] if extra else []
     wholly = fits and settings and not extra and not wrong and isinstance(encoder, ViT)
     hint = [" ".join(f"--set {name}={value}" for name, value in settings.items()) + " would fit"] if wholly else []
     begin = "the checkpoint is of another architecture" if causes else "the checkpoint does not cover the encoder"

@@ -27,9 +27,23 @@ class RecipeError(ValueError):
     """A recipe, or a change to one, that cannot be."""
 
 
+def _refuse_unless(node: Any, whose: str, *checks: tuple[bool, str, str]) -> None:
+    """Raise RecipeError with all (sound, names of fields, what fits) that are not sound, each with the values of its fields."""
+    faults = []
+    for sound, names, fit in checks:
+        if not sound:
+            given = ", ".join(f"{name}={getattr(node, name)!r}" for name in names.split())
+            faults.append(f"{given} makes no sense: {fit}")
+    if faults:
+        raise RecipeError(whose + "; ".join(faults))
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One training: how long, on what batches, with which optimizer."""
+    """One training: how long, on what batches, with which optimizer. Raises RecipeError for a value that makes no sense by itself.
+
+    What depends on data and devices is checked elsewhere: the batch size by common.train.device_batch, all by benchmarks.preflight.
+    """
 
     epochs: int  # passes over the training images
     batch_size: int  # images per optimizer step, over all devices and accumulation steps
@@ -51,6 +65,23 @@ class Stage:
     ema: float | None = None  # decay of an average of the weights, which is then what is evaluated
     device_batch: int = 512  # most images given to one device at once; accumulation makes up the difference
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the training images
+
+    def __post_init__(self) -> None:
+        counts = {"epochs": 1, "lr_batch": 1, "device_batch": 1, "cooldown_epochs": 0}
+        rates = ("base_lr", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "final_weight_decay")
+        ascending = all(a < b for a, b in zip((0, *self.drops), self.drops, strict=False))
+        _refuse_unless(
+            self,
+            "",
+            *((getattr(self, name) >= least, name, f"give a whole number from {least} up") for name, least in counts.items()),
+            *((getattr(self, name) is None or getattr(self, name) >= 0, name, "give a number from 0 up") for name in rates),
+            (ascending, "drops", "give epochs from 1 up in ascending order, each once"),
+            (all(0 <= beta < 1 for beta in self.betas), "betas", "give two numbers from 0 up, below 1"),
+            (self.freeze_epoch is None or self.freeze_epoch > 0, "freeze_epoch", "give a number of epochs above 0, or null"),
+            (self.layer_decay is None or 0 < self.layer_decay <= 1, "layer_decay", "give a factor above 0, at most 1, or null"),
+            (self.clip_norm is None or self.clip_norm > 0, "clip_norm", "give a norm above 0, or null"),
+            (self.ema is None or 0 < self.ema < 1, "ema", "give a decay above 0, below 1, or null"),
+        )
 
     @property
     def lr(self) -> float:
@@ -129,29 +160,34 @@ class Protocol:
     choose_on: Literal["held_out", "test"] = "held_out"
 
     def __post_init__(self) -> None:
-        def check(sound: bool, names: str, mend: str) -> None:
-            if not sound:
-                given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
-                raise RecipeError(f"protocol {self.name}: {given} makes no sense: {mend}")
-
-        check(self.kind not in ("finetune", "linear") or self.stage is not None, "kind stage", "give it a stage to train by")
         labels = self.labels_per_class, self.label_share, self.label_list
-        check(sum(value is not None for value in labels) <= 1, "labels_per_class label_share label_list", "at most one may be given")
-        check(self.labels_per_class is None or self.labels_per_class > 0, "labels_per_class", "give a whole number from 1 up")
-        check(self.label_share is None or 0 < self.label_share <= 1, "label_share", "give a share above 0, at most 1")
-        check(min(self.layers, default=0) > 0, "layers", "give numbers from 1 up")
-        check(self.kind == "linear" or len(self.layers) == 1, "kind layers", "give one number of layers")
-        check(self.kind != "finetune" or self.layers == (1,), "kind layers", "fine-tuning reads the last layer, (1,)")
-        check(self.resize is None or self.resize >= 0, "resize", "give pixels, from the image size up, or 0")
-        check(self.strength > 0, "strength", "give a number above 0")
-        check(len(self.heads) > 0, "heads", "name at least one")
-        check(min(self.rates, default=0) > 0, "rates", "give numbers above 0")
-        check(min(self.decays, default=0) >= 0, "decays", "give numbers from 0 up")
-        for name in ("layers", "heads", "rates", "decays"):
-            check(len(set(getattr(self, name))) == len(getattr(self, name)), name, "give each once")
         many = self.classifiers > 1
         shared = self.stage is not None and (self.stage.clip_norm is not None or self.stage.final_weight_decay is not None)
-        check(not (many and shared), "stage", "several layers, heads, rates or decays share no clip_norm and no final_weight_decay")
+        once = ((len(set(getattr(self, name))) == len(getattr(self, name)), name) for name in ("layers", "heads", "rates", "decays"))
+        _refuse_unless(
+            self,
+            f"protocol {self.name}: ",
+            (self.kind not in ("finetune", "linear") or self.stage is not None, "kind stage", "give it a stage to train by"),
+            (sum(value is not None for value in labels) <= 1, "labels_per_class label_share label_list", "at most one may be given"),
+            (self.labels_per_class is None or self.labels_per_class > 0, "labels_per_class", "give a whole number from 1 up"),
+            (self.label_share is None or 0 < self.label_share <= 1, "label_share", "give a share above 0, at most 1"),
+            (min(self.layers, default=0) > 0, "layers", "give numbers from 1 up"),
+            (self.kind == "linear" or len(self.layers) == 1, "kind layers", "give one number of layers"),
+            (self.kind != "finetune" or self.layers == (1,), "kind layers", "fine-tuning reads the last layer, (1,)"),
+            (self.resize is None or self.resize >= 0, "resize", "give pixels, from the image size up, or 0"),
+            (0 <= self.drop_path < 1, "drop_path", "give a probability from 0 up, below 1"),
+            (self.mixup >= 0, "mixup", "give a number above 0, or 0 for none"),
+            (self.cutmix >= 0, "cutmix", "give a number above 0, or 0 for none"),
+            (0 <= self.smoothing < 1, "smoothing", "give a share from 0 up, below 1"),
+            (self.neighbours > 0, "neighbours", "give a whole number from 1 up"),
+            (self.temperature > 0, "temperature", "give a number above 0"),
+            (self.strength > 0, "strength", "give a number above 0"),
+            (len(self.heads) > 0, "heads", "name at least one"),
+            (min(self.rates, default=0) > 0, "rates", "give numbers above 0"),
+            (min(self.decays, default=0) >= 0, "decays", "give numbers from 0 up"),
+            *((sound, name, "give each once") for sound, name in once),
+            (not (many and shared), "stage", "several layers, heads, rates or decays share no clip_norm and no final_weight_decay"),
+        )
 
     @property
     def classifiers(self) -> int:
@@ -242,18 +278,23 @@ def check_options(function: Any, options: Mapping[str, Any], taken: Iterable[str
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """The recipe with values changed by "path=value", such as "pretrain.base_lr=1e-3" or "method.sigma=2".
 
-    Protocols are reached by name, such as "finetune.stage.epochs=50". Values are JSON, or text.
-    Raises RecipeError naming the path and the nearest field.
+    Protocols are reached by name, such as "finetune.stage.epochs=50". Values are JSON, or text. All values are changed at once, so that
+    some may make sense only together. Raises RecipeError with all faults, a line each, naming the path and the nearest field.
     """
+    changes, faults = [], []
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            raise RecipeError(f"{assignment!r} is no assignment; write path=value, such as pretrain.base_lr=1e-3")
+            faults.append(f"{assignment!r} is no assignment; write path=value, such as pretrain.base_lr=1e-3")
+            continue
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        recipe = _replace(recipe, path.split("."), value, path)
+        changes.append((path.split("."), value, path))
+    recipe = _replace(recipe, changes, faults)
+    if faults:
+        raise RecipeError("\n".join(faults))
     return recipe
 
 
@@ -269,25 +310,41 @@ def choose_arms(recipe: Recipe, names: Iterable[str] = ()) -> dict[str, Recipe]:
     return {name: override(alone, recipe.arms[name]) for name in names or recipe.arms} or {"": alone}
 
 
-def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
+def _replace(node: Any, changes: list[tuple[list[str], Any, str]], faults: list[str]) -> Any:
+    """The node with changes (path below it, value, whole path). Adds to `faults` what cannot be changed, and leaves that as it is."""
     if isinstance(node, Mapping):
-        return {**node, ".".join(path): value}
-    name, rest = path[0], path[1:]
-    fields = {f.name for f in dataclasses.fields(node)}
-    names = [protocol.name for protocol in node.protocols] if isinstance(node, Recipe) else []
-    if (path[0] == "protocols" and names) or (name in names and not rest):
-        raise RecipeError(f"{whole}: protocols are changed field by field, such as {names[0]}.pool; they are {', '.join(names)}")
-    if name in names:
-        changed = _replace(node.protocols[names.index(name)], rest, value, whole)
-        return dataclasses.replace(node, protocols=tuple(changed if p.name == name else p for p in node.protocols))
-    if name not in fields:
-        raise RecipeError(f"{whole}: there is no {name!r} in a {type(node).__name__}; {nearest(name, [*fields, *names])}")
-    current = getattr(node, name)
-    if rest:
-        if not dataclasses.is_dataclass(current) and not isinstance(current, Mapping):
-            raise RecipeError(f"{whole}: {name} is {current!r} and has no parts")
-        return dataclasses.replace(node, **{name: _replace(current, rest, value, whole)})
-    return dataclasses.replace(node, **{name: _typed(value, typing.get_type_hints(type(node))[name], whole)})
+        return {**node, **{".".join(path): value for path, value, _ in changes}}
+    below: dict[str, list[tuple[list[str], Any, str]]] = {}  # by the field or protocol that they are in
+    fields, values = {f.name for f in dataclasses.fields(node)}, {}
+    protocols = {protocol.name: protocol for protocol in node.protocols} if isinstance(node, Recipe) else {}
+    for (name, *rest), value, whole in changes:
+        current = protocols.get(name) or getattr(node, name, None)
+        if (name == "protocols" and protocols) or (name in protocols and not rest):
+            some = f"such as {next(iter(protocols))}.pool; they are {', '.join(protocols)}"
+            faults.append(f"{whole}: protocols are changed field by field, {some}")
+        elif name not in protocols and name not in fields:
+            faults.append(f"{whole}: there is no {name!r} in a {type(node).__name__}; {nearest(name, [*fields, *protocols])}")
+        elif rest and not dataclasses.is_dataclass(current) and not isinstance(current, Mapping):
+            faults.append(f"{whole}: {name} is {current!r} and has no parts")
+        elif rest:
+            below.setdefault(name, []).append((rest, value, whole))
+        else:
+            try:
+                values[name] = _typed(value, typing.get_type_hints(type(node))[name], whole)
+            except RecipeError as error:
+                faults.append(str(error))
+    for name, parts in below.items():
+        if name in protocols:
+            protocols[name] = _replace(protocols[name], parts, faults)
+            values["protocols"] = tuple(protocols.values())
+        else:
+            values[name] = _replace(getattr(node, name), parts, faults)
+    try:
+        return dataclasses.replace(node, **values)
+    except ValueError as error:
+        place = changes[0][2].split(".")[: -len(changes[0][0])]  # a protocol's message has its name already
+        faults.append(f"{error}" if isinstance(node, Protocol) else ".".join([*place, str(error)]))
+        return node
 
 
 def _typed(value: Any, hint: Any, path: str) -> Any:

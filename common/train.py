@@ -84,12 +84,21 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
 def device_batch(stage: Stage, devices: int) -> int:
     """Images given to one device at once: the largest whole part of the effective batch within the stage's `device_batch`.
 
-    Raises RecipeError where the effective batch cannot be shared out among the devices.
+    Raises RecipeError where the effective batch cannot be shared out among the devices, and where it has no divisor near `device_batch`, so
+    that a step would be more than twice the micro-batches that are needed.
     """
     share, rest = divmod(stage.batch_size, devices)
-    if rest or not share:
+    if rest or share < 1:
         raise RecipeError(f"a batch of {stage.batch_size} cannot be shared out among {devices} devices; choose a multiple of {devices}")
-    return max(size for size in range(1, min(share, stage.device_batch) + 1) if share % size == 0)
+    size = max(size for size in range(1, min(share, stage.device_batch) + 1) if share % size == 0)
+    if share // size > 2 * math.ceil(share / stage.device_batch):
+        larger = next(size for size in range(stage.device_batch, share + 1) if share % size == 0)
+        near = devices * 2 ** int(math.log2(share))
+        raise RecipeError(
+            f"a batch of {stage.batch_size} on {devices} devices is {share // size} micro-batches of {size} images, as {share} has no "
+            f"larger divisor up to device_batch={stage.device_batch}; choose a batch of {near} or device_batch={larger}"
+        )
+    return size
 
 
 def fit(

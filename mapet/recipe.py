@@ -27,7 +27,7 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> MaPeT:
     return MaPeT(encoder, **recipe.method)
 
 
-def prepare(recipe: Recipe, data: Data, folder: Path, device: torch.device, workers: int, make: bool) -> Data:
+def prepare(recipe: Recipe, data: Data, folder: Path, device: torch.device, workers: int, make: bool, check: bool = False) -> Data:
     """The data with tokens in the place of labels, from `recipe.targets`; see mapet.tokenizers. Raises what Tokenization raises."""
     check_options(Tokenization, recipe.targets)
     return prepare_tokens(
@@ -41,6 +41,7 @@ def prepare(recipe: Recipe, data: Data, folder: Path, device: torch.device, work
         device=device,
         workers=workers,
         make=make,
+        check=check,
     )
 
 

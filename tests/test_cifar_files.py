@@ -87,24 +87,25 @@ def fill(root: Path, archive: bytes) -> Path:
     return root / FOLDER
 
 
-def test_processes_that_start_at_once_without_the_files_all_find_them_whole(small, address, tmp_path):
+def test_processes_that_start_without_the_files_all_find_them_whole(small, address, tmp_path):
     code = f"""
-import common, time
+import common, sys, time
 from pathlib import Path
 from torchvision import datasets
 from common.data import open_data
 for name, value in {small[0]!r}.items():
     setattr(datasets.CIFAR10, name, value)
 datasets.CIFAR10.url = {address!r}
-Path("ready" + str(__import__("os").getpid())).touch()
+Path("ready" + sys.argv[1]).touch()
 while len(list(Path().glob("ready*"))) < 2:
     time.sleep(0.01)
+time.sleep(0.7 * int(sys.argv[1]))  # the second one comes when the first one has most of it
 data = open_data("cifar10", Path("data"))
 assert len(data.train) == len(data.val) == {IMAGES}
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     call = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", code], **call) for _ in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(number)], **call) for number in range(2)]
     said = [process.communicate(timeout=100)[1][-500:] for process in processes]
     assert [process.returncode for process in processes] == [0] * 2, said
     assert (tmp_path / "data" / ARCHIVE).read_bytes() == small[1]

@@ -174,7 +174,7 @@ def other_classes(folder: Path) -> None:
 )
 def test_a_change_of_the_training_images_changes_their_identity_as_the_docs_say(change, limits, noticed, folder, monkeypatch):
     for name, value in limits.items():
-        monkeypatch.setattr(sets, name, value)
+        monkeypatch.setattr(f"common.data.paths.{name}", value)
     before = open_data(str(folder)).identity
     change(folder)
     after = open_data(str(folder)).identity

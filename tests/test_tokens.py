@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.papers import choose_recipe, paper_module
 from benchmarks.reproduce import Options, Reproduction, main
-from common.data import Augmentation, Data, DataError, Loader, open_data, sets
+from common.data import Augmentation, Data, DataError, Loader, open_data
 from common.recipe import RecipeError
 from common.run import RunError
 from common.train import make_fabric
@@ -196,7 +196,7 @@ def test_images_that_the_store_does_not_know_are_refused_by_the_first_and_their_
 
 @pytest.mark.parametrize("files", [20_000, 5])
 def test_images_that_were_replaced_under_their_names_are_refused_where_the_set_is_small(files, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sets, "CONTENT_FILES", files)
+    monkeypatch.setattr("common.data.paths.CONTENT_FILES", files)
     tokens = tmp_path / "tokens"
     prepare(open_data(str(folder)), tokens)
     draw(folder / "train" / "bee" / "1.png", seed=1000)

@@ -161,3 +161,56 @@ def test_what_follows_a_step_sees_the_weights_after_it_and_is_saved_with_them(tm
     weights = [before, *(weight for _, _, weight in model.seen)]
     assert all(not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
     assert torch.equal(weights[-1], trained.layer.weight)
+
+
+@pytest.mark.parametrize("read_after", [0, 1, 4])
+def test_numbers_that_are_read_later_are_the_same_and_name_the_same_step(read_after, tmp_path, monkeypatch):
+    """As on a GPU, where reading at once would wait for it. No checkpoint holds what came of a loss that was not read yet."""
+    undisturbed, _ = train(tmp_path / "undisturbed", Tiny())
+    monkeypatch.setattr("common.train.READ_AFTER", {"cpu": read_after})
+    run, _ = train(tmp_path / "late", Tiny())
+    assert run.metrics.read_text() == undisturbed.metrics.read_text()
+    with pytest.raises(RunError, match="the loss is nan at step 4 of 6"):
+        train(tmp_path / "spoiled", Tiny(spoiled_step=4), checkpoint_seconds=-1)
+    resumed, _ = train(tmp_path / "spoiled", Tiny())
+    assert resumed.metrics.read_text() == undisturbed.metrics.read_text()
+
+
+def test_a_costly_metric_is_computed_in_logged_steps_only(tmp_path):
+    class Costly(Tiny):
+        def forward(self, images, targets):
+            output = super().forward(images, targets)
+            output.metrics["costly"] = lambda: computed.append(self.at[-1][0]) or torch.tensor(1.0 * self.at[-1][0])
+            return output
+
+    computed = []
+    run, _ = train(tmp_path, Costly())
+    assert computed == [2, 5] and [line["costly"] for line in lines(run)] == [2.0, 5.0]
+
+
+def test_tensorboard_has_each_point_once_also_after_a_resume_and_is_closed(tmp_path, monkeypatch):
+    class Writer:
+        """What SummaryWriter does with a step that comes again: points from `purge_step` on are dropped."""
+
+        points, closed = {}, 0
+
+        def __init__(self, folder: str, purge_step: int):
+            Writer.points = {key: value for key, value in Writer.points.items() if key[1] < purge_step}
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            assert (name, step) not in Writer.points
+            Writer.points[name, step] = value
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            Writer.closed += 1
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    with pytest.raises(RunError):
+        train(tmp_path, Tiny(spoiled_step=4), checkpoint_seconds=1000)
+    run, _ = train(tmp_path, Tiny())
+    assert Writer.closed == 2
+    assert {step for _, step in Writer.points} == {line["step"] for line in lines(run)}

@@ -56,8 +56,8 @@ class Augmentation:
             raise ValueError(f"crop={self.crop!r}: it is none, squeezed, padding or resized")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area share at most 1")
-        if self.randaugment is not None and not self.randaugment.startswith("rand-"):
-            raise ValueError(f"randaugment={self.randaugment!r}: it reads like rand-m9-mstd0.5-inc1, or is None")
+        if self.randaugment is not None:
+            _check_randaugment(self.randaugment)
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"resize={self.resize}: give pixels of the short side; the whole image is pressed into shape by crop=squeezed")
         if self.interpolation not in ("bilinear", "bicubic"):
@@ -75,6 +75,19 @@ class Augmentation:
     def evaluation_resize(self) -> int | None:
         """The `resize` by which evaluation shows, of images from files, what training does with "none" and "squeezed"."""
         return {"squeezed": 0, "resized": None}.get(self.crop, self.resize)
+
+
+def _check_randaugment(policy: str) -> None:
+    """Raise ValueError for a string that timm does not read, or of which it would leave out a section without a word."""
+    first, *sections = policy.split("-")
+    try:
+        unread = [section for section in sections if not section.startswith("t") and not any(map(str.isdigit, section))]
+        if first != "rand" or not sections or unread:
+            raise ValueError(f"{', '.join(unread) or policy} is not read")
+        rand_augment_transform(policy, {})
+    except (ValueError, AssertionError, KeyError) as error:
+        cause = f" ({error})" if str(error) else ""
+        raise ValueError(f"randaugment={policy!r}{cause}: it reads like rand-m9-mstd0.5-inc1, or is None") from None
 
 
 def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, image_size: tuple[int, int]) -> Tensor:

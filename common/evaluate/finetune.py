@@ -3,6 +3,8 @@
 Shapes: B images, T tokens (the class token, if any, first), D width, K classes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
@@ -42,18 +44,35 @@ def position_parameters(model: nn.Module) -> set[str]:
 
 
 class Supervision:
-    """How labels teach: Mixup and CutMix (timm's) of each micro-batch, with probability 1, and label smoothing. For training only."""
+    """How labels teach: Mixup and CutMix (timm's) of each micro-batch, with probability 1, and label smoothing. For training only.
+
+    Raises ValueError for a mixup or cutmix that is not a number from 0 up, and a smoothing outside [0, 1).
+    """
 
     def __init__(self, classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, smoothing: float = 0.0):
+        for name, value, most in (("mixup", mixup, math.inf), ("cutmix", cutmix, math.inf), ("smoothing", smoothing, 1)):
+            if not isinstance(value, int | float) or not 0 <= value < most:
+                raise ValueError(f"{name}={value!r} is not a number from 0 up{'' if most == math.inf else ', below 1'}")
         self.smoothing = smoothing
         self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
 
     @torch.compiler.disable  # weights of a blend are new numbers in each step, and a compiled step would hold for one of them
     def blend(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and classes (B,) to blended images and soft targets (B, K); as they are where nothing is blended."""
-        if self.mixup is None or len(images) % 2:  # timm pairs images, so it wants an even number
+        """Images (B, C, H, W) and classes (B,) to blended images and soft targets (B, K); as they are where nothing is to be blended.
+
+        Image i is blended with image B - 1 - i. Of an odd number, the first is blended with the second, and image i with image B - i.
+        Raises ValueError for a single image.
+        """
+        if self.mixup is None:
             return images, targets
-        return self.mixup(images.clone(), targets)
+        count = len(images)
+        if count == 1:
+            raise ValueError("mixup and cutmix blend two images, and a micro-batch has 1: use 2 or more")
+        if count % 2 == 0:
+            return self.mixup(images.clone(), targets)
+        # timm takes an even number and pairs first with last. The last is a copy of the second image here, and is dropped afterwards.
+        images, targets = self.mixup(torch.cat([images, images[1:2]]), torch.cat([targets, targets[1:2]]))
+        return images[:count], targets[:count]
 
     def loss(self, logits_BK: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy with classes, smoothed, or with soft targets, which are smoothed already."""

@@ -90,8 +90,11 @@ def prepare_tokens(
     device: torch.device,
     workers: int,
     make: bool,
+    check: bool = False,
 ) -> Data:
     """The data with tokens (N, cells) in the place of labels, from a store below `folder`, which is made where it is missing and `make`.
+
+    check: no store is made; where there is none, only the tokenizer is loaded, and the data are returned as they are.
 
     Raises RecipeError where training images are cut or mirrored, so that tokens of whole images would be those of other patches, or where
     the tokenizer has another grid or vocabulary; DataError where a store does not belong to the images or to the recipe.
@@ -110,6 +113,9 @@ def prepare_tokens(
             if not make:
                 told = "run `make tokens PAPER=mapet` with the same DATA, RECIPE and ARGS first"
                 raise RecipeError(f"there are no tokens in {place}, and several processes do not make them: {told}")
+            if check:
+                _tokenizer(tokenization, data, manifest, image_size, patch_size)
+                return data
             with making(place):
                 if not place.exists():  # another process may just have made it
                     _make(place, tokenization, data, manifest, (image_size, patch_size), device, workers)
@@ -146,8 +152,7 @@ def _make(
     place: Path, tokenization: Tokenization, data: Data, manifest: dict, sizes: tuple[int, int], device: torch.device, workers: int
 ) -> None:
     """Look, sample, cluster, tokenise, draw; each is done once, however often a process was killed."""
-    seeing = load_vqkd(tokenization.checkpoint) if tokenization.tokenizer == "vqkd" else _features(tokenization, data, *sizes)
-    _check(manifest, seeing)
+    seeing = _tokenizer(tokenization, data, manifest, *sizes)
     loaders = {part: _loader(data, getattr(data, part), seeing, manifest["short_side"], workers) for part in PARTS}
     train = loaders["train"]
     splits = {part: loaders[part].split for part in PARTS}
@@ -163,6 +168,24 @@ def _make(
         draw_codewords(nearest_patches(tokenizer, train, tokens, device), PATCHES, train.data, partial / "codewords.png")
 
     write_tokens(partial, tokenizer, loaders, device, draw)
+
+
+def _tokenizer(tokenization: Tokenization, data: Data, manifest: dict, image_size: int, patch_size: int) -> nn.Module:
+    """VQ-KD, or the features that are clustered. Raises RecipeError where their tokens would not be those that the method learns."""
+    vqkd = tokenization.tokenizer == "vqkd"
+    found = load_vqkd(tokenization.checkpoint) if vqkd else _features(tokenization, data, image_size, patch_size)
+    _check(manifest, found)
+    if not vqkd:
+        _sample(tokenization, found, len(data.train), manifest["vocabulary"])
+    return found
+
+
+def _sample(tokenization: Tokenization, features: Features, images: int, codes: int) -> int:
+    """How many vectors are clustered. Raises RecipeError where they are fewer than the clusters."""
+    vectors = tokenization.sample or min(PER_CODE * codes, images * math.prod(features.grid))
+    if vectors < codes:
+        raise RecipeError(f"{vectors} vectors make no {codes} clusters: set targets.sample or method.vocabulary to fit")
+    return vectors
 
 
 def _features(tokenization: Tokenization, data: Data, image_size: int, patch_size: int) -> Features:
@@ -205,9 +228,7 @@ def _loader(data: Data, split: Split, tokenizer: nn.Module, short_side: float, w
 def _centroids(folder: Path, features: Features, tokenization: Tokenization, loader: Loader, codes: int, device: torch.device) -> Tensor:
     """Those of the codebook in the folder; where there is none, of a sample."""
     codebook, sample, images = folder / "codebook.safetensors", folder / "sample.npy", len(loader.split)
-    vectors = tokenization.sample or min(PER_CODE * codes, images * math.prod(features.grid))
-    if vectors < codes:
-        raise RecipeError(f"{vectors} vectors make no {codes} clusters: set targets.sample or method.vocabulary to fit")
+    vectors = _sample(tokenization, features, images, codes)
     if not codebook.exists():
         with progress_bar("features to cluster") as show:
             found = sample_features(features, loader, images, vectors, sample, SEED, device, show, SAVE_SECONDS)

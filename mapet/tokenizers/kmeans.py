@@ -89,7 +89,8 @@ def sample_features(
 def fit_centroids(sample: numpy.ndarray, codes: int, iterations: int = 20, redos: int = 5, seed: int = 1234) -> Tensor:
     """Centroids (K, D) float32 of a sample (V, D), by faiss: Euclidean k-means on all vectors as they are, the best of `redos` starts.
 
-    A float32 map is read where it lies. Runs on all GPUs that faiss sees; faiss-cpu of the extra sees none.
+    A float32 map is read where it lies, in each of iterations x redos passes: faiss copies no vectors, and a map larger than the memory is
+    read from the disk again in each pass. Runs on all GPUs that faiss sees; faiss-cpu of the extra sees none.
     Raises RecipeError where faiss is not installed, for fewer vectors than codes, and for features that are not finite.
     """
     try:

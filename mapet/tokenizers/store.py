@@ -12,14 +12,13 @@ sets of up to 20,000 files (by their contents up to 512 MiB, else by sizes); who
 called .partial until all this is in it; a killed process leaves it, and the next goes on from there.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy
@@ -28,6 +27,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from common.data import DataError, Loader, Split
+from common.files import Locked, locked
 from common.run import RunError, console, write_text
 
 VERSION = 1
@@ -182,13 +182,11 @@ def write_tokens(partial: Path, tokenizer: nn.Module, loaders: dict[str, Loader]
 @contextmanager
 def making(folder: Path) -> Iterator[None]:
     """Hold a store while it is made. Raises RunError where another process makes it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            held.enter_context(locked(folder.with_name(f"{folder.name}.lock")))
+        except Locked:
             raise RunError(f"{folder} is being made by another process; wait for it") from None
-        os.register_at_fork(after_in_child=lock.close)  # else workers that outlive a killed process would keep it locked
         yield
 
 

@@ -1,0 +1,252 @@
+"""Check every stage and protocol of every arm before anything is trained, and name all that cannot work in one error.
+
+Stages that are finished already, and only shown again, are not checked.
+"""
+
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.papers import ROOT, folder
+from common import results
+from common.convert import load_encoder, read_checkpoint
+from common.data import Augmentation, Split
+from common.evaluate import Classifier, LinearProbe, hold_out
+from common.evaluate.finetune import pool, tokens
+from common.optim import make_optimizer
+from common.recipe import Protocol, RecipeError, Stage
+from common.train import device_batch
+
+if TYPE_CHECKING:
+    from benchmarks.reproduce import Reproduction
+
+Step = Callable[[nn.Module, Tensor], object]  # of a model and images (B, C, H, W)
+
+
+def check(runs: Sequence["Reproduction"], root: Path = ROOT) -> None:
+    """Raise RecipeError with what cannot work in these runs: a line each, with the arms, the stage or protocol, and the --set that helps.
+
+    root: where `--record` puts results. Nothing is exchanged between processes: each of them finds the same.
+    """
+    found: dict[str, list[str]] = {}  # the arms of each complaint
+    read = functools.cache(read_checkpoint)
+    for run in runs:
+        for place, text in _complaints(run, root, read):
+            arms = found.setdefault(f"{place}: {text.removeprefix(f'{place}: ')}", [])
+            arms += [run.arm] if run.arm not in arms else []
+    lines = [f"arm {', '.join(arms)}: {line}" if any(arms) else line for line, arms in found.items()]
+    if lines:
+        head = [f"{len(lines)} things cannot work, so nothing was started:"] if len(lines) > 1 else []
+        raise RecipeError("\n".join([*head, *lines]))
+
+
+def _complaints(run: "Reproduction", root: Path, read: Callable) -> Iterator[tuple[str, str]]:
+    """What cannot work in one run: (stage or protocol, complaint)."""
+    recipe, encoder_file = run.recipe, run.options.encoder
+    done = {
+        stage: (run.root / stage / "result.json").exists() for stage in ("pretrain", *(f"{p.name}-pretrained" for p in recipe.protocols))
+    }
+    if run.options.prepare:
+        yield from _said("targets", lambda: run.prepare(check=True))
+        return
+    if run.options.record:
+        yield from _said("--record", lambda: results.load(root / folder(run.paper) / "results.csv"))
+    protocols = [protocol for protocol in recipe.protocols if not done[f"{protocol.name}-pretrained"]]
+    if done["pretrain"] and not protocols:
+        return
+    if fault := _trial(lambda: _encoder(run))[1]:
+        yield "encoder", fault
+        return
+    if encoder_file is None and not done["pretrain"]:
+        yield from _stage(run, "pretrain", "pretrain", recipe.pretrain, run.data.train, lambda: _method(run), _method_step(run))
+        if hasattr(run.module, "prepare"):
+            yield from _said("targets", lambda: run.prepare(check=True))
+    else:
+        if any(protocol.kind != "finetune" for protocol in protocols):  # which read frozen features in the batches of the pre-training
+            yield from _batch(run, "pretrain", "pretrain", recipe.pretrain, math.inf)
+        if fault := _trial(lambda: _method(run))[1]:
+            yield "pretrain", fault
+        if encoder_file is not None and not done["pretrain"]:
+            yield from _said("--encoder", lambda: load_encoder(_encoder(run), read(encoder_file), allow_unused=("cls_token",)))
+    for protocol in protocols:
+        for complaint in _protocol(run, protocol):
+            yield f"protocol {protocol.name}", complaint
+
+
+def _encoder(run: "Reproduction", **changes) -> nn.Module:
+    return run.recipe.build_encoder(run.data.channels, **changes)
+
+
+def _method(run: "Reproduction") -> nn.Module:
+    return run.module.build(run.recipe, _encoder(run), run.data.classes)
+
+
+def _method_step(run: "Reproduction") -> Step:
+    targets = getattr(run.module, "example_targets", lambda model, images: _classes(images))
+    return lambda model, images: model(images, targets(model, images))
+
+
+def _classes(images: Tensor) -> Tensor:
+    return torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
+
+def _protocol(run: "Reproduction", protocol: Protocol) -> Iterator[str]:
+    train, name, place = run.data.train, protocol.name, f"protocol {protocol.name}"
+    labelled = train
+    try:
+        labelled = run.labelled(protocol)
+        labelled = labelled.subset(hold_out(protocol, labelled.labels, run.seed)[0])
+    except (ValueError, OSError) as error:
+        yield f"{error}{_label_fix(run, protocol)}"
+    absent = (torch.bincount(labelled.labels, minlength=run.data.classes) == 0).nonzero()[:, 0].tolist()
+    if protocol.kind == "logistic" and absent:
+        first = train.class_names[absent[0]] if train.class_names else absent[0]
+        fault = f"{len(absent)} of {run.data.classes} classes have no label to learn from, the first is {first}"
+        yield f"{fault}: add one{_label_fix(run, protocol)}"
+    changes = {"drop_path": protocol.drop_path, **({"position": protocol.position} if protocol.position else {})}
+    encoder, fault = _trial(lambda: _encoder(run, **changes))
+    if fault:
+        yield fault
+        return
+    depth = max(1, len(getattr(encoder, "blocks", ())))
+    if max(protocol.layers) > depth:
+        fit = json.dumps(sorted({min(layers, depth) for layers in protocol.layers}))
+        yield f"layers={protocol.layers}, and the encoder has {depth}: --set '{name}.layers={fit}'"
+        protocol = replace(protocol, layers=(1,))  # so that what else is wrong is found
+    if protocol.pool == "class" and not getattr(encoder, "prefix_tokens", 1):
+        yield f"pool='class' needs an encoder with a class token: --set {name}.pool=mean"
+        protocol = replace(protocol, pool="mean")
+    yield from _images(run, f"{name}.resize=null", run.data.val, None, protocol)
+
+    def build() -> nn.Module:
+        kinds = {"finetune": Classifier, "linear": LinearProbe}
+        own = _encoder(run, **changes)
+        return kinds[protocol.kind](own, run.data.classes, protocol) if protocol.kind in kinds else own
+
+    def step(model: nn.Module, images: Tensor) -> object:
+        if protocol.kind in ("finetune", "linear"):
+            return model(images, _classes(images))
+        return pool(tokens(model, images, max(protocol.layers)), model, protocol.pool)
+
+    if protocol.stage is not None and protocol.kind in ("finetune", "linear"):
+        yield from (text for _, text in _stage(run, place, f"{name}.stage", protocol.stage, labelled, build, step))
+    elif fault := _trial(build, step, _shape(run, 2))[1]:
+        yield fault
+
+
+def _label_fix(run: "Reproduction", protocol: Protocol) -> str:
+    """A --set under which there are labels enough; "" where the protocol uses all of them."""
+    train, classes = run.data.train, run.data.classes
+    least = int(torch.bincount(train.labels, minlength=classes).min())
+    if protocol.labels_per_class is not None and protocol.labels_per_class > least:
+        return f": --set {protocol.name}.labels_per_class={least or 'null'}"
+    if protocol.label_share is not None and protocol.label_share * len(train) < classes * least:
+        wanted = min(
+            classes * least, max(classes, math.ceil(1.25 * protocol.stage.batch_size) if protocol.stage else 0)
+        )  # a tenth is held out
+        return f": --set {protocol.name}.label_share={math.ceil(1e4 * wanted / len(train)) / 1e4:g}"
+    if protocol.label_share is not None:
+        return f": --set {protocol.name}.label_share={math.floor(1e4 * classes * least / len(train)) / 1e4 or 'null'}"
+    return f": --set {protocol.name}.label_list=null" if protocol.label_list is not None else ""
+
+
+def _stage(
+    run: "Reproduction", place: str, path: str, stage: Stage, split: Split, build: Callable[[], nn.Module], step: Step
+) -> Iterator[tuple[str, str]]:
+    """Whether a stage can train on the images of a split."""
+    model, fault = _trial(build, step, _shape(run, 2))
+    if fault:
+        yield place, fault
+    elif model is not None:
+        yield from _said(place, lambda: make_optimizer(model, stage))
+    one_fails = not fault and bool(_trial(build, step, _shape(run, 1))[1])
+    yield from _batch(run, place, path, stage, len(split), one_fails)
+    for text in _images(run, f"{path}.augmentation.resize=null", split, stage.augmentation):
+        yield place, text
+
+
+def _batch(run: "Reproduction", place: str, path: str, stage: Stage, images: float, one_fails: bool = False) -> Iterator[tuple[str, str]]:
+    """Whether the effective batch can be taken from so many images and divided into micro-batches; `one_fails`: of two or more."""
+    world = run.fabric.world_size
+    if images < stage.batch_size:
+        fault = f"{images} labelled images are fewer than one effective batch of {stage.batch_size}"
+    else:
+        try:
+            if device_batch(stage, world) > 1 or not one_fails:
+                return
+            fault = f"a batch of {stage.batch_size} on {world} devices makes micro-batches of 1 image, and this trains on 2 or more"
+        except RecipeError as error:
+            fault = str(error)
+    share = int(min(max(stage.batch_size, 2 * world), images)) // world  # of a device
+    if share < 1 + one_fails:
+        yield place, f"{fault}: add images, or use fewer processes"
+        return
+    fit = {
+        "batch_size": world * 2 ** int(math.log2(share)),
+        "device_batch": max(2, stage.device_batch) if one_fails else stage.device_batch,
+    }
+    yield place, f"{fault}: " + " ".join(f"--set {path}.{name}={value}" for name, value in fit.items() if value != getattr(stage, name))
+
+
+def _images(
+    run: "Reproduction", fix: str, split: Split, augmentation: Augmentation | None, protocol: Protocol | None = None
+) -> Iterator[str]:
+    """Whether images are read and augmented as the stage says. The batch is checked elsewhere."""
+    world = run.fabric.world_size
+    stage = replace(run.recipe.pretrain, batch_size=world, augmentation=augmentation or run.recipe.pretrain.augmentation)
+    if len(split) >= world:
+        for _, text in _said("", lambda: run.loader(split, stage, augmentation, protocol)):
+            yield f"{text}: --set {fix}" if "resize" in text else text
+
+
+def _shape(run: "Reproduction", count: int) -> tuple[int, ...]:
+    return (count, run.data.channels, *run.size)
+
+
+def _trial(build: Callable[[], nn.Module], step: Step | None = None, shape: tuple[int, ...] = ()) -> tuple[nn.Module | None, str]:
+    """A model, and what is wrong with it or with a training step on images of a shape; "" for nothing.
+
+    On the meta device, where tensors have no values and cost nothing. What cannot be built there is built for real. Of a step only an
+    error of a value counts, as many operations are not there on the meta device.
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device("meta"):
+                model = build()
+        except Exception:  # whatever the meta device cannot do; an error of the recipe comes up again
+            try:
+                model = build()
+            except Exception as error:
+                return None, _text(error)
+        if step is not None:
+            try:
+                step(model.train(), torch.zeros(shape, device=next(model.parameters()).device))
+            except ValueError as error:
+                return model, _text(error)
+            except Exception:
+                pass
+        return model, ""
+
+
+def _said(place: str, attempt: Callable[[], object]) -> Iterator[tuple[str, str]]:
+    """A complaint where an attempt raises. It changes no global generator."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            attempt()
+        except Exception as error:  # whatever it is, it would come up hours later
+            yield place, _text(error)
+
+
+def _text(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"

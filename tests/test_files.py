@@ -1,0 +1,68 @@
+"""Locks, the content of files, and a screen that is not UTF-8."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common.files import Locked, digest, locked
+from common.results import ROOT
+from common.run import Run, RunError
+from mapet.tokenizers.store import making
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_said_to_be_one_and_the_run_goes_on(code, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Run(tmp_path / "run", {}, torch.device("cpu")) as run:
+        run.finish({"top1": 1.0})
+    with making(tmp_path / "store"):
+        pass
+    assert caplog.text.count("this file system has no locks") == 2 and "another run" not in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
+def test_another_holder_is_said_to_be_one(code, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match="in use by another run"):
+        Run(tmp_path, {}, torch.device("cpu")).__enter__()
+    with pytest.raises(RunError, match="being made by another process"), making(tmp_path / "store"):
+        pass
+
+
+def test_a_run_that_is_refused_leaves_no_lock(tmp_path):
+    with Run(tmp_path, {"seed": 0}, torch.device("cpu")) as run:
+        run.finish({"top1": 1.0})
+    with pytest.raises(RunError, match="other settings .seed: 0 there, 1 asked"):
+        Run(tmp_path, {"seed": 1}, torch.device("cpu")).__enter__()
+    with locked(tmp_path / ".lock"), pytest.raises(Locked), locked(tmp_path / ".lock"):
+        pass
+
+
+def test_a_digest_is_of_what_a_file_or_a_folder_holds_and_not_of_where_it_is(tmp_path):
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / folder / "inner").mkdir(parents=True)
+        (tmp_path / folder / "inner" / "x").write_bytes(content)
+    found = [digest(tmp_path / name) for name in "abc"]
+    assert found[0] == found[1] != found[2]
+    assert digest(tmp_path / "a" / "inner" / "x") == digest(tmp_path / "b" / "inner" / "x") != digest(tmp_path / "c" / "inner" / "x")
+
+
+def test_a_screen_that_is_not_utf8_shows_the_table_all_the_same(tmp_path):
+    code = "import rich.table, benchmarks.reproduce as r\nfrom common.run import console\n"
+    code += "def show(options):\n    table = rich.table.Table('top-1 \\u00b1')\n"
+    code += "    table.add_row('99 \\u00b1 1 \\udcff')\n    console.print(table)\n"
+    code += "r.reproduce = show\nraise SystemExit(r.main(['droppos']))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "99 " in done.stdout, done.stderr
