@@ -172,19 +172,22 @@ def test_images_and_labels_are_blended_in_the_same_share_and_the_callers_images_
     assert output.loss.item() == pytest.approx(mean_over_batch(blended, output.named["logits"]), abs=1e-4)
 
 
-def test_nothing_is_blended_outside_training_or_in_an_odd_batch():
-    model, shown = classifier(mixup=1.0, cutmix=1.0), []
-    model.encoder.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
-    for mode, count in ((False, 6), (True, 5)):
-        images, targets = batch(count)
+def test_nothing_is_blended_outside_training_or_without_mixup_and_cutmix():
+    for mode, count, options in ((False, 6, {"mixup": 1.0, "cutmix": 1.0}), (True, 5, {})):
+        model, shown, (images, targets) = classifier(**options), [], batch(count)
+        model.encoder.register_forward_pre_hook(lambda _, args, shown=shown: shown.append(args[0]))
         loss = model.train(mode)(images, targets).loss
         assert torch.equal(shown[-1], images)
         assert loss.item() == pytest.approx(mean_over_batch(one_hot(targets, 0), model.eval()(images).named["logits"]), abs=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"mixup": 0.8}])
-def test_label_smoothing_gives_every_class_its_share_in_training(options):
-    model, (images, targets) = classifier(smoothing=0.3, **options), batch(5)
+def test_a_single_image_is_refused_where_two_are_to_be_blended():
+    with pytest.raises(ValueError, match="a micro-batch has 1: use 2 or more"):
+        classifier(mixup=0.8).train()(*batch(1))
+
+
+def test_label_smoothing_gives_every_class_its_share_in_training():
+    model, (images, targets) = classifier(smoothing=0.3), batch(5)
     output = model(images, targets)
     assert output.loss.item() == pytest.approx(mean_over_batch(one_hot(targets, 0.3), output.named["logits"]), abs=1e-5)
 
