@@ -1,6 +1,7 @@
 """What the speed measurements share: waiting for the device, its matrix products, and how a measurement is shown and kept."""
 
 import datetime
+import os
 import time
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def wide(frame: pandas.DataFrame) -> pandas.DataFrame:
     lines = lines.set_index([*names, "pass"])["cell"].unstack("pass").reset_index()
     order = frame[names].drop_duplicates()
     return order.merge(lines, on=names)[["shape", "batch", "way", *frame["pass"].unique()]]
+
+
+def check_kept(path: Path, same: list[str]) -> None:
+    """Raise, before a measurement, what `keep` would raise after it: ValueError for a file without these columns, OSError for no access."""
+    if path.exists():
+        missing = set(same) - set(pandas.read_csv(path, nrows=0).columns)
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: restore the file, or delete it to begin a new one")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"{path} is not writable, and measurements are kept there")
 
 
 def keep(frame: pandas.DataFrame, path: Path, same: list[str]) -> None:

@@ -6,15 +6,20 @@ Stages that are finished already, and only shown again, are not checked.
 import functools
 import json
 import math
+import os
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 from torch import Tensor, nn
 
+from benchmarks.numbers import claims
 from benchmarks.papers import ROOT, folder
 from common import results
 from common.convert import load_encoder, read_checkpoint
@@ -23,6 +28,7 @@ from common.evaluate import Classifier, LinearProbe, hold_out
 from common.evaluate.finetune import pool, tokens
 from common.optim import make_optimizer
 from common.recipe import Protocol, RecipeError, Stage
+from common.run import Run, RunError
 from common.train import device_batch
 
 if TYPE_CHECKING:
@@ -39,7 +45,7 @@ def check(runs: Sequence["Reproduction"], root: Path = ROOT) -> None:
     found: dict[str, list[str]] = {}  # the arms of each complaint
     read = functools.cache(read_checkpoint)
     for run in runs:
-        for place, text in _complaints(run, root, read):
+        for place, text in _complaints(run, root, read, baselines=run.arm == runs[0].arm):
             arms = found.setdefault(f"{place}: {text.removeprefix(f'{place}: ')}", [])
             arms += [run.arm] if run.arm not in arms else []
     lines = [f"arm {', '.join(arms)}: {line}" if any(arms) else line for line, arms in found.items()]
@@ -48,7 +54,7 @@ def check(runs: Sequence["Reproduction"], root: Path = ROOT) -> None:
         raise RecipeError("\n".join([*head, *lines]))
 
 
-def _complaints(run: "Reproduction", root: Path, read: Callable) -> Iterator[tuple[str, str]]:
+def _complaints(run: "Reproduction", root: Path, read: Callable, baselines: bool) -> Iterator[tuple[str, str]]:
     """What cannot work in one run: (stage or protocol, complaint)."""
     recipe, encoder_file = run.recipe, run.options.encoder
     done = {
@@ -58,7 +64,11 @@ def _complaints(run: "Reproduction", root: Path, read: Callable) -> Iterator[tup
         yield from _said("targets", lambda: run.prepare(check=True))
         return
     if run.options.record:
-        yield from _said("--record", lambda: results.load(root / folder(run.paper) / "results.csv"))
+        home = root / folder(run.paper)
+        yield from _said("--record", lambda: results.load(home / "results.csv"))
+        yield from _said("--record", lambda: _check_writable(home / "logs"))
+    yield from _said("the table at the end", lambda: claims(run.paper, ROOT))
+    yield from _settings(run, baselines)
     protocols = [protocol for protocol in recipe.protocols if not done[f"{protocol.name}-pretrained"]]
     if done["pretrain"] and not protocols:
         return
@@ -79,6 +89,24 @@ def _complaints(run: "Reproduction", root: Path, read: Callable) -> Iterator[tup
     for protocol in protocols:
         for complaint in _protocol(run, protocol):
             yield f"protocol {protocol.name}", complaint
+
+
+def _settings(run: "Reproduction", baselines: bool) -> Iterator[tuple[str, str]]:
+    """Directories that hold a run with other settings, which would be refused when their turn comes."""
+    starts = ("pretrained", "scratch", "random", "pixels") if baselines else ("pretrained",)
+    stages = [("pretrain", None, "")] + [(f"{p.name}-{start}", p, start) for p in run.recipe.protocols for start in starts]
+    trained = (run.root / "pretrain" / "result.json").exists()  # else it is not known yet which encoder the others start from
+    for stage, protocol, start in stages:
+        if (run.root / stage).exists() and (trained or start != "pretrained"):
+            held = Run(run.root / stage, run.settings(protocol, start), run.fabric.device, main=False)
+            yield from _said(stage, held.check_settings)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise OSError where a folder can neither be written nor made."""
+    nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OSError(f"{path} cannot be written, as {nearest} is {'not writable' if nearest.is_dir() else 'a file'}")
 
 
 def _encoder(run: "Reproduction", **changes) -> nn.Module:
@@ -111,6 +139,8 @@ def _protocol(run: "Reproduction", protocol: Protocol) -> Iterator[str]:
         first = train.class_names[absent[0]] if train.class_names else absent[0]
         fault = f"{len(absent)} of {run.data.classes} classes have no label to learn from, the first is {first}"
         yield f"{fault}: add one{_label_fix(run, protocol)}"
+    if protocol.kind == "logistic" and run.data.classes < 2:
+        yield "logistic regression needs two classes, and the data have 1: add a class"
     changes = {"drop_path": protocol.drop_path, **({"position": protocol.position} if protocol.position else {})}
     encoder, fault = _trial(lambda: _encoder(run, **changes))
     if fault:
@@ -165,6 +195,9 @@ def _stage(
     model, fault = _trial(build, step, _shape(run, 2))
     if fault:
         yield place, fault
+    elif stage.layer_decay is not None and not hasattr(model, "group_matcher"):  # timm would take all as one layer
+        text = f"layer_decay={stage.layer_decay}, and {type(model).__name__} does not say what its layers are (group_matcher)"
+        yield place, f"{text}: --set {path}.layer_decay=null"
     elif model is not None:
         yield from _said(place, lambda: make_optimizer(model, stage))
     one_fails = not fault and bool(_trial(build, step, _shape(run, 1))[1])
@@ -217,8 +250,7 @@ def _trial(build: Callable[[], nn.Module], step: Step | None = None, shape: tupl
     On the meta device, where tensors have no values and cost nothing. What cannot be built there is built for real. Of a step only an
     error of a value counts, as many operations are not there on the meta device.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _undisturbed(), torch.no_grad():
         try:
             with torch.device("meta"):
                 model = build()
@@ -238,8 +270,8 @@ def _trial(build: Callable[[], nn.Module], step: Step | None = None, shape: tupl
 
 
 def _said(place: str, attempt: Callable[[], object]) -> Iterator[tuple[str, str]]:
-    """A complaint where an attempt raises. It changes no global generator."""
-    with torch.random.fork_rng(devices=[]):
+    """A complaint where an attempt raises."""
+    with _undisturbed():
         try:
             attempt()
         except Exception as error:  # whatever it is, it would come up hours later
@@ -249,4 +281,17 @@ def _said(place: str, attempt: Callable[[], object]) -> Iterator[tuple[str, str]
 def _text(error: Exception) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, ValueError | OSError | RunError) and text else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The global generators of Python, NumPy and torch are afterwards as they were before, and nothing warns."""
+    python, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numbers)

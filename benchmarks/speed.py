@@ -32,7 +32,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks import speed_attention
-from benchmarks.measure import facts, gemm_rate, keep, show, wait
+from benchmarks.measure import check_kept, facts, gemm_rate, keep, show, wait
 from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, papers
 from common import keep_freed_memory
 from common.optim import make_optimizer
@@ -170,17 +170,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; by default a GPU where there is one"
     )
+    timms = [size for size in SIZES if timm.is_model(f"vit_{size}_patch16_224")]  # the steps are timed against timm's
     parser.add_argument("--batch", type=int, default=16, help="images per step (default: 16)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each step is timed (default: 5)")
     parser.add_argument("--paper", choices=[*papers(), *baselines()], help="one paper beside the baselines, without attention")
-    parser.add_argument("--size", choices=SIZES, help="size of the encoders, in the place of the recipes'")
+    parser.add_argument("--size", choices=timms, help="size of the encoders, in the place of the recipes'")
     options = parser.parse_args(arguments)
+    for name in ("batch", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)} is less than 1; give a whole number from 1 up")
+    if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device {options.device}: it is cpu, or cuda where torch sees a GPU")
+    file = ROOT / "benchmarks" / "speed.csv"
+    try:
+        check_kept(file, SAME)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     keep_freed_memory()
     device = torch.device(options.device)
     names = papers() if options.paper is None else list(dict.fromkeys([options.paper, *baselines()]))
     frame = measure(device, make_steps(device, names, options.size), options.batch, options.rounds)
     show(frame[["step", "precision", "seconds", "ratio", "machine", "memory"]], f"{frame['backbone'][0]}, batch {options.batch}", device)
-    keep(frame, ROOT / "benchmarks" / "speed.csv", SAME)
+    keep(frame, file, SAME)
     if options.paper is None:
         speed_attention.run(device)
     return 0

@@ -94,16 +94,25 @@ class Run:
         kept = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
-    def _start(self) -> None:
-        """Note settings and environment; what stands there from starts that left nothing to go on from does not count."""
-        recipe, starts = self.directory / "recipe.json", self.directory / "environment.json"
-        begun = self.checkpoint.exists() or self.result is not None
-        if begun and recipe.exists() and (held := json.loads(recipe.read_text())) != self.settings:
+    @property
+    def _begun(self) -> bool:
+        """Whether there is something to go on from; what stands there from other starts does not count."""
+        return self.checkpoint.exists() or self.result is not None
+
+    def check_settings(self) -> None:
+        """Raise RunError where the directory holds a run with other settings. Reads only."""
+        recipe = self.directory / "recipe.json"
+        if self._begun and recipe.exists() and (held := json.loads(recipe.read_text())) != self.settings:
             differing = ", ".join(_differences(held, self.settings))
             raise RunError(f"{self.directory} holds a run with other settings ({differing}); name another folder with OUT=, or delete it")
+
+    def _start(self) -> None:
+        """Note settings and environment."""
+        self.check_settings()
+        recipe, starts = self.directory / "recipe.json", self.directory / "environment.json"
         write_text(recipe, json.dumps(self.settings, indent=1) + "\n")
         if self.result is None:
-            earlier = json.loads(starts.read_text()) if begun and starts.exists() else []
+            earlier = json.loads(starts.read_text()) if self._begun and starts.exists() else []
             write_text(starts, json.dumps([*earlier, environment(self.device)], indent=1) + "\n")
 
 

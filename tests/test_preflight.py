@@ -1,20 +1,24 @@
 """Claims about the checks at the start: all that cannot work is named at once, with what works, before anything is trained."""
 
+import random
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import preflight
-from benchmarks.papers import baselines, choose_recipe, paper_module, papers, recipes
+from benchmarks import preflight, speed
+from benchmarks.measure import check_kept
+from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, papers, recipes
 from benchmarks.reproduce import Options, Reproduction, reproduce
 from common.data import open_data
 from common.evaluate import Supervision
 from common.recipe import Protocol, RecipeError, override
+from common.run import Run
 from common.train import device_batch, make_fabric
 
 OUT = {"device": "cpu", "precision": "32-true", "workers": 0, "epochs": 1}
@@ -29,10 +33,10 @@ def run_of(out: Path, *changes: str, paper: str = "droppos", processes: int = 1)
     return run
 
 
-def refused(run: Reproduction) -> list[str]:
+def refused(run: Reproduction, root: Path = ROOT) -> list[str]:
     """The lines of the refusal."""
     with pytest.raises(RecipeError) as error:
-        preflight.check([run])
+        preflight.check([run], root)
     return str(error.value).splitlines()
 
 
@@ -62,6 +66,8 @@ def test_two_protocols_and_a_pretraining_that_are_wrong_are_named_at_once_and_wh
         (["finetune.mixup=0.8", "finetune.stage.device_batch=1"], 1, "protocol finetune: a batch of"),
         (["finetune_5_per_class.labels_per_class=500"], 1, "protocol finetune_5_per_class:"),
         (["linear.label_share=0.005"], 1, "protocol linear: a share of 0.005"),
+        (["pretrain.layer_decay=0.7"], 1, "pretrain: layer_decay=0.7, and DropPos does not say what its layers are"),
+        (["linear.stage.layer_decay=0.7"], 1, "protocol linear: layer_decay=0.7, and LinearProbe does not say what its layers are"),
         (["linear.layers=[1,7]"], 1, "protocol linear: layers=(1, 7), and the encoder has 6"),
         (["knn.resize=16"], 1, "protocol knn: images are to be resized to 16 pixels"),
     ],
@@ -138,10 +144,75 @@ def test_tokens_that_cannot_be_had_are_refused_and_none_are_made(change, process
     assert not (tmp_path / "data").exists()
 
 
-def test_the_checks_leave_the_global_generator_as_it_was(tmp_path):
-    before = torch.get_rng_state()
-    preflight.check([run_of(tmp_path)])
-    assert torch.equal(before, torch.get_rng_state())
+def test_the_checks_leave_the_global_generators_as_they_were(tmp_path):
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1:3]
+    preflight.check([run_of(tmp_path, "finetune.mixup=0.8")])
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+    for old, new in zip(before[2], numpy.random.get_state()[1:3], strict=True):
+        assert numpy.array_equal(old, new)
+
+
+def test_a_later_stage_that_was_run_with_other_settings_is_refused_before_an_earlier_one_trains(tmp_path):
+    run, protocol = run_of(tmp_path), run_of(tmp_path).recipe.protocols[0]
+    held = run_of(tmp_path, "finetune.smoothing=0.3")
+    with Run(run.root / "finetune-scratch", held.settings(held.recipe.protocols[0], "scratch"), run.fabric.device) as begun:
+        begun.finish({"hours": 0.0})
+    (line,) = refused(run)
+    assert line.startswith("finetune-scratch: ") and f"protocol.smoothing: 0.3 there, {protocol.smoothing} asked" in line
+    preflight.check([held])
+
+
+def test_a_finished_run_is_shown_again_whatever_has_become_of_its_list_of_labels(tmp_path):
+    run = run_of(tmp_path, "knn.label_list=gone.txt")
+    assert any("protocol knn" in line for line in refused(run))
+    knn = next(protocol for protocol in run.recipe.protocols if protocol.name == "knn")
+    with Run(run.root / "knn-pretrained", run.settings(knn, "pretrained"), run.fabric.device) as done:
+        done.finish({"hours": 0.0})
+    preflight.check([run])
+
+
+def test_a_folder_that_logs_cannot_be_recorded_in_is_refused_before_the_training(tmp_path):
+    (tmp_path / "droppos").write_text("a file where a folder should be")
+    run = run_of(tmp_path / "runs")
+    run.options.record = True
+    assert any(line.startswith("--record: ") and "is a file" in line for line in refused(run, tmp_path))
+
+
+def test_all_values_that_make_no_sense_are_named_at_once_and_some_may_make_sense_only_together():
+    recipe = choose_recipe(paper_module("droppos"), "digits", None)[1]
+    with pytest.raises(RecipeError) as error:
+        override(recipe, ["pretrain.epochs=0", "linear.stage.ema=2", "knn.temperature=0", "pretrain.augmentation.flip=2", "a.b=1"])
+    places = {line.split("=")[0].split(":")[0] for line in str(error.value).splitlines()}
+    assert places == {"pretrain.epochs", "linear.stage.ema", "protocol knn", "pretrain.augmentation.flip", "a.b"}
+    changed = override(recipe, ["linear.layers=[1, 4]", "linear.kind=logistic", "linear.layers=[4]"])
+    assert next((p.kind, p.layers) for p in changed.protocols if p.name == "linear") == ("logistic", (4,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    "epochs=0 cooldown_epochs=-1 device_batch=0 base_lr=-1 warmup_epochs=-1 weight_decay=-0.1 ema=1 layer_decay=0 clip_norm=0 "
+    "drops=[5,3] freeze_epoch=0 betas=[0.9,1] lr_batch=0 augmentation.randaugment=rand-m9-inc augmentation.erase=2".split(),
+)
+def test_a_value_that_no_stage_can_have_is_refused_by_path_and_value(change):
+    recipe = choose_recipe(paper_module("droppos"), "digits", None)[1]
+    with pytest.raises(RecipeError) as error:
+        override(recipe, [f"pretrain.{change}"])
+    assert str(error.value).startswith(f"pretrain.{change.partition('=')[0]}=")
+
+
+@pytest.mark.parametrize("words", [["--rounds", "0"], ["--batch", "0"], ["--device", "gpu"], ["--size", "micro"]])
+def test_what_the_measurement_of_speed_cannot_do_is_refused_before_it_measures(words, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "make_steps", None)
+    with pytest.raises(SystemExit) as stopped:
+        speed.main(["--device", "cpu", "--paper", "mae", *words])
+    assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_keep_a_measurement_is_refused_before_it(tmp_path):
+    (tmp_path / "speed.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has no column backbone"):
+        check_kept(tmp_path / "speed.csv", ["backbone"])
+    check_kept(tmp_path / "new.csv", ["backbone"])
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 15])
@@ -155,9 +226,31 @@ def test_every_image_of_an_odd_batch_is_blended_with_another_one(count):
 
 def test_a_module_whose_annotations_are_text_keeps_its_recipes():
     module = ModuleType("paper")
-    source = "from __future__ import annotations\nfrom common.recipe import Recipe\ndef small() -> Recipe: ...\ndef other() -> int: ...\n"
+    source = """from __future__ import annotations
+import functools
+import common.recipe
+from common.recipe import Recipe
+class Own(Recipe): ...
+def small() -> Recipe: ...
+def quoted() -> "Recipe": ...
+def dotted() -> common.recipe.Recipe: ...
+def derived() -> Own: ...
+@functools.cache
+def cached() -> Recipe: ...
+def other() -> int: ...
+def changed(recipe: Recipe) -> Recipe: ...
+def _private() -> Recipe: ...
+"""
     exec(compile(source, "paper", "exec", dont_inherit=True), module.__dict__)
+    assert list(recipes(module)) == ["small", "quoted", "dotted", "derived", "cached"]
+
+
+def test_a_module_that_imports_the_type_for_checkers_only_keeps_its_recipes_and_one_without_any_says_so():
+    module = ModuleType("paper")
+    exec(compile("from __future__ import annotations\ndef small() -> Recipe: ...\n", "paper", "exec", dont_inherit=True), module.__dict__)
     assert list(recipes(module)) == ["small"]
+    with pytest.raises(RecipeError, match="empty has no recipe: a recipe is a public function without parameters"):
+        choose_recipe(ModuleType("empty"), "digits", None)
 
 
 @pytest.mark.parametrize("paper", [*papers(), *baselines()])
