@@ -466,4 +466,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stop_on_signals(exiting=True):
+        sys.exit(main())

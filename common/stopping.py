@@ -31,8 +31,12 @@ def stop_if_requested() -> None:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Within the block STOP_SIGNALS raise Stopped, at once or at the end of `finish_first`. Nested calls and other threads do nothing."""
+def stop_on_signals(exiting: bool = False) -> Iterator[None]:
+    """Within the block STOP_SIGNALS raise Stopped, at once or at the end of `finish_first`. Nested calls and other threads do nothing.
+
+    exiting: the process ends after the block, so that later signals are ignored: torchrun sends SIGTERM to all processes as soon as the
+    first one has ended, and a process that is just about to exit with EXIT_STOPPED would be killed.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(STOP_SIGNALS[0]) is _handle:
         yield
         return
@@ -43,7 +47,7 @@ def stop_on_signals() -> Iterator[None]:
         stop_if_requested()
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if exiting else handler)
 
 
 @contextmanager
