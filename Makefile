@@ -49,7 +49,7 @@ lint: .venv/installed  ## ruff: rules and format
 	$(python) -m ruff check . && $(python) -m ruff format --check .
 
 table: .venv/installed  ## write the tables of the READMEs from the results
-	$(python) -m benchmarks.table $(ARGS)
+	$(python) -m benchmarks.ledger $(ARGS)
 
 speed: .venv/installed  ## time training steps and attention; with PAPER=, that paper beside the baselines
 	$(python) -m benchmarks.speed $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(ARGS)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from common.environment import ROOT
 from common.recipe import Recipe, RecipeError, nearest
-from common.results import ROOT
 
 BASELINES = Path("benchmarks/baselines")
 

@@ -19,9 +19,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from benchmarks.numbers import claims
+from benchmarks.ledger.published import claims
+from benchmarks.ledger.rows import load
 from benchmarks.papers import ROOT, folder
-from common import results
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Split
 from common.evaluate import Classifier, LinearProbe, hold_out
@@ -65,7 +65,7 @@ def _complaints(run: "Reproduction", root: Path, read: Callable, baselines: bool
         return
     if run.options.record:
         home = root / folder(run.paper)
-        yield from _said("--record", lambda: results.load(home / "results.csv"))
+        yield from _said("--record", lambda: load(home / "results.csv"))
         yield from _said("--record", lambda: _check_writable(home / "logs"))
     yield from _said("the table at the end", lambda: claims(run.paper, ROOT))
     yield from _settings(run, baselines)

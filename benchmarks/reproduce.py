@@ -22,16 +22,19 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.numbers import arm_of
+from benchmarks.ledger.published import arm_of
+from benchmarks.ledger.rows import Row, append, summary
+from benchmarks.ledger.rows import frame as frame_of
+from benchmarks.ledger.tables import comparison, side_by_side
 from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
 from benchmarks.preflight import check
-from benchmarks.table import comparison, side_by_side
-from common import keep_freed_memory, results
+from common import keep_freed_memory
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split, open_data
 from common.data.augment import view_name
 from common.data.loaders import default_workers
+from common.environment import device_name
 from common.evaluate import (
     Classifier,
     FeatureLoader,
@@ -128,7 +131,7 @@ class Reproduction:
         self.size = (recipe.image_size, recipe.image_size)
         self._labelled: dict[str, Split] = {}
 
-    def run(self, baselines: bool = True) -> list[results.Row]:
+    def run(self, baselines: bool = True) -> list[Row]:
         """All stages in order, with or without what is not pre-trained; returns a row per number."""
         rows = self.pretrain() if self.options.encoder is None else self.convert(self.options.encoder)
         for protocol in self.recipe.protocols:
@@ -155,7 +158,7 @@ class Reproduction:
         folder, alone = self.options.data_root / "tokens", self.fabric.world_size == 1
         return self.module.prepare(self.recipe, self.data, folder, self.fabric.device, self.options.workers, make=alone, check=check)
 
-    def pretrain(self) -> list[results.Row]:
+    def pretrain(self) -> list[Row]:
         stage = self.recipe.pretrain
         with self.open("pretrain") as (run, result):
             if result is None:
@@ -176,7 +179,7 @@ class Reproduction:
         what = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
         return self.rows(result, *what, {name: result[name] for name in result if name.endswith(("top1", "top5"))})
 
-    def convert(self, path: Path) -> list[results.Row]:
+    def convert(self, path: Path) -> list[Row]:
         """Put somebody else's encoder where a pre-trained one would be; there is no number of ours to report on it."""
         with self.open("pretrain") as (run, result):
             if result is None:
@@ -187,7 +190,7 @@ class Reproduction:
                 self.finish(run, {"hours": 0.0})
         return []
 
-    def evaluate(self, protocol: Protocol, start: str) -> list[results.Row]:
+    def evaluate(self, protocol: Protocol, start: str) -> list[Row]:
         with self.open(f"{protocol.name}-{start}", protocol, start) as (run, result):
             if result is None:
                 judge = {"finetune": self.finetune, "linear": self.probe, "logistic": self.logistic, "knn": self.knn}[protocol.kind]
@@ -356,7 +359,7 @@ class Reproduction:
         """Write what came out; returns what the directory then holds, on every process."""
         return once(self.fabric, lambda: run.finish(result))
 
-    def rows(self, result: dict, protocol: str, start: str, values: dict[str, float], how: str = "") -> list[results.Row]:
+    def rows(self, result: dict, protocol: str, start: str, values: dict[str, float], how: str = "") -> list[Row]:
         """The ledger's rows of a finished stage, with the facts of when it ran, which may be before this call."""
         environment, home = result["environment"], folder(self.paper)
         facts = {
@@ -377,20 +380,20 @@ class Reproduction:
             "settings": how,
             "log": (home / "logs" / f"{'' if home.name == self.paper else self.paper + '-'}{self.root.name}.txt").as_posix(),
         }
-        return [results.Row(metric=metric, value=round(value, 4), **facts) for metric, value in values.items()]
+        return [Row(metric=metric, value=round(value, 4), **facts) for metric, value in values.items()]
 
-    def record(self, rows: list[results.Row]) -> None:
+    def record(self, rows: list[Row]) -> None:
         """Put the rows into the paper's ledger, and the logs of all stages, as one file, beside it."""
         log = ROOT / rows[0].log
         log.parent.mkdir(exist_ok=True)
         stages = sorted(self.root.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
         text = "".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in stages)
         log.write_text(text, encoding="utf-8")
-        results.append(ROOT / folder(self.paper) / "results.csv", rows)
+        append(ROOT / folder(self.paper) / "results.csv", rows)
         console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` brings the READMEs up to date")
 
 
-def reproduce(options: Options) -> list[results.Row]:
+def reproduce(options: Options) -> list[Row]:
     """All seeds of a recipe; prints the table and returns the rows."""
     module = paper_module(options.paper)
     data = open_data(options.data, options.data_root, options.skip_corrupt)
@@ -407,7 +410,7 @@ def reproduce(options: Options) -> list[results.Row]:
     rows = []
     for run in runs:
         if fabric.is_global_zero:
-            where = f"{fabric.world_size} x {results.device_name(fabric.device)}, {run.precision}"
+            where = f"{fabric.world_size} x {device_name(fabric.device)}, {run.precision}"
             what = f"{run.recipe.backbone} on {data.name} ({len(data.train)} images), {run.recipe.pretrain.epochs} epochs, seed {run.seed}"
             title = f"{options.paper}, recipe {name}" + (f", arm {run.arm}" if run.arm else "")
             console.print(f"{title}: {what}; {where}; kept in {run.root}")
@@ -423,15 +426,15 @@ def reproduce(options: Options) -> list[results.Row]:
     return rows
 
 
-def show(paper: str, rows: list[results.Row]) -> None:
+def show(paper: str, rows: list[Row]) -> None:
     """The table on the screen: this run, training from scratch, and the published numbers; arms side by side."""
-    frame, first = results.frame(rows), rows[0]
+    frame, first = frame_of(rows), rows[0]
     arms, backbones, seeds = {arm_of(row.recipe) for row in rows}, {row.backbone for row in rows}, len({row.seed for row in rows})
     training = "training" if first.protocol == "scratch" else "pre-training"
     what = [paper, first.data, *(backbones if len(backbones) == 1 else []), f"{first.pretrain_epochs} epochs of {training}"]
     scratch = "; from scratch: the same training without pre-training, for linear and knn a random encoder"
     if len(arms) > 1 or any("+" in name for name in arms):
-        frame = side_by_side(paper, results.summary(frame))
+        frame = side_by_side(paper, summary(frame))
         frame = frame[frame["Log"] != "-"].drop(columns=["Data", "Backbone", "Epochs", "Log"])  # those without a log nobody measured
         frame = frame.loc[:, (frame != "-").any()].assign(Family=frame["Family"].str.partition(" ")[0])  # all share what --set changes
         caption = "in percent; in brackets the difference to alone" + (scratch if "From scratch" in frame else "")

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from common.environment import environment
 from common.files import Locked, locked, replacing
-from common.results import environment
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -24,9 +24,9 @@ from common.convert import ConversionError, Coverage, State, load_method, read_c
 from common.data import Data, DataError, Loader
 from common.data.loaders import default_workers
 from common.data.sets import IMAGENET_MEAN, IMAGENET_STD, scan_folder
+from common.environment import device_name
 from common.evaluate import Classifier, accuracy
 from common.recipe import Protocol
-from common.results import device_name
 from common.run import RunError, console
 from common.train import make_fabric
 from common.vit import SIZES, vit

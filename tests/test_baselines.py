@@ -15,13 +15,13 @@ from benchmarks import reproduce
 from benchmarks.baselines import deit as deit_module
 from benchmarks.baselines import distillation, mae
 from benchmarks.baselines.deit import DeiT
+from benchmarks.ledger.rows import load
 from benchmarks.papers import BASELINES, ROOT, baselines, paper_module, recipes
 from benchmarks.reproduce import main
 from common.convert import ConversionError
 from common.evaluate import Classifier
 from common.randomness import reseed
 from common.recipe import DEIT, Protocol, RecipeError, override
-from common.results import load
 from common.vit import ViT
 
 TEACHER, CLASSES = "test_efficientnet", 5

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+from common.environment import ROOT
 from common.files import Locked, digest, locked
-from common.results import ROOT
 from common.run import Run, RunError
 from mapet.tokenizers.store import making
 

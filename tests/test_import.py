@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from common.results import ROOT
+from common.environment import ROOT
 
 FAULTS = """
 import resource, torch

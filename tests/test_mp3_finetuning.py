@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.numbers import alike, claims, closeness
+from benchmarks.ledger.published import alike, claims, closeness
+from benchmarks.ledger.rows import frame
+from benchmarks.ledger.tables import comparison
 from benchmarks.papers import choose_recipe, paper_module
-from benchmarks.table import comparison
 from common.convert import ConversionError, load_encoder
 from common.data import open_data
+from common.environment import ROOT
 from common.evaluate import Classifier
 from common.positions import relative_targets
-from common.results import ROOT, frame
 from common.vit import ViT
 from mp3.method import MP3
 from mp3.recipe import illustrate

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import preflight, speed
-from benchmarks.measure import check_kept
+from benchmarks import preflight
 from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, papers, recipes
 from benchmarks.reproduce import Options, Reproduction, reproduce
+from benchmarks.speed import steps
+from benchmarks.speed.measure import check_kept
 from common.data import open_data
 from common.evaluate import Supervision
 from common.recipe import Protocol, RecipeError, override
@@ -202,9 +203,9 @@ def test_a_value_that_no_stage_can_have_is_refused_by_path_and_value(change):
 
 @pytest.mark.parametrize("words", [["--rounds", "0"], ["--batch", "0"], ["--device", "gpu"], ["--size", "micro"]])
 def test_what_the_measurement_of_speed_cannot_do_is_refused_before_it_measures(words, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "make_steps", None)
+    monkeypatch.setattr(steps, "make_steps", None)
     with pytest.raises(SystemExit) as stopped:
-        speed.main(["--device", "cpu", "--paper", "mae", *words])
+        steps.main(["--device", "cpu", "--paper", "mae", *words])
     assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
 
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save
 
 from benchmarks import reproduce
+from benchmarks.ledger.rows import load
 from benchmarks.papers import choose_recipe, paper_module
 from benchmarks.reproduce import Options, Reproduction, main
 from common.convert import rename
 from common.data import open_data
 from common.evaluate import Classifier, FeatureLoader
 from common.recipe import RecipeError, override
-from common.results import load
 from common.train import make_fabric
 from droppos.method import OFFICIAL_NAMES
 

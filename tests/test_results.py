@@ -10,8 +10,8 @@ import pandas
 import pytest
 import torch
 
-from common import results
-from common.results import Row, append, frame, load, summary
+from benchmarks.ledger.rows import TYPES, Row, append, frame, load, summary
+from common import environment
 
 ROW = Row(
     date="2026-11-20",
@@ -68,14 +68,14 @@ def test_a_crash_while_writing_leaves_the_old_ledger(tmp_path: Path, monkeypatch
 
 def test_a_file_with_another_header_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    path.write_text(",".join([*results.TYPES, "surprise"]).replace("hours,", "") + "\n")
+    path.write_text(",".join([*TYPES, "surprise"]).replace("hours,", "") + "\n")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"results\.csv is not a run ledger.*missing: hours; unexpected: surprise"):
         append(path, [ROW])
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", ",".join(results.TYPES) + "\n" + "x," * (len(results.TYPES) - 1) + "x\n"])
+@pytest.mark.parametrize("content", ["", ",".join(TYPES) + "\n" + "x," * (len(TYPES) - 1) + "x\n"])
 def test_an_empty_file_and_a_word_in_place_of_a_number_are_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.csv").write_text(content)
     with pytest.raises(ValueError, match=r"results\.csv is not a run ledger"):
@@ -112,27 +112,28 @@ def test_a_commit_is_dirty_when_code_changed_and_not_when_a_result_was_recorded(
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
 
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    assert results.commit() == "unknown"
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.commit() == "unknown"
     git("init")
     (tmp_path / "paper" / "logs").mkdir(parents=True)
+    (tmp_path / "benchmarks/speed").mkdir(parents=True)
     (tmp_path / "method.py").write_text("a = 1\n")
     git("add", ".")
     git("commit", "-m", "one")
-    clean = results.commit()
+    clean = environment.commit()
     assert len(clean) == 12 and int(clean, 16) >= 0
     (tmp_path / "paper" / "results.csv").write_text("date\n")
     (tmp_path / "paper" / "logs" / "run.txt").write_text("log\n")
-    (tmp_path / "paper" / "speed_attention.csv").write_text("seconds\n")
-    assert results.commit() == clean
+    (tmp_path / "benchmarks/speed/steps.csv").write_text("seconds\n")
+    assert environment.commit() == clean
     (tmp_path / "method.py").write_text("a = 2\n")
-    assert results.commit() == clean + "+dirty"
-    monkeypatch.setattr(results, "ROOT", tmp_path / "paper")
-    assert results.commit() == "unknown", "the commit of a surrounding project is not ours"
+    assert environment.commit() == clean + "+dirty"
+    monkeypatch.setattr(environment, "ROOT", tmp_path / "paper")
+    assert environment.commit() == "unknown", "the commit of a surrounding project is not ours"
 
 
 def test_the_environment_names_code_versions_and_device_but_not_the_machine() -> None:
-    facts = results.environment(torch.device("cpu"))
+    facts = environment.environment(torch.device("cpu"))
     assert set(facts) == {"commit", "python", "torch", "timm", "lightning", "numpy", "versions", "device", "threads", "platform"}
     assert all(facts.values())
     assert "-core " in str(facts["device"]) and str(facts["torch"]) in str(facts["versions"])

@@ -4,8 +4,8 @@ import pandas
 import pytest
 import torch
 
-from benchmarks import measure, speed, speed_attention
-from benchmarks.speed import Step, main, make_steps
+from benchmarks.speed import attention, measure, steps
+from benchmarks.speed.steps import Step, main, make_steps
 from common.optim import make_optimizer
 from common.vit import ViT
 from stop.method import StoP
@@ -16,7 +16,7 @@ def giga_multiply_adds() -> dict[str, float]:
     """Useful multiply-adds of one image's training step, in G, by step."""
     images = torch.zeros(1, 3, 224, 224)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "has_fast_bf16", lambda device: False)  # one precision is enough to count in
+        patch.setattr(steps, "has_fast_bf16", lambda device: False)  # one precision is enough to count in
         return {step.name: step.flops(images) / 2e9 for step in make_steps(torch.device("cpu"), ["droppos", "mp3"])}
 
 
@@ -38,7 +38,7 @@ def test_the_memory_of_a_step_with_a_frozen_teacher_can_be_measured_and_leaves_i
     encoder = ViT(image_size=224, patch_size=16, width=32, depth=1, heads=2, class_token=False)
     model = StoP(encoder, predictor_width=16, predictor_depth=1)
     step = Step("stop", "vit", model, lambda model, images: model(images).loss, "32-true")
-    assert step.memory(torch.zeros(2, 3, 224, 224), make_optimizer(model, speed.STAGE)) > 0
+    assert step.memory(torch.zeros(2, 3, 224, 224), make_optimizer(model, steps.STAGE)) > 0
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
 
 
@@ -55,29 +55,29 @@ def test_a_step_holds_at_most_what_its_largest_tensors_need():
 
 
 def test_the_table_keeps_other_devices_and_replaces_its_own(tmp_path, monkeypatch, capsys):
-    def steps(device: torch.device, names: list[str], size: str | None) -> list[Step]:
+    def two(device: torch.device, names: list[str], size: str | None) -> list[Step]:
         def loss(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
             return model(images[:, :, :8, :8].flatten(1)).sum()
 
         return [Step(name, "vit", torch.nn.Linear(192, 1), loss, "32-true") for name in ("timm, supervised", "ours")]
 
-    monkeypatch.setattr(speed, "ROOT", tmp_path)
-    monkeypatch.setattr(speed, "make_steps", steps)
-    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(steps, "ROOT", tmp_path)
+    monkeypatch.setattr(steps, "make_steps", two)
+    (tmp_path / "benchmarks/speed").mkdir(parents=True)
     for device in ("a GPU", "this CPU", "this CPU"):
         monkeypatch.setattr(measure, "device_name", lambda _, name=device: name)
-        monkeypatch.setattr(speed, "gemm_rate", lambda *_: 1e11)
+        monkeypatch.setattr(steps, "gemm_rate", lambda *_: 1e11)
         assert main(["--device", "cpu", "--batch", "2", "--rounds", "3", "--paper", "mp3"]) == 0
-    table = pandas.read_csv(tmp_path / "benchmarks" / "speed.csv")
+    table = pandas.read_csv(tmp_path / "benchmarks/speed/steps.csv")
     assert table["device"].tolist() == ["a GPU"] * 2 + ["this CPU"] * 2
     assert (table[table["step"] == "timm, supervised"]["ratio"] == 1).all()
     assert "this CPU" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
-def few_images() -> list[speed_attention.Case]:
+def few_images() -> list[attention.Case]:
     """The cases of the attention table, one image of each, in float32."""
-    cases = speed_attention.cases(torch.device("cpu"), torch.float32)
+    cases = attention.cases(torch.device("cpu"), torch.float32)
     for case in cases:
         case.q, case.k, case.v = case.q[:1], case.k[:1], case.v[:1]
         case.window = {name: vector[:1] for name, vector in case.window.items()}
@@ -88,22 +88,22 @@ def few_images() -> list[speed_attention.Case]:
 def test_every_way_to_attend_is_right_and_a_wrong_one_is_found(few_images):
     for case in few_images:
         gradient = torch.randn(case.q.shape)
-        for name, (way, context) in speed_attention.ways(case).items():
-            leaves = speed_attention._leaves(case, context)
-            speed_attention._check(name, way, leaves, case, gradient)
+        for name, (way, context) in attention.ways(case).items():
+            leaves = attention._leaves(case, context)
+            attention._check(name, way, leaves, case, gradient)
             with pytest.raises(RuntimeError, match=f"{case.shape}: {name} is off by"):
-                speed_attention._check(name, lambda q, k, v, way=way: way(1.01 * q, k, v), leaves, case, gradient)
+                attention._check(name, lambda q, k, v, way=way: way(1.01 * q, k, v), leaves, case, gradient)
 
 
 def test_mapets_queries_see_each_position_once_in_either_order(few_images):
     for case in few_images[3:]:
         assert case.k.shape[2] == 344 and case.q.shape[2] in (344, 147)
-        assert (speed_attention._dense(case).sum(-1) == 197).all()
+        assert (attention._dense(case).sum(-1) == 197).all()
 
 
 def test_mp3s_queries_see_the_context_and_the_class_token(few_images):
     for case, keys in zip(few_images, (99, 50, 33), strict=False):
-        mask = speed_attention._dense(case)
+        mask = attention._dense(case)
         assert (mask.sum(-1) == keys).all() and mask[..., 0].all()
 
 
@@ -118,5 +118,5 @@ def test_the_fastest_backend_of_each_shape_becomes_attends_choice():
             {**line, "way": "context first, SDPA", "milliseconds": 0.7, "keys": 50},
         ]
     )
-    chosen = speed_attention.choose(frame, torch.device("cpu"))
+    chosen = attention.choose(frame, torch.device("cpu"))
     assert [(row["windowed"], row["keys"], row["backend"]) for row in chosen] == [(True, 197, "triton"), (False, 50, "sdpa")]

@@ -11,7 +11,7 @@ import pytest
 import benchmarks.reproduce as program
 import common.train as training
 import mapet.tokenizers as tokenizers
-from common.results import ROOT
+from common.environment import ROOT
 from common.stopping import EXIT_STOPPED, STOP_SIGNALS, Stopped, finish_first, stop_on_signals, stop_requested
 
 SHORT = ["finetune", "finetune_20_per_class", "finetune_5_per_class", "linear"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import table
-from benchmarks.numbers import PUBLISHED
-from common.results import Row, append, frame, summary
+from benchmarks.ledger import tables
+from benchmarks.ledger.published import PUBLISHED
+from benchmarks.ledger.rows import Row, append, frame, summary
 from tests.test_results import ROW
 
 HEADER = ",".join(PUBLISHED)
@@ -55,7 +55,7 @@ def cells(readme: Path, *words: str) -> list[str]:
 def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readmes = [root / "README.md", root / "droppos" / "README.md"]
     untouched = [readme.read_text() for readme in readmes]
-    assert table.main(["--check"], root) == 1
+    assert tables.main(["--check"], root) == 1
     out = capsys.readouterr().out
     assert re.findall(r"^(\S+): table '(\w+)' is stale.*`make table`$", out, re.MULTILINE) == [
         ("README.md:3", "results"),
@@ -65,19 +65,19 @@ def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytes
         ("droppos/README.md:3", "measured"),
     ]
     assert [readme.read_text() for readme in readmes] == untouched, "--check wrote something"
-    assert table.main([], root) == 0
-    assert table.main(["--check"], root) == 0
+    assert tables.main([], root) == 0
+    assert tables.main(["--check"], root) == 0
     written = readmes[0].read_text()
     assert written.startswith("# Title\n\n<!-- table: results -->\n\n| Paper |") and written.endswith("<!-- /table -->\n\nend")
     for path, old, new in [("droppos/published.csv", "84.2", "94.2"), ("README.md", "83.0", "99.0"), ("droppos/README.md", "42.6", "43.6")]:
         (root / path).write_text((root / path).read_text().replace(old, new))
-        assert table.main(["--check"], root) == 1
-        assert table.main([], root) == 0
+        assert tables.main(["--check"], root) == 1
+        assert tables.main([], root) == 0
     assert "94.2" in readmes[0].read_text() and "99.0" not in readmes[0].read_text()
 
 
 def test_an_unmeasured_published_number_says_not_measured_yet(root: Path) -> None:
-    table.update(root)
+    tables.update(root)
     printed = "ViT-B/16 83.0 (200 ep), 84.2 (800 ep)"
     assert cells(root / "README.md", "84.2") == ["droppos", "ImageNet-1K", "finetune", printed, "not measured yet", "-"]
     assert "\n\nnot measured yet\n\n" in (root / "droppos" / "README.md").read_text()
@@ -101,7 +101,7 @@ def test_of_a_baseline_the_root_readme_has_what_was_measured_and_its_own_page_al
     append(folder / "results.csv", [row])
     (folder / "logs").mkdir()
     (root / row.log).touch()
-    assert table.update(root)[1] == []
+    assert tables.update(root)[1] == []
     ours = "ViT-B/16 DeiT-B 80.50 (-1.30) (300 ep, 1 seed, imagenet-b16)"
     assert cells(root / "README.md", "81.8") == ["deit", "ImageNet-1K", "scratch", "ViT-B/16 DeiT-B 81.8 (300 ep)", ours, f"[0]({row.log})"]
     assert "79.8" not in (root / "README.md").read_text() and "83.6" not in (folder / "README.md").read_text()
@@ -109,14 +109,14 @@ def test_of_a_baseline_the_root_readme_has_what_was_measured_and_its_own_page_al
 
 
 def test_only_what_the_authors_say_of_their_own_method_counts_as_published(root: Path) -> None:
-    table.update(root)
+    tables.update(root)
     assert not re.search(r"83\.1|82\.91|42\.6", (root / "README.md").read_text())
     assert cells(root / "droppos" / "README.md", "82.91")[-2:] == ["a user", "third party"]
 
 
 def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path) -> None:
     record(root, IMAGENET, replace(IMAGENET, start="scratch", value=80.0, pretrain_epochs=0, log="droppos/logs/scratch.txt"))
-    table.update(root)
+    tables.update(root)
     assert cells(root / "README.md", "83.0")[3:] == [
         "ViT-B/16 83.0 (200 ep), 84.2 (800 ep)",
         "ViT-B/16 82.75 (-0.25) (200 ep, 1 seed, imagenet-b16)",
@@ -129,10 +129,10 @@ def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path
 def test_numbers_of_different_data_are_never_subtracted(root: Path, change: dict) -> None:
     other = replace(IMAGENET, **change)
     record(root, other)
-    table.update(root)
+    tables.update(root)
     assert cells(root / "README.md", "83.0")[4] == "not measured yet"
     assert cells(root / "README.md", "82.75")[2] == {"backbone": "vit_micro"}.get(*change, "ViT-B/16")
-    said = table.comparison("droppos", frame([other, replace(other, start="scratch", value=80.0)]), root).iloc[0]
+    said = tables.comparison("droppos", frame([other, replace(other, start="scratch", value=80.0)]), root).iloc[0]
     assert said["Difference"] == "+2.75"
     assert said["Published"] == ("-" if other.protocol == "linear" else "83.0 (ImageNet-1K, ViT-B/16, 200 ep)")
 
@@ -144,7 +144,7 @@ def test_a_run_is_compared_with_its_own_baselines_over_seeds(root: Path) -> None
     knn = replace(ROW, protocol="knn", value=95.0)
     rows += [knn, replace(knn, start="random", value=90.0, pretrain_epochs=0), replace(knn, start="pixels", value=97.0)]
     rows += [replace(ROW, protocol="pretrain", metric="position_top1", value=60.0)]
-    said = table.comparison("droppos", frame(rows), root)
+    said = tables.comparison("droppos", frame(rows), root)
     assert said.drop(columns="Published").to_numpy().tolist() == [
         ["finetune", "92.00 ± 2.00", "81.00 ± 1.00", "+11.00"],
         ["knn", "95.00", "90.00", "+5.00"],
@@ -152,15 +152,15 @@ def test_a_run_is_compared_with_its_own_baselines_over_seeds(root: Path) -> None
         ["pretrain (position top1)", "60.00", "-", "-"],
     ]
     assert said["Published"].tolist() == ["83.0 (ImageNet-1K, ViT-B/16, 200 ep)", "-", "-", "-"]
-    nearer = table.comparison("droppos", frame([replace(IMAGENET, pretrain_epochs=800)]), root)
+    nearer = tables.comparison("droppos", frame([replace(IMAGENET, pretrain_epochs=800)]), root)
     assert nearer["Published"].tolist() == ["84.2 (ImageNet-1K, ViT-B/16, 800 ep)"]
 
 
 def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(root, ROW, replace(ROW, protocol="linear", value=12.34, log="droppos/logs/lost.txt"))
     (root / "droppos" / "logs" / "lost.txt").unlink()
-    assert table.main([], root) == 1
-    assert table.main(["--check"], root) == 1
+    assert tables.main([], root) == 1
+    assert tables.main(["--check"], root) == 1
     assert "droppos/results.csv: the log 'droppos/logs/lost.txt' is missing" in capsys.readouterr().err
     assert "12.34" not in (root / "README.md").read_text() + (root / "droppos" / "README.md").read_text()
     assert "97.30" in (root / "README.md").read_text()
@@ -181,15 +181,15 @@ def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.Cap
 )
 def test_unknown_marker_is_named_with_its_line(root: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
     (root / "README.md").write_text(text)
-    assert table.main(["--check"], root) == table.main([], root) == 1
+    assert tables.main(["--check"], root) == tables.main([], root) == 1
     assert message in capsys.readouterr().err
     assert (root / "README.md").read_text() == text
 
 
 def test_a_readme_that_lost_its_table_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table.update(root)
+    tables.update(root)
     (root / "droppos" / "README.md").unlink()
-    assert table.main(["--check"], root) == 1
+    assert tables.main(["--check"], root) == 1
     assert "droppos/README.md: table 'published' is missing" in capsys.readouterr().err
 
 
@@ -197,8 +197,9 @@ def test_a_broken_ledger_is_named_and_stops_no_other_table(root: Path, capsys: p
     (root / "droppos" / "results.csv").write_text("date,value\n")
     (root / "benchmarks").mkdir()
     (root / "benchmarks" / "README.md").write_text("<!-- table: speed -->\n<!-- /table -->\n")
-    (root / "benchmarks" / "speed.csv").write_text("step,ratio to a|b\nDropPos,\n")
-    assert table.main([], root) == 1
+    (root / "benchmarks/speed").mkdir()
+    (root / "benchmarks/speed/steps.csv").write_text("step,ratio to a|b\nDropPos,\n")
+    assert tables.main([], root) == 1
     assert "droppos/results.csv is not a run ledger" in capsys.readouterr().err
     assert "| Step | Ratio to a\\|b |\n| --- | --- |\n| DropPos | - |\n" in (root / "benchmarks" / "README.md").read_text()
 
@@ -206,11 +207,11 @@ def test_a_broken_ledger_is_named_and_stops_no_other_table(root: Path, capsys: p
 def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> None:
     (root / "droppos" / "published.csv").write_text(HEADER + "\n")
     record(root, ROW)
-    assert table.update(root)[1] == []
+    assert tables.update(root)[1] == []
     assert "\n\nnot measured yet\n\n<!-- /table -->\n\nbetween" in (root / "README.md").read_text()
     assert cells(root / "README.md", "97.30")[1] == "droppos"
     assert "no published number is known" in (root / "droppos" / "README.md").read_text()
-    assert table.comparison("unheard_of", frame([ROW]), root)["Published"].tolist() == ["-"]
+    assert tables.comparison("unheard_of", frame([ROW]), root)["Published"].tolist() == ["-"]
 
 
 # ---- arms, which add something to another method
@@ -247,7 +248,7 @@ def added(root: Path) -> Path:
 def test_arms_and_published_methods_stand_beside_what_they_are_added_to(added: Path) -> None:
     rows = arms(SWIN) + [replace(row, metric="top5") for row in arms(SWIN)] + arms(replace(SWIN, data="digits", metric="top1"))
     rows += [replace(row, data="digits", metric="top5") for row in arms(SWIN)]
-    said = table.side_by_side("droppos", summary(frame(rows)), added)
+    said = tables.side_by_side("droppos", summary(frame(rows)), added)
     ours = ["91.00 ± 1.41", "92.00 ± 1.41 (+1.00)", "93.50 ± 1.41 (+2.50)"]
     theirs = ["83.35", "83.76 (+0.41)", "84.09 (+0.74)"]
     assert list(said)[5:8] + list(said)[9:12] == ["Alone", "+ APL", "+ RPL", "Published alone", "Published + APL", "Published + RPL"]
@@ -262,7 +263,7 @@ def test_arms_and_published_methods_stand_beside_what_they_are_added_to(added: P
 
 
 def test_what_nobody_measured_stands_beside_the_published_numbers_as_such(added: Path) -> None:
-    said = table.side_by_side("droppos", summary(frame(arms(SWIN)[:2])), added)
+    said = tables.side_by_side("droppos", summary(frame(arms(SWIN)[:2])), added)
     top1, top5 = said.to_dict("records")
     assert (top1["Alone"], top1["+ APL"], top1["Published + APL"]) == ("91.00 ± 1.41", "not measured yet", "83.76 (+0.41)")
     assert (top5["Alone"], top5["Log"], top5["Published alone"]) == ("not measured yet", "-", "83.35")
@@ -271,28 +272,28 @@ def test_what_nobody_measured_stands_beside_the_published_numbers_as_such(added:
 def test_another_recipe_backbone_or_precision_is_never_taken_for_the_method_alone(added: Path) -> None:
     for change in ({"recipe": "imagenet_swin swin lr=1"}, {"recipe": "other swin"}, {"backbone": "swin_tiny"}, {"precision": "32-true"}):
         rows = arms(SWIN)[-2:] + [replace(row, **change) for row in arms(SWIN)[:2]]
-        said = table.side_by_side("droppos", summary(frame(rows)), added)
+        said = tables.side_by_side("droppos", summary(frame(rows)), added)
         assert [cell for cell in said["+ RPL"] if "93.50" in cell] == ["93.50 ± 1.41"], change
-        assert table.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["-", "-"], change
+        assert tables.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["-", "-"], change
 
 
 def test_a_start_without_pretraining_is_the_baseline_of_every_arm(added: Path) -> None:
     mae = replace(ROW, recipe="digits_mae mae", protocol="finetune")
     rows = arms(mae) + [replace(mae, start="scratch", value=80.0, pretrain_epochs=0)]
-    said = table.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
+    said = tables.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
     assert said[["Alone", "+ RPL", "From scratch"]].tolist() == ["91.00 ± 1.41", "93.50 ± 1.41 (+2.50)", "80.00"]
-    assert table.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["+11.00", "+12.00", "+13.50"]
+    assert tables.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["+11.00", "+12.00", "+13.50"]
     knn = replace(mae, protocol="knn")
     rows = [knn, replace(knn, start="random", value=40.0), replace(knn, start="pixels", value=95.0)]
-    said = table.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
+    said = tables.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
     assert said["From scratch"] == "40.00, random encoder; 95.00, raw pixels"
 
 
 def test_a_paper_that_adds_nothing_to_others_needs_no_side_by_side_table(root: Path) -> None:
-    table.update(root)
-    assert table.update(root)[1] == []
+    tables.update(root)
+    assert tables.update(root)[1] == []
     record(root, *arms(SWIN))
-    assert [fault for fault in table.update(root)[1] if "'side by side' is missing" in fault]
+    assert [fault for fault in tables.update(root)[1] if "'side by side' is missing" in fault]
 
 
 # ---- the root README's two tables
@@ -305,7 +306,7 @@ def print_numbers(root: Path, *lines: str) -> None:
 
 def lines_of(root: Path, name: str) -> list[dict[str, str]]:
     """The lines of a table of the root README, by its headings."""
-    _, found = table.update(root)
+    _, found = tables.update(root)
     assert all("is missing" in fault for fault in found), found
     text = (root / "README.md").read_text().partition(f"<!-- table: {name} -->")[2].partition("<!-- /table -->")[0]
     heads, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")] or [[], []]
@@ -361,7 +362,7 @@ def test_a_published_number_of_something_added_stands_beside_that_arm_and_no_oth
     assert line["Published"] == "Swin-B + APL 83.76, + RPL 84.09"
     told = "(100 ep, 2 seeds, imagenet_swin swin+"  # the paper does not say how many epochs
     assert line["Ours"] == f"Swin-B + APL 92.00 ± 1.41 (+8.24) {told}apl), + RPL 93.50 ± 1.41 (+9.41) {told}rpl)"
-    alone = table.comparison("droppos", frame(arms(SWIN)[:2]), added)
+    alone = tables.comparison("droppos", frame(arms(SWIN)[:2]), added)
     assert alone["Published"].tolist() == ["-"]
 
 
@@ -391,7 +392,7 @@ def test_the_best_by_the_test_images_stands_apart_from_that_by_held_out_ones_and
     )
     (line,) = lines_of(root, "together")
     assert line["Linear"] == "72.00 (best), 73.00 (best on test)"
-    shown = table.comparison("droppos", frame(rows), root)
+    shown = tables.comparison("droppos", frame(rows), root)
     assert dict(zip(shown["Protocol"], shown["Published"], strict=True)) == dict.fromkeys(
         ["linear best", "linear best on test"], "72.9 (ImageNet-1K, ViT-B/16, 200 ep)"
     )

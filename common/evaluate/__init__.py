@@ -2,9 +2,10 @@
 
 from common.evaluate.finetune import Classifier, Supervision, accuracies, accuracy, best_five, own_metrics, pool, position_parameters
 from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
-from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache, hold_out
+from common.evaluate.probe import ON_TEST, FeatureLoader, LinearProbe, can_cache, hold_out
 
 __all__ = [
+    "ON_TEST",
     "Classifier",
     "FeatureLoader",
     "LinearProbe",

@@ -9,7 +9,7 @@ import pandas
 import torch
 from rich.table import Table
 
-from common.results import commit, device_name, versions
+from common.environment import commit, device_name, versions
 from common.run import console
 
 

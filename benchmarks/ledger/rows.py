@@ -4,18 +4,12 @@ A paper's ledger is its `results.csv`. Every table in the repository is made fro
 """
 
 import math
-import os
-import platform
-import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
 
 import pandas
-import torch
 
 from common.files import replacing
 
@@ -32,7 +26,7 @@ class Row:
     backbone: str  # timm's name where it has one: vit_base_patch16_224
     pretrain_epochs: int  # epochs that the run pre-trained for, 0 where it was given an encoder; for a baseline those of the run beside it
     seed: int  # seed of the run
-    protocol: str  # what was done to get the number: pretrain, finetune, finetune_5_per_class, linear, knn; see ON_TEST
+    protocol: str  # what was done to get the number: pretrain, finetune, finetune_5_per_class, linear, knn; see common.evaluate.ON_TEST
     start: str  # pretrained, or a baseline: scratch, random (frozen untrained encoder), pixels (no encoder at all)
     metric: str  # top1 or position_top1, both in percent
     value: float  # the number
@@ -44,15 +38,9 @@ class Row:
     log: str  # committed log of the run, relative to the repository's root: droppos/logs/digits-200ep-seed0.txt
 
 
-ON_TEST = "_on_test"  # ends the protocol of a number that is the best of several by the test images themselves: linear_best_on_test
 TYPES = get_type_hints(Row)
 GROUP = ["paper", "data", "recipe", "backbone", "pretrain_epochs", "protocol", "start", "metric", "device", "precision"]
 RUN = [*GROUP, "commit", "seed"]  # two rows that agree in these are the same run made twice
-PACKAGES = ("torch", "timm", "lightning", "numpy")
-
-ROOT = Path(__file__).resolve().parents[1]
-# Recording a result, drawing it or writing it into a README does not change what the next run computes.
-NOT_CODE = (":(exclude)*results.csv", ":(exclude)*/speed*.csv", ":(exclude)*/logs/*", ":(exclude)*.png", ":(exclude)*.md")
 
 
 def frame(rows: Sequence[Row]) -> pandas.DataFrame:
@@ -110,52 +98,3 @@ def summary(ledger: pandas.DataFrame) -> pandas.DataFrame:
         hours=("hours", "mean"),
         log=("log", lambda paths: " ".join(dict.fromkeys(paths))),
     )
-
-
-def commit() -> str:
-    """The commit of this code, "+dirty" behind it where code is not committed; "unknown" where this is no git checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        top, head = git("rev-parse", "--show-toplevel", "--short=12", "HEAD").splitlines()
-        if Path(top).resolve() != ROOT:  # installed somewhere inside another project's checkout
-            return "unknown"
-        return head + ("+dirty" if git("status", "--porcelain", "--", ".", *NOT_CODE) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def versions() -> str:
-    """The versions that numbers depend on most, in one line for a row."""
-    return f"torch {version('torch')}, timm {version('timm')}, python {platform.python_version()}"
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, without the machine's name: NVIDIA H100 80GB HBM3, or 2-core Intel Xeon (AVX512-BF16)."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    cpuinfo = Path("/proc/cpuinfo")
-    facts = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE))
-    model = facts.get("model name") or platform.processor() or platform.machine()
-    model = " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", model, flags=re.IGNORECASE).split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # These two decide whether bf16 is fast, so the same model name with and without them is not the same device.
-    extras = [name for name in ("AMX-BF16", "AVX512-BF16") if name.lower().replace("-", "_") in facts.get("flags", "").split()]
-    return f"{cores}-core {model}" + (f" ({', '.join(extras)})" if extras else "")
-
-
-def environment(device: torch.device) -> dict[str, str | int]:
-    """What a run's environment.json holds: code, versions and machine."""
-    return {
-        "commit": commit(),
-        "versions": versions(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }

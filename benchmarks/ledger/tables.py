@@ -1,7 +1,7 @@
 """Every table of numbers in the READMEs, made from the CSV files of results, published numbers and speed.
 
 A README asks for a table with the line `<!-- table: NAME -->` and ends it with `<!-- /table -->`; what stands between is replaced.
-`python -m benchmarks.table` writes, `--check` only says what is stale.
+`python -m benchmarks.ledger` writes, `--check` only says what is stale.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from typing import Any
 
 import pandas
 
-from benchmarks.measure import wide
-from benchmarks.numbers import (
+from benchmarks.ledger.overview import results_table, together_table
+from benchmarks.ledger.published import (
     NOT_YET,
     STARTS,
     alike,
@@ -34,9 +34,9 @@ from benchmarks.numbers import (
     stem,
     title,
 )
-from benchmarks.overview import results_table, together_table
+from benchmarks.ledger.rows import GROUP, load, summary
 from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
-from common.results import GROUP, load, summary
+from benchmarks.speed.measure import wide
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
 OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
@@ -45,7 +45,7 @@ OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
 def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
     """What a run says at its end: each protocol's number beside its baseline's and beside a published one of the same protocol.
 
-    `rows` has the columns of `common.results.Row`. The published number is the one nearest to the run (same data, then backbone,
+    `rows` has the columns of `benchmarks.ledger.rows.Row`. The published number is the one nearest to the run (same data, then backbone,
     then epochs) and carries its setting; it is there to be read, and the difference is between our own two numbers.
     """
     table, own = [], list(claims(paper, root).itertuples())
@@ -151,7 +151,7 @@ def measured_table(paper: str, root: Path) -> str:
 
 def speed_table(root: Path) -> str:
     """The committed speed measurements."""
-    path = root / "benchmarks" / "speed.csv"
+    path = root / "benchmarks/speed/steps.csv"
     if not path.exists():
         return markdown(pandas.DataFrame())
     frame = pandas.read_csv(path, dtype=str, keep_default_na=False).drop(columns=["GFLOP", "GEMM GFLOP/s"], errors="ignore")
@@ -160,7 +160,7 @@ def speed_table(root: Path) -> str:
 
 def attention_table(root: Path) -> str:
     """The committed attention measurements: milliseconds, and how many times the floor of moved bytes that is."""
-    path = root / "benchmarks" / "speed_attention.csv"
+    path = root / "benchmarks/speed/attention.csv"
     if not path.exists():
         return markdown(pandas.DataFrame())
     frame = pandas.read_csv(path)
@@ -251,7 +251,7 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The command line. Returns 1 where something is wrong, with --check also where a table is stale; else 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Write the READMEs' tables from the CSV files.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description="Write the READMEs' tables from the CSV files.")
     parser.add_argument("--check", action="store_true", help="write nothing; name every table that is not current and exit with 1")
     check = parser.parse_args(argv).check
     stale, faults = update(root, check)
@@ -259,7 +259,3 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         print(f"{line} is stale: mend it with `make table`" if check else f"{line} written")
     print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
     return int(bool(faults or (check and stale)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Training steps against timm's supervised step and against this machine's matrix products.
 
-    python -m benchmarks.speed                  all papers, then attention (benchmarks.speed_attention)
+    python -m benchmarks.speed                  all papers, then attention (benchmarks.speed.attention)
     python -m benchmarks.speed --paper mp3      one paper's variants beside the baselines'
 
 The steps are timed in turns, each in another order, so that a machine that changes its speed changes it for all. A step is forward,
@@ -16,7 +16,6 @@ Useful FLOPs are those of the step's matrix products and attention, as torch cou
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -31,9 +30,9 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks import speed_attention
-from benchmarks.measure import check_kept, facts, gemm_rate, keep, show, wait
 from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, papers
+from benchmarks.speed import attention
+from benchmarks.speed.measure import check_kept, facts, gemm_rate, keep, show, wait
 from common import keep_freed_memory
 from common.optim import make_optimizer
 from common.randomness import generator
@@ -163,7 +162,7 @@ def measure(device: torch.device, steps: list[Step], batch: int, rounds: int) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Time, print the table, write benchmarks/speed.csv. Returns the exit code."""
+    """Time, print the table, write benchmarks/speed/steps.csv. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -181,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name} {getattr(options, name)} is less than 1; give a whole number from 1 up")
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device {options.device}: it is cpu, or cuda where torch sees a GPU")
-    file = ROOT / "benchmarks" / "speed.csv"
+    file = ROOT / "benchmarks/speed/steps.csv"
     try:
         check_kept(file, SAME)
     except (ValueError, OSError) as error:
@@ -193,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(frame[["step", "precision", "seconds", "ratio", "machine", "memory"]], f"{frame['backbone'][0]}, batch {options.batch}", device)
     keep(frame, file, SAME)
     if options.paper is None:
-        speed_attention.run(device)
+        attention.run(device)
     return 0
 
 
@@ -204,7 +203,3 @@ def _supervised(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def _method(module: ModuleType, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     classes = torch.arange(len(images), device=images.device)
     return model(images, module.example_targets(model, images) if hasattr(module, "example_targets") else classes).loss
-
-
-if __name__ == "__main__":
-    sys.exit(main())

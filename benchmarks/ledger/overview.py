@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas
 
-from benchmarks.numbers import (
+from benchmarks.ledger.published import (
     NOT_YET,
     alike,
     arm_of,
@@ -27,7 +27,7 @@ from benchmarks.numbers import (
     title,
 )
 from benchmarks.papers import baselines, papers
-from common.results import ON_TEST
+from common.evaluate import ON_TEST
 
 TASKS = ["classification", "low_shot", "linear_probe", "transfer"]
 COLUMNS = {  # of protocols, in order; scratch is supervised training

@@ -1,6 +1,6 @@
 """Attention through visibility windows, timed in every way it can be computed, and the choices of `attend` that follow.
 
-    python -m benchmarks.speed_attention
+    python -m benchmarks.speed.attention
 
 All ways get the same queries, keys and values, and each is checked against float64 before it is timed. They are timed in turns, with the
 second-level cache flushed before each; the median counts. The floor is the time in which a copy moves the bytes that must be moved:
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import facts, keep, show, wait, wide
 from benchmarks.papers import ROOT
+from benchmarks.speed.measure import facts, keep, show, wait, wide
 from common.attention import CHOICES_FILE, attend, attend_reference, device_kind, window_mask
 from common.masking import gather_tokens, permutation_ranks, random_order
 from common.randomness import generator
@@ -170,10 +170,10 @@ def choose(frame: pandas.DataFrame, device: torch.device) -> list[dict]:
 
 
 def run(device: torch.device, rounds: int | None = None) -> None:
-    """Measure, print, and write benchmarks/speed_attention.csv and `attend`'s table of choices."""
+    """Measure, print, and write benchmarks/speed/attention.csv and `attend`'s table of choices."""
     frame = measure(device, rounds or (100 if device.type == "cuda" else 10))
     show(wide(frame), f"attention, {frame['precision'][0]}", device)
-    keep(frame, ROOT / "benchmarks" / "speed_attention.csv", SAME)
+    keep(frame, ROOT / "benchmarks/speed/attention.csv", SAME)
     with CHOICES_FILE.open(newline="") as file:
         others = [row for row in csv.DictReader(file) if row["device"] != device_kind(device)]
     rows = others + choose(frame, device)
@@ -186,7 +186,7 @@ def run(device: torch.device, rounds: int | None = None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed_attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.speed.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="cpu or cuda; by default a GPU where there is one")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas
 
+from benchmarks.ledger.rows import load, summary
 from benchmarks.papers import ROOT, folder
-from common.results import ON_TEST, load, summary
+from common.evaluate import ON_TEST
 
 PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting protocol metric value source confidence".split()
 BESIDE = ["paper", "data", "backbone", "protocol", "metric", "device"]  # what a run shares with its baselines, besides its recipe's stem

@@ -1,0 +1,1 @@
+"""Published and measured numbers, and the tables that are made from them."""

@@ -1,0 +1,1 @@
+"""How long training steps and attention take."""

@@ -1,0 +1,65 @@
+"""Where a number comes from: the commit of the code, the versions of what it builds on, and the device."""
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "timm", "lightning", "numpy")
+
+ROOT = Path(__file__).resolve().parents[1]
+# Recording a result, drawing it or writing it into a README does not change what the next run computes.
+NOT_CODE = (":(exclude)*results.csv", ":(exclude)*/speed/*.csv", ":(exclude)*/logs/*", ":(exclude)*.png", ":(exclude)*.md")
+
+
+def commit() -> str:
+    """The commit of this code, "+dirty" behind it where code is not committed; "unknown" where this is no git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        top, head = git("rev-parse", "--show-toplevel", "--short=12", "HEAD").splitlines()
+        if Path(top).resolve() != ROOT:  # installed somewhere inside another project's checkout
+            return "unknown"
+        return head + ("+dirty" if git("status", "--porcelain", "--", ".", *NOT_CODE) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> str:
+    """The versions that numbers depend on most, in one line for a row."""
+    return f"torch {version('torch')}, timm {version('timm')}, python {platform.python_version()}"
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, without the machine's name: NVIDIA H100 80GB HBM3, or 2-core Intel Xeon (AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    facts = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE))
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    model = " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", model, flags=re.IGNORECASE).split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # These two decide whether bf16 is fast, so the same model name with and without them is not the same device.
+    extras = [name for name in ("AMX-BF16", "AVX512-BF16") if name.lower().replace("-", "_") in facts.get("flags", "").split()]
+    return f"{cores}-core {model}" + (f" ({', '.join(extras)})" if extras else "")
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What a run's environment.json holds: code, versions and machine."""
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
