@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -22,30 +21,29 @@ from torch import Tensor, nn
 from benchmarks.ledger.published import claims
 from benchmarks.ledger.rows import load
 from benchmarks.papers import ROOT, folder
+from benchmarks.stages import Stages
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Split
-from common.evaluate import Classifier, LinearProbe, hold_out
+from common.evaluate import Classifier, LinearProbe, as_encoder, hold_out, labelled_images
 from common.evaluate.finetune import pool, tokens
 from common.optim import make_optimizer
 from common.recipe import Protocol, RecipeError, Stage
 from common.run import Run, RunError
-from common.train import device_batch
-
-if TYPE_CHECKING:
-    from benchmarks.reproduce import Reproduction
+from common.train import device_batch, make_loader
 
 Step = Callable[[nn.Module, Tensor], object]  # of a model and images (B, C, H, W)
 
 
-def check(runs: Sequence["Reproduction"], root: Path = ROOT) -> None:
+def check(runs: Sequence[Stages], prepare: bool = False, record: bool = False, root: Path = ROOT) -> None:
     """Raise RecipeError with what cannot work in these runs: a line each, with the arms, the stage or protocol, and the --set that helps.
 
-    root: where `--record` puts results. Nothing is exchanged between processes: each of them finds the same.
+    prepare: only what is made before the training will be made. record: the numbers will be added to the ledger under `root`.
+    Nothing is exchanged between processes: each of them finds the same.
     """
     found: dict[str, list[str]] = {}  # the arms of each complaint
     read = functools.cache(read_checkpoint)
     for run in runs:
-        for place, text in _complaints(run, root, read, baselines=run.arm == runs[0].arm):
+        for place, text in _complaints(run, prepare, root if record else None, read, baselines=run.arm == runs[0].arm):
             arms = found.setdefault(f"{place}: {text.removeprefix(f'{place}: ')}", [])
             arms += [run.arm] if run.arm not in arms else []
     lines = [f"arm {', '.join(arms)}: {line}" if any(arms) else line for line, arms in found.items()]
@@ -54,17 +52,17 @@ def check(runs: Sequence["Reproduction"], root: Path = ROOT) -> None:
         raise RecipeError("\n".join([*head, *lines]))
 
 
-def _complaints(run: "Reproduction", root: Path, read: Callable, baselines: bool) -> Iterator[tuple[str, str]]:
+def _complaints(run: Stages, prepare: bool, ledger: Path | None, read: Callable, baselines: bool) -> Iterator[tuple[str, str]]:
     """What cannot work in one run: (stage or protocol, complaint)."""
-    recipe, encoder_file = run.recipe, run.options.encoder
+    recipe, encoder_file = run.recipe, run.encoder_file
     done = {
         stage: (run.root / stage / "result.json").exists() for stage in ("pretrain", *(f"{p.name}-pretrained" for p in recipe.protocols))
     }
-    if run.options.prepare:
+    if prepare:
         yield from _said("targets", lambda: run.prepare(check=True))
         return
-    if run.options.record:
-        home = root / folder(run.paper)
+    if ledger is not None:
+        home = ledger / folder(run.paper)
         yield from _said("--record", lambda: load(home / "results.csv"))
         yield from _said("--record", lambda: _check_writable(home / "logs"))
     yield from _said("the table at the end", lambda: claims(run.paper, ROOT))
@@ -91,7 +89,7 @@ def _complaints(run: "Reproduction", root: Path, read: Callable, baselines: bool
             yield f"protocol {protocol.name}", complaint
 
 
-def _settings(run: "Reproduction", baselines: bool) -> Iterator[tuple[str, str]]:
+def _settings(run: Stages, baselines: bool) -> Iterator[tuple[str, str]]:
     """Directories that hold a run with other settings, which would be refused when their turn comes."""
     starts = ("pretrained", "scratch", "random", "pixels") if baselines else ("pretrained",)
     stages = [("pretrain", None, "")] + [(f"{p.name}-{start}", p, start) for p in run.recipe.protocols for start in starts]
@@ -109,15 +107,15 @@ def _check_writable(path: Path) -> None:
         raise OSError(f"{path} cannot be written, as {nearest} is {'not writable' if nearest.is_dir() else 'a file'}")
 
 
-def _encoder(run: "Reproduction", **changes) -> nn.Module:
+def _encoder(run: Stages, **changes) -> nn.Module:
     return run.recipe.build_encoder(run.data.channels, **changes)
 
 
-def _method(run: "Reproduction") -> nn.Module:
+def _method(run: Stages) -> nn.Module:
     return run.module.build(run.recipe, _encoder(run), run.data.classes)
 
 
-def _method_step(run: "Reproduction") -> Step:
+def _method_step(run: Stages) -> Step:
     targets = getattr(run.module, "example_targets", lambda model, images: _classes(images))
     return lambda model, images: model(images, targets(model, images))
 
@@ -126,11 +124,11 @@ def _classes(images: Tensor) -> Tensor:
     return torch.zeros(len(images), dtype=torch.int64, device=images.device)
 
 
-def _protocol(run: "Reproduction", protocol: Protocol) -> Iterator[str]:
+def _protocol(run: Stages, protocol: Protocol) -> Iterator[str]:
     train, name, place = run.data.train, protocol.name, f"protocol {protocol.name}"
     labelled = train
     try:
-        labelled = run.labelled(protocol)
+        labelled = labelled_images(protocol, train, run.seed)
         labelled = labelled.subset(hold_out(protocol, labelled.labels, run.seed)[0])
     except (ValueError, OSError) as error:
         yield f"{error}{_label_fix(run, protocol)}"
@@ -158,7 +156,7 @@ def _protocol(run: "Reproduction", protocol: Protocol) -> Iterator[str]:
 
     def build() -> nn.Module:
         kinds = {"finetune": Classifier, "linear": LinearProbe}
-        own = _encoder(run, **changes)
+        own = as_encoder(_encoder(run, **changes), run.data.channels, run.image_size)
         return kinds[protocol.kind](own, run.data.classes, protocol) if protocol.kind in kinds else own
 
     def step(model: nn.Module, images: Tensor) -> object:
@@ -172,7 +170,7 @@ def _protocol(run: "Reproduction", protocol: Protocol) -> Iterator[str]:
         yield fault
 
 
-def _label_fix(run: "Reproduction", protocol: Protocol) -> str:
+def _label_fix(run: Stages, protocol: Protocol) -> str:
     """A --set under which there are labels enough; "" where the protocol uses all of them."""
     train, classes = run.data.train, run.data.classes
     least = int(torch.bincount(train.labels, minlength=classes).min())
@@ -189,7 +187,7 @@ def _label_fix(run: "Reproduction", protocol: Protocol) -> str:
 
 
 def _stage(
-    run: "Reproduction", place: str, path: str, stage: Stage, split: Split, build: Callable[[], nn.Module], step: Step
+    run: Stages, place: str, path: str, stage: Stage, split: Split, build: Callable[[], nn.Module], step: Step
 ) -> Iterator[tuple[str, str]]:
     """Whether a stage can train on the images of a split."""
     model, fault = _trial(build, step, _shape(run, 2))
@@ -206,7 +204,7 @@ def _stage(
         yield place, text
 
 
-def _batch(run: "Reproduction", place: str, path: str, stage: Stage, images: float, one_fails: bool = False) -> Iterator[tuple[str, str]]:
+def _batch(run: Stages, place: str, path: str, stage: Stage, images: float, one_fails: bool = False) -> Iterator[tuple[str, str]]:
     """Whether the effective batch can be taken from so many images and divided into micro-batches; `one_fails`: of two or more."""
     world = run.fabric.world_size
     if images < stage.batch_size:
@@ -229,19 +227,22 @@ def _batch(run: "Reproduction", place: str, path: str, stage: Stage, images: flo
     yield place, f"{fault}: " + " ".join(f"--set {path}.{name}={value}" for name, value in fit.items() if value != getattr(stage, name))
 
 
-def _images(
-    run: "Reproduction", fix: str, split: Split, augmentation: Augmentation | None, protocol: Protocol | None = None
-) -> Iterator[str]:
+def _images(run: Stages, fix: str, split: Split, augmentation: Augmentation | None, protocol: Protocol | None = None) -> Iterator[str]:
     """Whether images are read and augmented as the stage says. The batch is checked elsewhere."""
     world = run.fabric.world_size
     stage = replace(run.recipe.pretrain, batch_size=world, augmentation=augmentation or run.recipe.pretrain.augmentation)
+    options = {"data": run.data, "image_size": run.image_size, "seed": run.seed, "workers": run.workers}
+    if protocol is not None:
+        options |= {"resize": protocol.resize, "interpolation": protocol.interpolation}
+    elif split.paths is not None:
+        options |= {"resize": stage.augmentation.evaluation_resize}
     if len(split) >= world:
-        for _, text in _said("", lambda: run.loader(split, stage, augmentation, protocol)):
+        for _, text in _said("", lambda: make_loader(run.fabric, split, stage, augmentation, **options)):
             yield f"{text}: --set {fix}" if "resize" in text else text
 
 
-def _shape(run: "Reproduction", count: int) -> tuple[int, ...]:
-    return (count, run.data.channels, *run.size)
+def _shape(run: Stages, count: int) -> tuple[int, ...]:
+    return (count, run.data.channels, *run.image_size)
 
 
 def _trial(build: Callable[[], nn.Module], step: Step | None = None, shape: tuple[int, ...] = ()) -> tuple[nn.Module | None, str]:

@@ -126,12 +126,12 @@ class Protocol:
     """One way to judge an encoder; its name stands in the results. Raises RecipeError for values that make no sense, alone or together.
 
     The kinds: "finetune" trains all weights, "linear" linear layers on frozen features by SGD or the like, "logistic" one such layer to
-    the optimum of a penalised likelihood, "knn" nothing. "linear" trains a layer for each of layers x heads x rates x decays at once,
-    and the best of them is chosen as `choose_on` says.
+    the optimum of a penalised likelihood; "knn" trains nothing, and "classify" counts the answers of a whole classifier as they are.
+    "linear" trains a layer for each of layers x heads x rates x decays at once, and the best is chosen as `choose_on` says.
     """
 
     name: str  # as it stands in results.csv
-    kind: Literal["finetune", "linear", "logistic", "knn"]  # see above
+    kind: Literal["finetune", "linear", "logistic", "knn", "classify"]  # see above
     stage: Stage | None = None  # how to train; logistic regression and k-NN have none
     labels_per_class: int | None = None  # train on so many labels per class, drawn with the run's seed; None = all
     label_share: float | None = None  # or on this share of all labels, as equal per class as can be, drawn likewise

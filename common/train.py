@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.checkpoint import PlainCheckpointIO, load_checkpoint, save_checkpoint
-from common.data import Loader
+from common.data import Augmentation, Data, Loader, Split
 from common.optim import Schedule, make_optimizer
 from common.processes import close_connections, on_any_process, sum_over_processes
 from common.randomness import reseed
@@ -99,6 +99,40 @@ def device_batch(stage: Stage, devices: int) -> int:
             f"larger divisor up to device_batch={stage.device_batch}; choose a batch of {near} or device_batch={larger}"
         )
     return size
+
+
+def make_loader(
+    fabric: Fabric,
+    split: Split,
+    stage: Stage,
+    augmentation: Augmentation | None,
+    *,
+    data: Data,
+    image_size: tuple[int, int],
+    seed: int,
+    workers: int,
+    resize: int | None = None,
+    interpolation: str = "bicubic",
+    alone: bool = False,
+) -> Loader:
+    """A split in the micro-batches of a stage, for this process; `alone` where every process must see all images. See Loader."""
+    world = fabric.world_size
+    batch = device_batch(stage, world)
+    return Loader(
+        split,
+        data=data,
+        image_size=image_size,
+        batch_size=batch,
+        augmentation=augmentation,
+        seed=seed,
+        device=fabric.device,
+        workers=workers,
+        rank=0 if alone else fabric.global_rank,
+        world_size=1 if alone else world,
+        accumulate=stage.batch_size // (batch * world),
+        resize=resize,
+        interpolation=interpolation,
+    )
 
 
 def fit(

@@ -21,11 +21,11 @@ from torch import nn
 
 from common import keep_freed_memory
 from common.convert import ConversionError, Coverage, State, load_method, read_checkpoint
-from common.data import Data, DataError, Loader
+from common.data import Data, DataError
 from common.data.loaders import default_workers
 from common.data.sets import IMAGENET_MEAN, IMAGENET_STD, scan_folder
 from common.environment import device_name
-from common.evaluate import Classifier, accuracy
+from common.evaluate import Classifier, evaluate
 from common.recipe import Protocol
 from common.run import RunError, console
 from common.train import make_fabric
@@ -108,9 +108,7 @@ def validate(options: Options) -> dict[str, float]:
     model, coverage, held = load_classifier(options.checkpoint)
     encoder, classes, side = model.encoder, model.head.out_features, model.encoder.image_size[0]
     data, resize = open_images(options.path, classes, options.skip_corrupt), int(side / CROP)
-    view = {"image_size": encoder.image_size, "resize": resize, "interpolation": "bicubic", "augmentation": None, "seed": 0}
-    where = {"device": fabric.device, "rank": fabric.global_rank, "world_size": fabric.world_size}
-    loader = Loader(data.val, data=data, batch_size=options.batch_size, workers=options.workers, **view, **where)
+    protocol = Protocol(name="validate", kind="classify", resize=resize, interpolation="bicubic")
     images, seen, begun = len(data.val), 0, time.perf_counter()
     told = begun
 
@@ -131,10 +129,11 @@ def validate(options: Options) -> dict[str, float]:
     counts, notes = dataclasses.replace(coverage, notes=()), "".join(f"; {note}" for note in coverage.notes)
     say(f"{options.checkpoint.name}: {counts} (of {held} in the file, q and kv fused){notes}; {network}; images: {seeing}")
     model.to(fabric.device).register_forward_hook(progress)
-    found = accuracy(fabric, model, loader)
+    how = {"image_size": encoder.image_size, "batch_size": options.batch_size, "workers": options.workers}
+    (found,) = evaluate(model, data, protocol, fabric=fabric, **how)
     spent = f"{time.perf_counter() - begun:.1f} s on {fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"
-    say(f"{images} images of {data.name}: top-1 {found['top1']:.3f} %, top-5 {found['top5']:.3f} %, {spent}")
-    return found
+    say(f"{images} images of {data.name}: top-1 {found.top1:.3f} %, top-5 {found.top5:.3f} %, {spent}")
+    return {"top1": found.top1, "top5": found.top5}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -166,7 +166,7 @@ def test_the_printed_accuracies_are_timms_on_the_same_images(pool, scaled, side,
     assert 25 < top1 < 50 < top5 < 75  # no chance: 14 and 71
 
     shown = []
-    monkeypatch.setattr(mapet.validate, "accuracy", lambda *given: shown.append(given) or accuracy(*given))
+    monkeypatch.setattr("common.evaluate.protocols.accuracy", lambda *given: shown.append(given) or accuracy(*given))
     code, said = run(capsys, tmp_path / "images", checkpoint, "--batch-size", 8)
     assert code == 0
     first, last = said.splitlines()
@@ -263,7 +263,7 @@ def test_folders_that_are_not_the_classes_are_refused_with_both_numbers(released
 def test_a_device_that_is_absent_and_a_batch_of_nothing_are_refused(folder, released, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees no CUDA GPU" in refused(capsys, folder, released, "--device", "cuda")
-    assert "each must be at least 1" in refused(capsys, folder, released, "--batch-size", 0)
+    assert "batch_size=0: it must be at least 1" in refused(capsys, folder, released, "--batch-size", 0)
 
 
 # ---- from pre-training to fine-tuning

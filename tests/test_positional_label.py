@@ -17,7 +17,7 @@ from timm.models import Nest, SwinTransformer, VisionTransformer, VisionTransfor
 from torch import Tensor
 
 from benchmarks.baselines.mae import MAE
-from benchmarks.reproduce import Reproduction
+from benchmarks.stages import Stages
 from common.checkpoint import export_encoder
 from common.convert import load_method, rename
 from common.optim import make_optimizer
@@ -304,7 +304,7 @@ ARMS = choose_arms(digits()), choose_arms(digits_mae())
 def test_the_arms_of_a_seed_start_from_the_same_backbone_and_classifier(alone):
     recipes, start = ARMS[0] | ARMS[1], {}
     for arm in (alone, f"{alone}+apl", f"{alone}+rpl"):
-        new_encoder = Reproduction.new_encoder(SimpleNamespace(seed=3, recipe=recipes[arm], data=SimpleNamespace(channels=1)))
+        new_encoder = Stages.new_encoder(SimpleNamespace(seed=3, recipe=recipes[arm], data=SimpleNamespace(channels=1)))
         start[arm] = build(recipes[arm], new_encoder, 10).encoder.state_dict()
     start.pop("swin_released+apl", None)  # another network: its last stage keeps the grid
     for arm, state in start.items():

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from benchmarks import preflight
 from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, papers, recipes
-from benchmarks.reproduce import Options, Reproduction, reproduce
+from benchmarks.reproduce import Options, reproduce
 from benchmarks.speed import steps
 from benchmarks.speed.measure import check_kept
+from benchmarks.stages import Stages
 from common.data import open_data
 from common.evaluate import Supervision
 from common.recipe import Protocol, RecipeError, override
@@ -25,19 +26,19 @@ from common.train import device_batch, make_fabric
 OUT = {"device": "cpu", "precision": "32-true", "workers": 0, "epochs": 1}
 
 
-def run_of(out: Path, *changes: str, paper: str = "droppos", processes: int = 1) -> Reproduction:
+def run_of(out: Path, *changes: str, paper: str = "droppos", processes: int = 1) -> Stages:
     """A run on digits, as one of several processes sees it."""
     module = paper_module(paper)
     name, recipe = choose_recipe(module, "digits", None)
-    run = Reproduction(Options(paper, out=out, **OUT), module, name, override(recipe, changes), open_data("digits"), make_fabric("cpu"), 0)
-    run.fabric = SimpleNamespace(world_size=processes, global_rank=0, device=torch.device("cpu"))
+    run = Stages(module, name, override(recipe, changes), open_data("digits"), make_fabric("cpu"), seed=0, out=out, workers=0)
+    run.fabric = SimpleNamespace(world_size=processes, global_rank=0, device=torch.device("cpu"), _precision=run.fabric._precision)
     return run
 
 
-def refused(run: Reproduction, root: Path = ROOT) -> list[str]:
+def refused(run: Stages, root: Path = ROOT, record: bool = False) -> list[str]:
     """The lines of the refusal."""
     with pytest.raises(RecipeError) as error:
-        preflight.check([run], root)
+        preflight.check([run], record=record, root=root)
     return str(error.value).splitlines()
 
 
@@ -122,9 +123,8 @@ def test_a_ledger_that_cannot_be_read_is_refused_before_the_training_that_it_is_
     (tmp_path / "droppos").mkdir()
     (tmp_path / "droppos" / "results.csv").write_text("a,b\n1,2\n")
     run = run_of(tmp_path / "runs")
-    run.options.record = True
     with pytest.raises(RecipeError, match="is not a run ledger"):
-        preflight.check([run], tmp_path)
+        preflight.check([run], record=True, root=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_ledger_that_cannot_be_read_is_refused_before_the_training_that_it_is_
 )
 def test_tokens_that_cannot_be_had_are_refused_and_none_are_made(change, processes, message, tmp_path):
     run = run_of(tmp_path / "runs", change, paper="mapet", processes=processes)
-    run.options.data_root = tmp_path / "data"
+    run.data_root = tmp_path / "data"
     assert any(line.startswith("targets: ") and message in line for line in refused(run))
     assert not (tmp_path / "data").exists()
 
@@ -175,8 +175,7 @@ def test_a_finished_run_is_shown_again_whatever_has_become_of_its_list_of_labels
 def test_a_folder_that_logs_cannot_be_recorded_in_is_refused_before_the_training(tmp_path):
     (tmp_path / "droppos").write_text("a file where a folder should be")
     run = run_of(tmp_path / "runs")
-    run.options.record = True
-    assert any(line.startswith("--record: ") and "is a file" in line for line in refused(run, tmp_path))
+    assert any(line.startswith("--record: ") and "is a file" in line for line in refused(run, tmp_path, record=True))
 
 
 def test_all_values_that_make_no_sense_are_named_at_once_and_some_may_make_sense_only_together():

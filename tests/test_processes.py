@@ -118,17 +118,21 @@ def test_frozen_features_are_computed_once_by_all_processes_and_give_the_numbers
 SLOW = """
 import os, sys, time
 import benchmarks.reproduce as program
+from benchmarks import stages
+from common.evaluate import protocols
 
-def late(name):
-    call = getattr(program, name)
+def late(module, name):
+    call = getattr(module, name)
     def wrapped(*given, **options):
         time.sleep(1.5)
         return call(*given, **options)
-    setattr(program, name, wrapped)
+    setattr(module, name, wrapped)
 
 if os.environ["RANK"] == sys.argv[1]:
-    for name in ("fit", "own_metrics", "accuracy", "accuracies", "features", "export_encoder"):
-        late(name)
+    for name in ("fit", "own_metrics", "export_encoder"):
+        late(stages, name)
+    for name in ("fit", "accuracy", "accuracies", "features"):
+        late(protocols, name)
 sys.exit(program.main(sys.argv[2:]))
 """
 
@@ -142,11 +146,12 @@ def test_a_process_that_is_much_slower_than_the_other_finds_what_the_other_finds
 
 
 TEACHER = """
-import sys, common.train
+import sys
 import benchmarks.reproduce as program
+from benchmarks import stages
 from common.evaluate.frozen import fingerprint
 
-fit = program.fit
+fit = stages.fit
 def watched(run, fabric, model, *given, **options):
     if run.directory.name == "pretrain":
         model.register_forward_hook(lambda *_: seen.append(1))
@@ -155,7 +160,7 @@ def watched(run, fabric, model, *given, **options):
     if run.directory.name == "pretrain":
         print(f"teacher {fingerprint(model.encoder)} student {fingerprint(model.context_encoder)} after {len(seen)}", flush=True)
     return method, hours
-program.fit = watched
+stages.fit = watched
 sys.exit(program.main(sys.argv[1:]))
 """
 

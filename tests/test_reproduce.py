@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save
 from benchmarks import reproduce
 from benchmarks.ledger.rows import load
 from benchmarks.papers import choose_recipe, paper_module
-from benchmarks.reproduce import Options, Reproduction, main
+from benchmarks.preflight import check
+from benchmarks.reproduce import Options, main
+from benchmarks.stages import Stages
 from common.convert import rename
 from common.data import open_data
-from common.evaluate import Classifier, FeatureLoader
+from common.evaluate import Classifier, FeatureLoader, protocols
 from common.recipe import RecipeError, override
 from common.train import make_fabric
 from droppos.method import OFFICIAL_NAMES
@@ -76,7 +78,7 @@ def test_a_pretrained_start_and_one_from_scratch_have_the_same_head(finished):
     module, data = paper_module("droppos"), open_data("digits")
     name, recipe = choose_recipe(module, "digits", None)
     recipe = override(recipe, ["pretrain.epochs=2"])
-    run = Reproduction(Options("droppos", out=finished), module, name, recipe, data, make_fabric("cpu"), 0)
+    run = Stages(module, name, recipe, data, make_fabric("cpu"), seed=0, out=finished)
     heads, encoders = [], []
     for start in ("pretrained", "scratch"):
         encoders.append(run.start_encoder(start, recipe.protocols[0]))
@@ -172,7 +174,7 @@ def test_a_grid_gives_a_row_for_each_number_of_layers_and_one_for_the_best_by_th
     mine = {row.protocol: row for row in rows if row.protocol.startswith("finetune_20") and row.start == "pretrained"}
     assert list(mine) == [f"finetune_20_per_class_{part}" for part in ("last", "last4", "best")]
     result = json.loads((out / "droppos" / "digits-1ep-seed0" / "finetune_20_per_class-pretrained" / "result.json").read_text())
-    grid, held_out = ({told["how"]: told[name] for told in result["grid"]} for name in ("top1", "held_out_top1"))
+    grid, held_out = ({one["settings"]: one[name] for one in result["results"][-1]["grid"]} for name in ("top1", "held_out_top1"))
     assert len(grid) == 8
     for part, row in mine.items():
         beginning = "" if part.endswith("best") else f"layers={part.rpartition('_')[2]} "
@@ -202,8 +204,8 @@ def probe_of(out, *changes: str, data=None, protocol: str = "linear") -> tuple[d
     module, data = paper_module("stop"), data or open_data("digits")
     name, recipe = choose_recipe(module, "digits", None)
     recipe = override(recipe, ["linear.stage.epochs=2", "linear.labels_per_class=20", *changes])
-    run = Reproduction(Options("stop", out=out), module, name, recipe, data, make_fabric("cpu"), 0)
-    run.check()
+    run = Stages(module, name, recipe, data, make_fabric("cpu"), seed=0, out=out)
+    check([run])
     rows = run.evaluate(next(own for own in recipe.protocols if own.name == protocol), "random")
     return json.loads((run.root / f"{protocol}-random" / "result.json").read_text()), rows
 
@@ -221,8 +223,8 @@ def test_what_a_grid_reports_is_not_chosen_by_the_test_labels(tmp_path):
 
 def test_on_test_is_the_best_of_the_grid_by_the_test_labels(tmp_path):
     result, rows = probe_of(tmp_path, "linear.choose_on=test")
-    assert rows[-1].value == round(max(told["top1"] for told in result["grid"]), 4) == round(result["top1"], 4)
-    assert not any("held_out_top1" in told for told in result["grid"])
+    assert rows[-1].value == round(max(one["top1"] for one in result["results"][-1]["grid"]), 4) == round(result["top1"], 4)
+    assert all(one["held_out_top1"] is None for one in result["results"][-1]["grid"])
 
 
 def test_a_row_says_on_test_where_the_test_images_chose_and_how_many_images_were_held_out_where_they_did_not(tmp_path):
@@ -241,8 +243,8 @@ def test_a_row_says_on_test_where_the_test_images_chose_and_how_many_images_were
 @pytest.mark.parametrize("crop", ["none", "padding"])
 def test_no_image_is_both_trained_on_and_chosen_by_whether_features_are_kept_or_not(crop, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(reproduce, "fit", lambda *args, f=reproduce.fit, **options: seen.append(args[4]) or f(*args, **options))
-    monkeypatch.setattr(reproduce, "accuracies", lambda *args, f=reproduce.accuracies: seen.append(args[2]) or f(*args))
+    monkeypatch.setattr(protocols, "fit", lambda *args, f=protocols.fit, **options: seen.append(args[4]) or f(*args, **options))
+    monkeypatch.setattr(protocols, "accuracies", lambda *args, f=protocols.accuracies: seen.append(args[2]) or f(*args))
     probe_of(tmp_path, f"linear.stage.augmentation.crop={crop}")
     train, test, held = (getattr(loader, "loader", loader) for loader in seen)
     assert [isinstance(loader, FeatureLoader) for loader in seen] == [crop == "none"] * 3
@@ -259,11 +261,13 @@ def test_no_image_is_both_trained_on_and_chosen_by_whether_features_are_kept_or_
 def test_a_run_that_ends_before_the_choice_goes_on_to_the_same_choice(tmp_path, monkeypatch):
     undisturbed, _ = probe_of(tmp_path / "undisturbed")
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="killed"):
-        broken.setattr(reproduce, "accuracies", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        broken.setattr(protocols, "accuracies", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
         probe_of(tmp_path / "killed")
     torch.rand(5)
     resumed, _ = probe_of(tmp_path / "killed")
-    assert (resumed["rows"], resumed["grid"]) == (undisturbed["rows"], undisturbed["grid"])
+    for one in (*resumed["results"], *undisturbed["results"]):
+        del one["hours"], one["grid"][:]
+    assert resumed["results"] == undisturbed["results"]
 
 
 def test_a_grid_without_images_to_choose_by_is_refused_before_anything_is_trained(tmp_path):

@@ -11,7 +11,9 @@ import pytest
 import benchmarks.reproduce as program
 import common.train as training
 import mapet.tokenizers as tokenizers
+from benchmarks import stages
 from common.environment import ROOT
+from common.evaluate import protocols
 from common.stopping import EXIT_STOPPED, STOP_SIGNALS, Stopped, finish_first, stop_on_signals, stop_requested
 
 SHORT = ["finetune", "finetune_20_per_class", "finetune_5_per_class", "linear"]
@@ -90,11 +92,11 @@ MOMENTS = [  # what is done when the signal arrives, before it or after it
     ("choose_recipe", program, "after"),
     ("save_checkpoint", training, "before"),
     ("save_checkpoint", training, "after"),
-    ("own_metrics", program, "after"),
-    ("export_encoder", program, "after"),
-    ("accuracy", program, "before"),
-    ("features", program, "after"),
-    ("knn_accuracy", program, "before"),
+    ("own_metrics", stages, "after"),
+    ("export_encoder", stages, "after"),
+    ("accuracy", protocols, "before"),
+    ("features", protocols, "after"),
+    ("knn_accuracy", protocols, "before"),
     ("show", program, "before"),
 ]
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.papers import choose_recipe, paper_module
-from benchmarks.reproduce import Options, Reproduction, main
+from benchmarks.reproduce import main
+from benchmarks.stages import Stages
 from common.data import Augmentation, Data, DataError, Loader, open_data
 from common.recipe import RecipeError
 from common.run import RunError
@@ -98,15 +99,15 @@ def digits(train: int = 40, val: int = 10) -> Data:
     return replace(data, train=data.train.subset(range(train)), val=data.val.subset(range(val)))
 
 
-def reproduction(tmp_path: Path, data: Data, image_size: int, patch_size: int, **augmentation) -> Reproduction:
+def reproduction(tmp_path: Path, data: Data, image_size: int, patch_size: int, **augmentation) -> Stages:
     """A pre-training of one epoch, with its tokens and runs below tmp_path."""
     module = paper_module("mapet")
     name, recipe = choose_recipe(module, "digits", None)
     stage = replace(recipe.pretrain, epochs=1, batch_size=4, augmentation=replace(STILL, **augmentation))
     method = {"context": 5, "vocabulary": CODES}
     recipe = replace(recipe, image_size=image_size, patch_size=patch_size, pretrain=stage, protocols=(), method=method)
-    options = Options("mapet", device="cpu", out=tmp_path / "runs", data_root=tmp_path, workers=0)
-    return Reproduction(options, module, name, recipe, data, make_fabric("cpu", "32-true"), 0)
+    where = {"out": tmp_path / "runs", "data_root": tmp_path, "workers": 0}
+    return Stages(module, name, recipe, data, make_fabric("cpu", "32-true"), seed=0, **where)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,11 +1,19 @@
 """How an encoder is judged: full fine-tuning, linear probes, logistic regression, k-NN. From scratch is fine-tuning too."""
 
+from common.evaluate.encoder import TokenEncoder, as_encoder
 from common.evaluate.finetune import Classifier, Supervision, accuracies, accuracy, best_five, own_metrics, pool, position_parameters
 from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
 from common.evaluate.probe import ON_TEST, FeatureLoader, LinearProbe, can_cache, hold_out
+from common.evaluate.protocols import PROTOCOLS, Result, evaluate, labelled_images
 
 __all__ = [
     "ON_TEST",
+    "PROTOCOLS",
+    "Result",
+    "TokenEncoder",
+    "as_encoder",
+    "evaluate",
+    "labelled_images",
     "Classifier",
     "FeatureLoader",
     "LinearProbe",

@@ -90,7 +90,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.how = encoder, protocol.pool
         if protocol.pool == "mean":
-            encoder.norm = nn.Identity()
+            getattr(encoder, "module", encoder).norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6) if protocol.pool == "mean" else nn.Identity()
         self.head = nn.Linear(encoder.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
@@ -112,7 +112,8 @@ class Classifier(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer 0 is the stem, layer i + 1 is block i, what follows the blocks is the head (timm's layer decay asks for this)."""
-        return {"stem": r"^encoder\.(?:cls_token|pos_embed|patch_embed)", "blocks": [(r"^encoder\.blocks\.(\d+)", None)]}
+        of = r"^encoder\.(?:module\.)?"
+        return {"stem": of + r"(?:cls_token|reg_token|pos_embed|patch_embed)", "blocks": [(of + r"blocks\.(\d+)", None)]}
 
 
 def best_five(logits_BK: Tensor, targets_B: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from common.data import Augmentation, Loader
+from common.evaluate.encoder import TokenEncoder
 from common.evaluate.finetune import pool, tokens
 from common.evaluate.frozen import layers_name
 from common.method import Output
@@ -31,18 +32,19 @@ class LinearProbe(nn.Module):
     learned and attends to all tokens. Raises ValueError for more layers than the encoder has.
     """
 
-    def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
+    def __init__(self, encoder: ViT | TokenEncoder, classes: int, protocol: Protocol):
         super().__init__()
         self.encoder, self.how, self.width = encoder.requires_grad_(False), protocol.pool, encoder.width
         self.layers, self.stage, self.choose_on = max(protocol.layers), protocol.stage, protocol.choose_on
-        if self.layers > len(encoder.blocks):
-            raise ValueError(f"layers={protocol.layers}: the encoder has {len(encoder.blocks)}, so ask for that many at most")
+        depth = max(1, len(encoder.blocks))
+        if self.layers > depth:
+            raise ValueError(f"layers={protocol.layers}: the encoder has {depth}, so ask for that many at most")
         decays = protocol.decays or (protocol.stage.weight_decay,)
         self.grid = list(product(protocol.layers, protocol.heads, protocol.rates, decays))
         self.heads = nn.ModuleList()
         for layers, head, *_ in self.grid:
             with torch.random.fork_rng(devices=[]):  # what one draws does not depend on the others
-                self.heads.append(_head(head, layers * encoder.width, encoder.blocks[0].attn.heads, classes))
+                self.heads.append(_head(head, layers * encoder.width, _attention_heads(encoder), classes))
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
         """images (B, C, H, W), or pooled features of them (B, L*D), and in training class indices (B,); "logits" are (G, B, K).
@@ -98,6 +100,12 @@ class LinearProbe(nn.Module):
         super().train(mode)
         self.encoder.eval()
         return self
+
+
+def _attention_heads(encoder: ViT | TokenEncoder) -> int:
+    """Of the encoder's blocks (timm calls them num_heads); one per 64 features where it has none."""
+    attention = getattr(encoder.blocks[0], "attn", None) if len(encoder.blocks) else None
+    return getattr(attention, "heads", None) or getattr(attention, "num_heads", None) or max(1, encoder.width // 64)
 
 
 def _head(kind: str, width: int, attention_heads: int, classes: int) -> nn.Sequential:

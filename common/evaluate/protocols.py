@@ -1,0 +1,266 @@
+"""Evaluate an encoder by a protocol: `evaluate` takes our encoders, timm's and anybody's, on any data set.
+
+    encoder = timm.create_model("vit_small_patch16_224", pretrained=True)
+    for result in evaluate(encoder, open_data("/datasets/imagenet"), "knn"):
+        print(result.protocol, result.top1, result.settings)
+
+Shapes: N images, D width, G classifiers of a grid.
+"""
+
+import copy
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from common.data import Augmentation, Data, Loader, Split
+from common.data.augment import view_name
+from common.data.loaders import default_workers
+from common.evaluate.encoder import TokenEncoder, as_encoder, input_size
+from common.evaluate.finetune import Classifier, accuracies, accuracy
+from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
+from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache, hold_out
+from common.method import Output
+from common.processes import once
+from common.recipe import DEIT_CROPS, VISSL_SGD, Protocol, RecipeError, Stage, nearest
+from common.run import Run
+from common.train import fit, make_fabric, make_loader
+from common.vit import ViT
+
+# Protocols by name, for encoders without a recipe. A recipe has its paper's own.
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(name="knn", kind="knn"),
+        Protocol(name="logistic", kind="logistic"),
+        # VISSL's, on the last layer, without a choice between classifiers
+        Protocol(name="linear", kind="linear", stage=VISSL_SGD, heads=("norm_affine",)),
+        # MAE's fine-tuning of ViT-B (He et al. 2022, Table 9)
+        Protocol(
+            name="finetune",
+            kind="finetune",
+            stage=Stage(
+                epochs=100,
+                batch_size=1024,
+                base_lr=5e-4,
+                min_lr=1e-6,
+                warmup_epochs=5,
+                layer_decay=0.65,
+                device_batch=128,
+                augmentation=DEIT_CROPS,
+            ),
+            drop_path=0.1,
+            mixup=0.8,
+            cutmix=1.0,
+            smoothing=0.1,
+        ),
+        Protocol(name="classify", kind="classify"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of an evaluation, with the settings that it depends on besides encoder, data and seed."""
+
+    protocol: str  # its name, and of a grid of classifiers what was chosen: linear_last, linear_best
+    top1: float  # percent of the test images
+    settings: str  # layers=last pool=mean neighbours=20 temperature=0.07
+    hours: float  # wall-clock hours of the evaluation
+    top5: float | None = None  # percent; k-NN has none
+    held_out_top1: float | None = None  # percent, on the held-out training images that chose among the classifiers of a grid
+    converged: bool | None = None  # logistic regression: whether the solver reached the optimum
+    grid: tuple["Result", ...] = ()  # of the best of a grid: all its classifiers
+
+
+def evaluate(
+    encoder: nn.Module | None,
+    data: Data,
+    protocol: Protocol | str,
+    *,
+    seed: int = 0,
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 256,
+    fabric: Fabric | None = None,
+    workers: int | None = None,
+    run: Run | None = None,
+    cache: Path | None = None,
+    compile: bool = False,
+    checkpoint_seconds: float = 20.0,
+) -> list[Result]:
+    """The results of a protocol, or of one of PROTOCOLS by name; several where it has several layers, the best last.
+
+    encoder: a module as in TokenEncoder; it is copied and stays as it is. None: raw pixels (k-NN, logistic). For "classify", a whole
+    classifier, whose logits are counted. Its device does not matter: `fabric` says where to compute; by default a GPU where there is one.
+    seed: of labels, the order of images and all draws of a training, but not of the first weights of a classifier, which come from torch's
+    generator as it is (torch.manual_seed). image_size: (height, width) in pixels; by default the encoder's own.
+    batch_size: images of frozen encoders that a device gets at once. run: the directory where a training is logged and goes on from; by
+    default a temporary one. cache: where features are kept, as for `features`; by default they are not.
+    Raises ValueError for an encoder, a protocol or data that do not fit each other, and RunError for features that are not finite.
+    """
+    if isinstance(protocol, str):
+        if protocol not in PROTOCOLS:
+            raise RecipeError(f"protocol {protocol!r} is not known; {nearest(protocol, PROTOCOLS)}")
+        protocol = PROTOCOLS[protocol]
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+    if fabric is None:
+        fabric = make_fabric()
+        fabric.launch()
+    size = image_size or input_size(encoder, data)
+    if encoder is None and protocol.kind not in ("knn", "logistic"):
+        raise ValueError(f"protocol {protocol.name}: {protocol.kind} needs an encoder; raw pixels are judged by knn or logistic")
+    if encoder is not None and protocol.kind not in ("knn", "logistic"):  # which copy it themselves
+        encoder = copy.deepcopy(encoder)
+    if encoder is not None and protocol.kind != "classify":
+        encoder = as_encoder(encoder, data.channels, size)
+    with ExitStack() as stack:
+        if run is None:
+            directory = Path(stack.enter_context(TemporaryDirectory())) / protocol.name
+            run = stack.enter_context(Run(directory, {}, fabric.device, main=fabric.is_global_zero))
+        training = {"compile": compile, "checkpoint_seconds": checkpoint_seconds}
+        workers = default_workers() if workers is None else workers
+        evaluation = _Evaluation(data, protocol, seed, size, batch_size, fabric, workers, run, cache, training)
+        return getattr(evaluation, protocol.kind)(encoder)
+
+
+def labelled_images(protocol: Protocol, train: Split, seed: int) -> Split:
+    """The training images whose labels a protocol may use. Raises DataError where there are too few, or a list names others."""
+    if protocol.labels_per_class is not None:
+        return train.per_class(protocol.labels_per_class, seed)
+    if protocol.label_share is not None:
+        return train.balanced(protocol.label_share, seed)
+    if protocol.label_list is not None:
+        return train.listed(Path(protocol.label_list))
+    return train
+
+
+@dataclass
+class _Evaluation:
+    """What the kinds of protocols share. Each kind is a method that takes an encoder and returns results."""
+
+    data: Data
+    protocol: Protocol
+    seed: int
+    image_size: tuple[int, int]
+    batch_size: int
+    fabric: Fabric
+    workers: int
+    run: Run
+    cache: Path | None
+    training: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.labelled = labelled_images(self.protocol, self.data.train, self.seed)
+        self.begun = time.perf_counter()
+
+    def finetune(self, encoder: ViT | TokenEncoder) -> list[Result]:
+        protocol = self.protocol
+        model = Classifier(encoder, self.data.classes, protocol)
+        train = self.loader(self.labelled, protocol.stage, protocol.stage.augmentation)
+        model, hours = fit(self.run, self.fabric, model, protocol.stage, train, self.seed, **self.training)
+        found = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage))
+        return [Result(protocol.name, settings=self.settings(pool=protocol.pool), hours=hours, **found)]
+
+    def linear(self, encoder: ViT | TokenEncoder) -> list[Result]:
+        """The whole grid in one training, on features that are computed once where every epoch shows the same images.
+
+        The best of a grid is chosen on labelled images on which nothing is trained; choose_on="test" chooses it on the test images.
+        """
+        protocol = self.protocol
+        model = LinearProbe(encoder, self.data.classes, protocol)
+        train_N, held_N = hold_out(protocol, self.labelled.labels, self.seed)
+        train = self.loader(self.labelled.subset(train_N), protocol.stage, protocol.stage.augmentation)
+        test = self.loader(self.data.val, protocol.stage)
+        held = self.loader(self.labelled.subset(held_N), protocol.stage) if len(held_N) else None
+        if can_cache(protocol):
+            (feature_ND, target_N), found = self.features(encoder)
+            train, test = FeatureLoader(train, (feature_ND[train_N], target_N[train_N])), FeatureLoader(test, found)
+            held = FeatureLoader(held, (feature_ND[held_N], target_N[held_N])) if held is not None else None
+        model, hours = fit(self.run, self.fabric, model, protocol.stage, train, self.seed, **self.training)
+        grid = (len(model.grid),)
+        top1_G, top5_G = accuracies(self.fabric, model, test, grid).tolist()
+        held_top1_G = [None] * len(top1_G) if held is None else accuracies(self.fabric, model, held, grid)[0].tolist()
+        facts = self.settings(pool=protocol.pool, **({} if held is None else {"held_out": len(held_N)}))
+        results = [
+            Result(protocol.name, top1, f"{name} {facts}", hours, top5, held_top1)
+            for name, top1, top5, held_top1 in zip(model.names(), top1_G, top5_G, held_top1_G, strict=True)
+        ]
+        for result in results:
+            chosen_by = "" if held is None else f" ({result.held_out_top1:.6g} on the {len(held_N)} images held out)"
+            self.run.say(f"{self.run.directory.name} {result.settings}: top1 {result.top1:.6g}{chosen_by}")
+        best = model.best(top1_G if held is None else held_top1_G)
+        chosen = [replace(results[place], protocol=protocol.name + part) for part, place in best.items()]
+        return [*chosen[:-1], replace(chosen[-1], grid=tuple(results))]
+
+    def logistic(self, encoder: ViT | TokenEncoder | None) -> list[Result]:
+        options = {"statistics": self.protocol.statistics, "strength": self.protocol.strength}
+        train, test = self.features(encoder)
+        found = once(self.fabric, lambda: logistic_accuracy(*train, *test, classes=self.data.classes, **options))
+        if not found["converged"]:
+            self.run.say(f"{self.run.directory.name}: the weights have not converged, so the number is of a fit that was cut short")
+        return [Result(self.protocol.name, settings=self.settings(**self.frozen(encoder), **options), hours=self.hours(), **found)]
+
+    def knn(self, encoder: ViT | TokenEncoder | None) -> list[Result]:
+        options = {"neighbours": self.protocol.neighbours, "temperature": self.protocol.temperature}
+        train, test = self.features(encoder)
+        top1 = once(self.fabric, lambda: knn_accuracy(*train, *test, classes=self.data.classes, **options))
+        return [Result(self.protocol.name, top1, self.settings(**self.frozen(encoder), **options), self.hours())]
+
+    def classify(self, classifier: nn.Module) -> list[Result]:
+        model = _Logits(classifier.to(self.fabric.device), self.data.classes)
+        found = accuracy(self.fabric, model, self.loader(self.data.val))
+        return [Result(self.protocol.name, settings=self.settings(), hours=self.hours(), **found)]
+
+    def features(self, encoder: ViT | TokenEncoder | None) -> list[tuple[Tensor, Tensor]]:
+        """Features (N, D) and classes (N,) of the training images that have labels, and of the test images."""
+        found = []
+        for part, split in ("train", self.labelled), ("val", self.data.val):
+            cache = self.cache and self.cache.with_name(f"{self.cache.name}-{part}")
+            found.append(features(self.fabric, encoder, self.loader(split), self.protocol.pool, max(self.protocol.layers), cache))
+        return found
+
+    def loader(self, split: Split, stage: Stage | None = None, augmentation: Augmentation | None = None) -> Loader:
+        """Batches for this process, in those of a training stage, or of `batch_size` images."""
+        stage = stage or Stage(epochs=1, batch_size=self.batch_size * self.fabric.world_size, base_lr=0.0, device_batch=self.batch_size)
+        view = {"resize": self.protocol.resize, "interpolation": self.protocol.interpolation}
+        options = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
+        return make_loader(self.fabric, split, stage, augmentation, **options, **view)
+
+    def frozen(self, encoder: nn.Module | None) -> dict[str, str]:
+        """What is read of a frozen encoder."""
+        return {} if encoder is None else {"layers": layers_name(self.protocol.layers[0]), "pool": self.protocol.pool}
+
+    def settings(self, **facts: Any) -> str:
+        """Facts, and how the images were seen and how many labels were used, as one string."""
+        if self.data.val.paths is not None:
+            resize = view_name(self.data, self.image_size, self.protocol.resize)
+            facts |= {"resize": resize, "interpolation": self.protocol.interpolation}
+        if len(self.labelled) < len(self.data.train):
+            facts["labels"] = len(self.labelled)
+        return " ".join(f"{name}={value}" for name, value in facts.items())
+
+    def hours(self) -> float:
+        return (time.perf_counter() - self.begun) / 3600
+
+
+class _Logits(nn.Module):
+    """A classifier whose answer is checked to be logits (B, K) of the data's classes."""
+
+    def __init__(self, module: nn.Module, classes: int):
+        super().__init__()
+        self.module, self.classes = module, classes
+
+    def forward(self, images: Tensor) -> Output:
+        answer = self.module(images)
+        logits_BK = answer.named["logits"] if isinstance(answer, Output) else answer
+        if not isinstance(logits_BK, Tensor) or logits_BK.shape != (len(images), self.classes):
+            given = tuple(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
+            wanted = f"logits of shape {(len(images), self.classes)}"
+            raise ValueError(f"a classifier of {self.classes} classes gives {wanted}, and {type(self.module).__name__} gives {given}")
+        return Output(logits_BK.new_zeros(()), named={"logits": logits_BK})
