@@ -18,14 +18,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from lightning.fabric import Fabric
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.ledger.published import arm_of
-from benchmarks.ledger.rows import Row, append, summary
-from benchmarks.ledger.rows import frame as frame_of
-from benchmarks.ledger.tables import comparison, side_by_side
+from benchmarks.ledger.rows import Row, append
+from benchmarks.ledger.tables import show
 from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
 from benchmarks.preflight import check
 from common import keep_freed_memory
@@ -52,7 +49,7 @@ from common.evaluate import (
 from common.files import digest
 from common.processes import once
 from common.randomness import reseed
-from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, choose_arms, override
+from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, base_arm, choose_arms, override
 from common.run import Run, RunError, console
 from common.stopping import Stopped, stop_if_requested, stop_on_signals
 from common.train import device_batch, fit, make_fabric
@@ -115,17 +112,23 @@ class Reproduction:
     """One seed of one recipe, or of one arm of it: its stages, each in a directory of its own, each done once."""
 
     def __init__(
-        self, options: Options, module: ModuleType, name: str, recipe: Recipe, data: Data, fabric: Fabric, seed: int, arm: str = ""
+        self,
+        options: Options,
+        module: ModuleType,
+        name: str,
+        recipe: Recipe,
+        data: Data,
+        fabric: Fabric,
+        seed: int,
+        arm: str = "",
+        base_arm: str = "",
     ):
         self.options, self.module, self.recipe, self.data, self.fabric, self.seed = options, module, recipe, data, fabric, seed
-        self.arm = arm
+        self.name, self.arm, self.base_arm = name, arm, base_arm
         self.paper = paper_name(module)
         label = "-".join(filter(None, [name, arm, data.name if data.name != name else ""]))
         source = f"{recipe.pretrain.epochs}ep" if options.encoder is None else options.encoder.stem
         self.root = options.out / self.paper / f"{label}-{source}-seed{seed}"
-        given = [f"encoder={options.encoder.name}"] if options.encoder else []
-        split = [f"split={data.split}"] if data.split else []
-        self.name = " ".join(filter(None, [name, arm, *options.set, *given, *split]))
         self.precision = str(fabric._precision.precision)
         self.fitting = {"compile": options.compile, "checkpoint_seconds": options.checkpoint_seconds}
         self.size = (recipe.image_size, recipe.image_size)
@@ -367,6 +370,11 @@ class Reproduction:
             "commit": environment["commit"],
             "paper": self.paper,
             "recipe": self.name,
+            "arm": self.arm,
+            "base_arm": self.base_arm,
+            "overrides": " ".join(self.options.set),
+            "encoder_file": self.options.encoder.name if self.options.encoder else "",
+            "split": self.data.split,
             "data": self.data.name,
             "backbone": self.recipe.backbone,
             "pretrain_epochs": self.recipe.pretrain.epochs if self.options.encoder is None else 0,
@@ -405,7 +413,11 @@ def reproduce(options: Options) -> list[Row]:
     arms = {arm: override(own, changes) for arm, own in choose_arms(recipe, options.arms).items()}
     fabric = make_fabric(options.device, options.precision, options.strategy)
     fabric.launch()
-    runs = [Reproduction(options, module, name, own, data, fabric, seed, arm) for seed in range(options.seeds) for arm, own in arms.items()]
+    runs = [
+        Reproduction(options, module, name, own, data, fabric, seed, arm, base_arm(recipe, arm))
+        for seed in range(options.seeds)
+        for arm, own in arms.items()
+    ]
     check(runs, ROOT)
     rows = []
     for run in runs:
@@ -424,28 +436,6 @@ def reproduce(options: Options) -> list[Row]:
     if rows and fabric.is_global_zero:
         show(options.paper, rows)
     return rows
-
-
-def show(paper: str, rows: list[Row]) -> None:
-    """The table on the screen: this run, training from scratch, and the published numbers; arms side by side."""
-    frame, first = frame_of(rows), rows[0]
-    arms, backbones, seeds = {arm_of(row.recipe) for row in rows}, {row.backbone for row in rows}, len({row.seed for row in rows})
-    training = "training" if first.protocol == "scratch" else "pre-training"
-    what = [paper, first.data, *(backbones if len(backbones) == 1 else []), f"{first.pretrain_epochs} epochs of {training}"]
-    scratch = "; from scratch: the same training without pre-training, for linear and knn a random encoder"
-    if len(arms) > 1 or any("+" in name for name in arms):
-        frame = side_by_side(paper, summary(frame))
-        frame = frame[frame["Log"] != "-"].drop(columns=["Data", "Backbone", "Epochs", "Log"])  # those without a log nobody measured
-        frame = frame.loc[:, (frame != "-").any()].assign(Family=frame["Family"].str.partition(" ")[0])  # all share what --set changes
-        caption = "in percent; in brackets the difference to alone" + (scratch if "From scratch" in frame else "")
-    else:
-        frame, caption = comparison(paper, frame), f"top-1 in percent{scratch}"
-    table = Table(title=", ".join([*what, f"{seeds} seed{'s' if seeds > 1 else ''}"]), caption=caption)
-    for column in frame.columns:
-        table.add_column(column, justify="left" if column in ("Family", "Protocol", "Published") else "right")
-    for line in frame.itertuples(index=False):
-        table.add_row(*line)
-    console.print(table, soft_wrap=False)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""Every table of numbers in the READMEs, made from the CSV files of results, published numbers and speed.
+"""Every table of numbers, made from the CSV files of results, published numbers and speed: in the READMEs, RESULTS.md and on the screen.
 
-A README asks for a table with the line `<!-- table: NAME -->` and ends it with `<!-- /table -->`; what stands between is replaced.
+A page asks for a table with the line `<!-- table: NAME -->` and ends it with `<!-- /table -->`; what stands between is replaced.
 `python -m benchmarks.ledger` writes, `--check` only says what is stale.
 """
 
@@ -11,107 +11,146 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas
+from rich.table import Table
 
-from benchmarks.ledger.overview import results_table, together_table
+from benchmarks.ledger.overview import digits_table, results_table, together_table
 from benchmarks.ledger.published import (
+    KIN,
     NOT_YET,
-    STARTS,
-    alike,
-    arm_of,
     claims,
-    closeness,
-    links,
+    counted,
+    log_link,
     markdown,
+    matches,
     measured,
     number,
-    of_arm,
-    pairs,
     protocol,
     published,
-    stem,
+    run_name,
     title,
+    with_baselines,
 )
-from benchmarks.ledger.rows import GROUP, load, summary
+from benchmarks.ledger.rows import Row, frame, load, summary
 from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
 from benchmarks.speed.measure import wide
+from common.run import console
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
 OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
+PRINTED = ["family", "dataset", "backbone", "pretrain_epochs", "setting", "protocol", "metric"]  # of one method, alone or with an addition
+BESIDE = {"scratch": "", "random": ", random encoder", "pixels": ", raw pixels"}  # how a baseline is called beside its method
+
+
+def show(paper: str, rows: Sequence[Row], root: Path = ROOT) -> None:
+    """Print a run's numbers, in percent, with their baselines; arms side by side.
+
+    Published numbers stand in the table only where they are of the same data. Else a line below it says what the paper reports.
+    """
+    ledger, first = frame(rows), rows[0]
+    lines = summary(ledger)
+    backbones = [name for name in ledger["backbone"].unique() if ledger["backbone"].nunique() == 1]
+    training = "training" if first.protocol == "scratch" else "pre-training"
+    what = [paper, first.data, *backbones, f"{first.pretrain_epochs} epochs of {training}", counted(ledger["seed"].nunique(), "seed")]
+    scratch = "; from scratch: the same training without pre-training, for linear and knn a random encoder"
+    if lines["arm"].nunique() > 1 or any(lines["base_arm"] != ""):
+        table = side_by_side(paper, lines, root).query("Log != '-'").drop(columns=["Data", "Backbone", "Epochs", "Log"])
+        table = table.loc[:, (table != "-").any()].assign(Family=table["Family"].str.partition(" ")[0])  # all share what --set changes
+        caption = "in percent; in brackets the difference to alone" + (scratch if "From scratch" in table else "")
+    else:
+        table, caption = comparison(paper, ledger, root), f"top-1 in percent{scratch}"
+    screen = Table(title=", ".join(what), caption=caption)
+    for column in table.columns:
+        screen.add_column(column, justify="left" if column in ("Family", "Protocol", "Published") else "right")
+    for cells in table.itertuples(index=False):
+        screen.add_row(*cells)
+    console.print(screen, soft_wrap=False)
+    if not any(column.startswith("Published") for column in table.columns):
+        console.print(reported(paper, lines, root), markup=False, highlight=False)
 
 
 def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
-    """What a run says at its end: each protocol's number beside its baseline's and beside a published one of the same protocol.
+    """Each protocol's number beside its baseline's and a published one of the same data and protocol; raw pixels in rows of their own.
 
-    `rows` has the columns of `benchmarks.ledger.rows.Row`. The published number is the one nearest to the run (same data, then backbone,
-    then epochs) and carries its setting; it is there to be read, and the difference is between our own two numbers.
+    `rows` is a ledger. The published number is the nearest (same backbone, then same epochs), in a column that is absent where there is
+    none. The difference is between our own two numbers.
     """
-    table, own = [], list(claims(paper, root).itertuples())
-    for line, others in pairs(summary(rows)):
-        near = max((row for row in own if of_arm(row, line) and alike(row, line)), key=partial(closeness, line=line), default=None)
-        scratch = next(others[others["start"].isin(["scratch", "random"])].itertuples(), None)
-        table.append(
-            {
-                "Protocol": protocol(line),
-                "Ours": number(line, seeds=False),
-                "From scratch": number(scratch, seeds=False) if scratch else "-",
-                "Difference": f"{line.mean - scratch.mean:+.2f}" if scratch else "-",
-                "Published": f"{near.value} ({title(near.dataset)}, {title(near.backbone)}, {near.pretrain_epochs or '?'} ep)"
-                if near
-                else "-",
-            }
-        )
-        for pixels in others[others["start"] == "pixels"].itertuples():
-            table.append(
-                dict.fromkeys(table[-1], "-") | {"Protocol": f"{protocol(line)}, raw pixels", "From scratch": number(pixels, seeds=False)}
-            )
+    lines, table = with_baselines(summary(rows)), []
+    near = matches(claims(paper, root), lines).query("same_data").sort_values(["same_backbone", "same_epochs"], kind="stable", ascending=False)
+    near = near.drop_duplicates("line").set_index("line")
+    for line in lines.itertuples():
+        scratch = number(line.untrained_mean, line.untrained_sd)
+        cells = {
+            "Protocol": protocol(line),
+            "Ours": number(line.mean, line.sd),
+            "From scratch": scratch or "-",
+            "Difference": f"{line.mean - line.untrained_mean:+.2f}" if scratch else "-",
+        }
+        if len(near):
+            cells["Published"] = printed(near.loc[line.Index]) if line.Index in near.index else "-"
+        table.append(cells)
+        if pixels := number(line.pixels_mean, line.pixels_sd):
+            table.append(dict.fromkeys(cells, "-") | {"Protocol": f"{protocol(line)}, raw pixels", "From scratch": pixels})
     return pandas.DataFrame(table)
 
 
+def printed(pair: pandas.Series) -> str:
+    """A published number of `matches` with what it is of: 83.0 (ImageNet-1K, ViT-B/16, 200 ep)."""
+    epochs = pair["pretrain_epochs_published"] or "?"
+    return f"{pair['value']} ({title(pair['dataset'])}, {title(pair['backbone_published'])}, {epochs} ep)"
+
+
+def reported(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> str:
+    """A sentence on what the paper reports, on other data than ours where need be: of a protocol of ours if there is one, else the first."""
+    own = claims(paper, root).query("metric == 'top1'")
+    if own.empty:
+        return f"No published number of {paper} is known."
+    pairs = matches(own, lines)
+    row = own.loc[pairs["row"].iloc[0] if len(pairs) else own.index[0]]
+    of = [row["method"] * (row["added"] != ""), title(row["backbone"]), f"{row['pretrain_epochs']} epochs" * (row["pretrain_epochs"] != "")]
+    what = f"{protocol(row)} {row['value']} on {title(row['dataset'])} ({', '.join(filter(None, of))})"
+    return f"The paper reports {what}; all published numbers: {(folder(paper, root) / 'README.md').as_posix()}"
+
+
 def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
-    """A method alone and with what is added to it in one row: our arms "a" and "a+b" of a summary, published methods "A" and "A + B".
+    """A method alone and with what is added to it in one row: the arms of a family in a summary, published methods "A" and "A + B".
 
     In brackets is the difference to the method alone, ours to ours and theirs to theirs. What was published of the same data and backbone
-    stands beside every arm; what nobody measured follows, without a log. Any metric but top-1 needs a published one of its data.
+    stands beside ours; what nobody measured follows, without a log. Any metric but top-1 needs a published one of its data.
     """
-    own: dict[tuple, dict[str, tuple[Any, pandas.DataFrame]]] = {}  # by what is added: our line and its baselines
-    for line, others in pairs(lines):
-        key = (stem(line.recipe), *(getattr(line, name) for name in GROUP if name not in ("recipe", "start")))
-        own.setdefault(key, {})[arm_of(line.recipe).partition("+")[2].upper()] = line, others
-    known: dict[tuple, dict[str, Any]] = {}  # by what is added: the published row
-    for row in published(paper, root).query("confidence == 'first_hand' and metric in ('top1', 'top5')").itertuples():
-        alone, added = (part.strip() for part in row.method.partition("+")[::2])
-        key = (alone, row.dataset, row.backbone, row.pretrain_epochs, row.setting, row.protocol, row.metric)
-        known.setdefault(key, {})[added.upper()] = row
-    varied = [(next(iter(theirs.values())), theirs) for theirs in known.values() if any(theirs)]
-    entries: list[tuple[dict, dict]] = []
-    for ours in own.values():
-        line, _ = next(iter(ours.values()))
-        near = [theirs for row, theirs in varied if alike(row, line) and all(closeness(row, line)[:2])]
-        if line.metric == "top1" or any(row.metric == line.metric and closeness(row, line)[0] for row, _ in varied):
-            entries.append((ours, near[0] if near else {}))
-    entries += [({}, theirs) for _, theirs in varied if all(theirs is not beside_ours for _, beside_ours in entries)]
-    variants = dict.fromkeys(["", *(added for entry in entries for numbers in entry for added in numbers)])
+    ours = with_baselines(lines)
+    theirs = published(paper, root).query("confidence == 'first_hand' and metric in ('top1', 'top5')")
+    theirs = theirs.assign(group=theirs.groupby(PRINTED, sort=False).ngroup())
+    theirs = theirs[theirs["group"].isin(theirs.query("added != ''")["group"])]
+    pairs = matches(theirs, ours).query("same_data")
+    entries, seen = [], set()
+    for _, own in ours.groupby([*KIN, "pretrain_epochs", "precision"], sort=False):
+        known = pairs[pairs["line"].isin(own.index)]
+        near = known.query("same_backbone")["group"].head(1)
+        if own["metric"].iloc[0] == "top1" or len(known):
+            entries.append((own, theirs[theirs["group"].isin(near)]))
+            seen |= {*near}
+    entries += [(ours[:0], rows) for group, rows in theirs.groupby("group") if group not in seen]
+    variants = dict.fromkeys(["", *(name.upper() for entry in entries for part in entry for name in part["added"])])
     table = []
-    for ours, theirs in entries:
-        line, others = next(iter(ours.values()), (None, lines[:0]))
-        starts = others[others["start"] != getattr(line, "start", "")].itertuples()
-        row = next(iter(theirs.values()), None)
-        said = {added: (number(one, seeds=False), one.mean) for added, (one, _) in ours.items()}
-        printed = {added: (one.value, float(one.value)) for added, one in theirs.items()}
-        logs = " ".join([*(one.log for one, _ in ours.values()), *others["log"]])
+    for own, rows in entries:
+        said = {line.added.upper(): (number(line.mean, line.sd), line.mean) for line in own.itertuples()}
+        known = {row.added.upper(): (row.value, float(row.value)) for row in rows.itertuples()}
+        one = next((own if len(own) else rows.rename(columns={"dataset": "data"})).itertuples())
+        starts = [start for start in ("untrained", "pixels") if len(own) and pandas.notna(getattr(one, f"{start}_mean"))]
+        logs = [*own.get("log", []), *(getattr(one, f"{start}_log") for start in starts)]
+        beside = [(getattr(one, f"{start}_mean"), getattr(one, f"{start}_sd"), getattr(one, f"{start}_start")) for start in starts]
         cells = {
-            "Data": title(line.data if line else row.dataset),
-            "Family": stem(line.recipe).partition(" ")[2] if line else row.method.partition("+")[0].strip(),
-            "Backbone": title((line or row).backbone),
-            "Epochs": str((line or row).pretrain_epochs),
-            "Protocol": protocol(line or row),
-            **{f"+ {added}" if added else "Alone": against(said, added, NOT_YET if added in theirs else "") for added in variants},
-            "From scratch": "; ".join(number(start, seeds=False) + STARTS[start.start] for start in starts),
-            **{f"Published + {added}" if added else "Published alone": against(printed, added) for added in variants},
-            "Log": links(logs, root, root / folder(paper, root)),
+            "Data": title(one.data),
+            "Family": " ".join(filter(None, [one.family, getattr(one, "overrides", "")])),
+            "Backbone": title(one.backbone),
+            "Epochs": str(one.pretrain_epochs),
+            "Protocol": protocol(one),
+            **{f"+ {added}" if added else "Alone": against(said, added, NOT_YET if added in known else "") for added in variants},
+            "From scratch": "; ".join(number(mean, sd) + BESIDE[start] for mean, sd, start in beside),
+            **{f"Published + {added}" if added else "Published alone": against(known, added) for added in variants},
+            "Log": log_link(" ".join(logs), root, root / folder(paper, root)),
         }
         table.append({name: cell or "-" for name, cell in cells.items()})
     return pandas.DataFrame(table)
@@ -132,17 +171,17 @@ def measured_table(paper: str, root: Path) -> str:
     table = [
         {
             "Data": title(line.data),
-            "Recipe": line.recipe,
+            "Run": run_name(line),
             "Backbone": line.backbone,
             "Epochs": line.pretrain_epochs,
             "Protocol": line.protocol.replace("_", " "),
             "Start": line.start,
             "Metric": line.metric.replace("_", " "),
-            "Mean ± sd": number(line),
+            "Mean ± sd": f"{number(line.mean, line.sd)} ({counted(line.seeds, 'seed')})",
             "Device": f"{line.device}, {line.precision}",
             "Hours": f"{line.hours:.2g}" if line.hours < 10 else f"{line.hours:.0f}",
             "Commit": line.commit,
-            "Log": links(line.log, root, root / folder(paper, root)),
+            "Log": log_link(line.log, root, root / folder(paper, root)),
         }
         for line in measured(paper, root).itertuples()
     ]
@@ -171,7 +210,8 @@ def attention_table(root: Path) -> str:
 def adds(paper: str, root: Path) -> bool:
     """Whether a paper adds something to other methods, in what was published or measured."""
     with suppress(ValueError):  # a broken ledger is named by the tables that are made from it
-        return "+" in " ".join([*published(paper, root)["method"], *load(root / folder(paper, root) / "results.csv")["recipe"].map(arm_of)])
+        arms = load(root / folder(paper, root) / "results.csv")["base_arm"]
+        return any(arms != "") or any(published(paper, root)["added"] != "")
     return False
 
 
@@ -208,11 +248,8 @@ def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tupl
 def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
     """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot mend."""
     readmes: dict[str, dict[str, Callable[[], str]]] = {
-        "README.md": {
-            "results": partial(results_table, root),
-            "together": partial(together_table, root),
-            "speed": lambda: speed_table(root),
-        },
+        "README.md": {"digits": partial(digits_table, root), "speed": lambda: speed_table(root)},
+        "RESULTS.md": {"results": partial(results_table, root), "together": partial(together_table, root)},
         "benchmarks/README.md": {"speed": lambda: speed_table(root), "attention": lambda: attention_table(root)},
     }
     for paper in papers(root):
