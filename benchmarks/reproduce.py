@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.ledger.rows import Row, append
-from benchmarks.ledger.tables import show
+from benchmarks.ledger.screen import show
 from benchmarks.papers import ROOT, choose_recipe, folder, paper_module, paper_name
 from benchmarks.preflight import check
 from common import keep_freed_memory

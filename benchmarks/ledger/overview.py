@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas
 
-from benchmarks.ledger.published import claims, counted, markdown, matches, measured, number, protocol, run_name, title, with_baselines
+from benchmarks.ledger.cells import NOT_YET, counted, markdown, number, protocol, run_name
+from benchmarks.ledger.published import claims, matches, measured, title, with_baselines
 from benchmarks.ledger.rows import GIVEN
 from benchmarks.papers import baselines, papers
 
@@ -21,102 +22,93 @@ HEADINGS = {  # of protocols, in order; scratch is supervised training
 }
 DIGITS = {"5 per class": "5 per class (scratch)", "20 per class": "20 per class (scratch)", "k-NN": "k-NN (random)"}
 PIXELS = "raw pixels"
-RUN = ["Data", "Method", "Backbone", "Epochs", "Device"]
+RUN = ["Data", "Method", "Backbone", "Epochs", "Device"]  # what tells one run from another, in words
 
 
 def results_table(root: Path) -> str:
-    """Published numbers with ours beside them, a row each; below, folded by paper, those not measured yet. Of baselines what we measured."""
+    """Published numbers with ours beside them, a row each; those not measured yet folded by paper. Of baselines what we measured."""
     table, folds = [], ""
     for paper in [*papers(root), *baselines(root)]:
         rows = claims(paper, root).query("task in @TASKS and metric == 'top1'")
-        rows = rows.drop_duplicates(["dataset", "method", "backbone", "pretrain_epochs", "setting", "protocol", "value"])
+        rows = rows.drop_duplicates(["data", "method", "backbone", "pretrain_epochs", "setting", "protocol", "value"])
         pairs = matches(rows, with_baselines(measured(paper, root))).query("same_data and same_backbone and same_epochs")
         for pair in pairs.itertuples():
-            ours = {
-                "Epochs": pair.pretrain_epochs,
-                "Protocol": protocol(pair),
-                "Ours": number(pair.mean, pair.sd),
-                "Difference": f"{pair.mean - float(pair.value):+.2f}",
-                "Seeds": pair.seeds,
-                "Run": run_name(pair),
-                "Device": f"{pair.device}, {pair.precision}",
-                "Logs": logs_link(pair.log),
-            }
+            ours = {"Epochs": pair.pretrain_epochs, "Protocol": protocol(pair), "Ours": number(pair.mean, pair.sd)}
+            ours |= {"Difference": f"{pair.mean - float(pair.value):+.2f}", "Seeds": pair.seeds, "Run": run_name(pair)}
+            ours |= {"Device": f"{pair.device}, {pair.precision}", "Logs": logs_link(pair.log)}
             table.append({"Paper": paper} | printed(rows.loc[pair.row]) | ours)
-        missing = [printed(row) for index, row in rows.iterrows() if index not in {*pairs["row"]}]
+        missing = [printed(row) for row in rows.drop(pairs["row"]).itertuples()]
         if missing and paper in papers(root):
-            summary = f"{paper}: {counted(len(missing), 'published number')}, not measured yet"
+            summary = f"{paper}: {counted(len(missing), 'published number')}, {NOT_YET}"
             folds += f"\n<details><summary>{summary}</summary>\n\n{markdown(pandas.DataFrame(missing))}\n</details>\n"
     return markdown(pandas.DataFrame(table), nothing="No published number is measured yet.") + folds
 
 
 def printed(row: Any) -> dict[str, str]:
     """The cells of a published number."""
-    return {
-        "Data": title(row.dataset),
-        "Method": row.method,
-        "Backbone": title(row.backbone),
-        "Setting": row.setting,
-        "Epochs": row.pretrain_epochs,
-        "Protocol": protocol(row),
-        "Published": row.value,
-    }
+    what = {"Data": title(row.data), "Method": row.method, "Backbone": title(row.backbone), "Setting": row.setting}
+    return what | {"Epochs": row.pretrain_epochs, "Protocol": protocol(row), "Published": row.value}
 
 
 def together_table(root: Path) -> str:
     """Measured numbers side by side: a row per run over its seeds, a column per kind of protocol."""
-    return by_run(measured_lines(root))
+    return by_run(measured_lines(root), RUN[:-1], [*dict.fromkeys(HEADINGS.values())])
 
 
 def digits_table(root: Path) -> str:
-    """The smoke test: few labels and k-NN on digits, a row per recipe as it stands; arms only with what the paper adds."""
+    """The smoke test: few labels and k-NN on digits, of recipes as they stand; arms only with what the paper adds."""
     lines = measured_lines(root)
-    key, base = ["paper", "recipe", "arm"], ["paper", "recipe", "base_arm"]
-    added_to = pandas.MultiIndex.from_frame(lines[key]).isin(pandas.MultiIndex.from_frame(lines.query("base_arm != ''")[base]))
-    lines = lines[~added_to | (lines["Method"] == PIXELS)].query("data == 'digits' and overrides == '' and encoder_file == '' and split == '' and heading in @DIGITS")
-    return by_run(lines.replace({"heading": DIGITS}), [*DIGITS.values()])
+    base = pandas.MultiIndex.from_frame(lines.query("base_arm != ''")[["paper", "recipe", "base_arm"]])
+    added_to = pandas.MultiIndex.from_frame(lines[["paper", "recipe", "arm"]]).isin(base)
+    lines = lines[~added_to | (lines["Method"] == PIXELS)].query("data == 'digits' and heading in @DIGITS")
+    lines = lines[(lines[["overrides", "encoder_file", "split"]] == "").all(axis=1)]
+    return by_run(lines.replace({"heading": DIGITS}), ["Method", "Epochs"], [*DIGITS.values()])
 
 
 def measured_lines(root: Path) -> pandas.DataFrame:
-    """Summary lines with a top-1: of methods, those of raw pixels at the end of each data set. Columns of RUN, `heading` and `cell` too.
+    """The summary lines of top-1, of methods and of raw pixels, with what a table by run needs: the columns RUN, `heading` and `cell`.
 
     A cell has the number in percent, in brackets that without pre-training, and before it what sets protocols of one heading apart.
     """
-    parts = []
+    methods, pixels = [], []
     for paper in [*papers(root), *baselines(root)]:
         lines = measured(paper, root).query("metric == 'top1'")
         own = with_baselines(lines)
         supervised = own["protocol"].eq("scratch").groupby([own[name] for name in GIVEN]).transform("any")
-        names = [run_name(line).removeprefix(line.data).strip() if line.recipe == line.data else run_name(line) for line in own.itertuples()]
-        own["Method"] = [f"{paper} {name}".strip() + ", supervised" * own for name, own in zip(names, supervised, strict=True)]
-        pixels = lines.query("start == 'pixels'").assign(Method=PIXELS, backbone="", pretrain_epochs=0)
-        parts += [own, pixels]
-    lines = pandas.concat(parts, ignore_index=True)
-    lines["Data"], lines["Backbone"] = lines["data"].map(title), lines["backbone"].map(title)
-    lines["Epochs"], lines["Device"] = lines["pretrain_epochs"], lines["device"] + ", " + lines["precision"]
-    lines[["heading", "detail"]] = [heading(name) for name in lines["protocol"]] or pandas.DataFrame(columns=["heading", "detail"])
-    lines["cell"] = [
-        f"{line.detail}: " * bool(line.detail) + number(line.mean, line.sd)
-        + f" ({number(line.untrained_mean, line.untrained_sd)})" * pandas.notna(line.untrained_mean)
-        for line in lines.itertuples()
-    ]  # fmt: skip
-    order = lines["data"].factorize()[0] * 2 + (lines["Method"] == PIXELS)
-    return lines.iloc[order.argsort(kind="stable")]
+        names = [run_name(line._replace(recipe="") if line.recipe == line.data else line) for line in own.itertuples()]
+        names = [f"{paper} {name}".strip() + ", supervised" * by_labels for name, by_labels in zip(names, supervised, strict=True)]
+        methods.append(own.assign(Method=names))
+        pixels.append(lines.query("start == 'pixels'").assign(Method=PIXELS, backbone="", pretrain_epochs=0))
+    lines = pandas.concat([*methods, *pixels], ignore_index=True).sort_values("data", kind="stable")
+    kinds = [heading(name) for name in lines["protocol"]]
+    texts = [number(line.mean, line.sd) for line in lines.itertuples()]
+    without = [number(line.untrained_mean, line.untrained_sd) for line in lines.itertuples()]
+    return lines.assign(
+        Data=lines["data"].map(title),
+        Backbone=lines["backbone"].map(title),
+        Epochs=lines["pretrain_epochs"],
+        Device=lines["device"] + ", " + lines["precision"],
+        heading=[name for name, _ in kinds],
+        cell=[
+            f"{detail}: " * bool(detail) + text + f" ({other})" * bool(other)
+            for (_, detail), text, other in zip(kinds, texts, without, strict=True)
+        ],
+    )
 
 
-def by_run(lines: pandas.DataFrame, headings: list[str] | None = None) -> str:
-    """A table of `measured_lines`: a row per run, a column per heading. One device is said once, several in a column."""
+def by_run(lines: pandas.DataFrame, columns: list[str], headings: list[str]) -> str:
+    """A table of `measured_lines`: a row per run, with these of its columns, a column per heading. One device is said once above it."""
     if lines.empty:
         return markdown(lines)
-    known = headings or [name for name in dict.fromkeys([*HEADINGS.values(), *lines["heading"]]) if name in {*lines["heading"]}]
     runs = lines.groupby(RUN, sort=False).agg(fewest=("seeds", "min"), most=("seeds", "max"), log=("log", "first"))
     cells = lines.groupby([*RUN, "heading"], sort=False)["cell"].agg(lambda cells: "<br>".join(dict.fromkeys(cells))).unstack("heading")
-    table = runs.join(cells.reindex(columns=known)).fillna("").reset_index()
+    table = runs.join(cells.fillna("")).reset_index()
     table["Seeds"] = [str(low) if low == high else f"{low} to {high}" for low, high in zip(table["fewest"], table["most"], strict=True)]
     table["Logs"] = table["log"].map(logs_link)
     devices = table["Device"].unique()
-    shown = [*RUN[:-1], *(["Device"] if len(devices) > 1 else []), "Seeds", *known, "Logs"]
-    return f"Device: {devices[0]}.\n\n" * (len(devices) == 1) + markdown(table[shown])
+    columns = [*columns, *(["Device"] if len(devices) > 1 else []), "Seeds"]
+    headings = [name for name in dict.fromkeys([*headings, *cells]) if name in cells]
+    return f"Device: {devices[0]}.\n\n" * (len(devices) == 1) + markdown(table[[*columns, *headings, "Logs"]])
 
 
 def heading(protocol: str) -> tuple[str, str]:

@@ -1,9 +1,7 @@
-"""Published and measured numbers: where they are read, which belong together, and how a table writes them."""
+"""Published and measured numbers: where they are read, and which belong together."""
 
-import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pandas
 
@@ -15,21 +13,19 @@ PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting pr
 # What an arm has in common with the arm that it is compared with, and with its baselines:
 KIN = ["paper", "data", "recipe", "family", "overrides", "encoder_file", "split", "backbone", "protocol", "metric", "device"]
 STARTS = {"untrained": ["scratch", "random"], "pixels": ["pixels"]}  # of the baselines in `with_baselines`
-NOT_YET = "not measured yet"
 
 
 def published(paper: str, root: Path = ROOT) -> pandas.DataFrame:
     """The published numbers of a paper, every cell as it was printed; no row where there is no `published.csv`.
 
-    Of a method "A + B" `family` is A and `added` is B, as in a summary of our own numbers.
+    The columns are PUBLISHED, with `data` in the place of `dataset`. Of a method "A + B" `family` is A and `added` is B, as in our summary.
     """
-    path = root / folder(paper, root) / "published.csv"
+    path, frame = root / folder(paper, root) / "published.csv", pandas.DataFrame(columns=PUBLISHED, dtype=str)
     if path.exists():
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False).query("paper == @paper")
-    else:
-        frame = pandas.DataFrame(columns=PUBLISHED, dtype=str)
-    parts = [[part.strip() for part in method.partition("+")] for method in frame["method"]]
-    return frame.assign(family=[part[0] for part in parts], added=[part[2] for part in parts])
+    parts = [method.partition("+") for method in frame["method"]]
+    families, added = [part[0].strip() for part in parts], [part[2].strip() for part in parts]
+    return frame.rename(columns={"dataset": "data"}).assign(family=families, added=added)
 
 
 def measured(paper: str, root: Path = ROOT) -> pandas.DataFrame:
@@ -58,7 +54,7 @@ def with_baselines(lines: pandas.DataFrame) -> pandas.DataFrame:
     pairs = pairs.query("pretrain_epochs_base == pretrain_epochs or pretrain_epochs_base == 0")
     found = lines[own].copy()
     for baseline, starts in STARTS.items():
-        base = pairs.query("start_base in @starts").drop_duplicates("line").set_index("line")
+        base = pairs[pairs["start_base"].isin(starts)].drop_duplicates("line").set_index("line")
         for column in ("mean", "sd", "start", "log"):
             found[f"{baseline}_{column}"] = base[f"{column}_base"]
     return found
@@ -72,18 +68,15 @@ def matches(rows: pandas.DataFrame, lines: pandas.DataFrame) -> pandas.DataFrame
     the paper does not say). The best of a grid is `linear_best` in papers, also of ours where it was chosen on the test images, and
     `finetune_none` is also finetune with the setting position=none.
     """
-    names = [
-        sorted({plain(name), plain(name + setting.rpartition("=")[2])})
-        for name, setting in zip(rows["protocol"], rows["setting"], strict=True)
-    ]
-    rows = rows.assign(row=rows.index, kind=names, adds=rows["added"].map(plain)).explode("kind")
+    kinds = [[*{plain(row.protocol), plain(row.protocol + row.setting.rpartition("=")[2])}] for row in rows.itertuples()]
+    rows = rows.assign(row=rows.index, kind=kinds, adds=rows["added"].map(plain)).explode("kind")
     kinds = [plain(name.removesuffix(ON_TEST)) for name in lines["protocol"]]
     lines = lines.assign(line=lines.index, kind=kinds, adds=lines["added"].map(plain))
     pairs = rows.merge(lines, on=["metric", "kind", "adds"], suffixes=("_published", ""))
     short = pairs["backbone"].map(title).str.partition("/")[0] if len(pairs) else ""
     printed, epochs = pairs["backbone_published"], pairs["pretrain_epochs_published"]
     return pairs.assign(
-        same_data=pairs["dataset"].map(plain) == pairs["data"].map(plain),
+        same_data=pairs["data_published"].map(plain) == pairs["data"].map(plain),
         same_backbone=(printed == pairs["backbone"]) | (printed == short),
         same_epochs=(epochs == "") | (epochs == pairs["pretrain_epochs"].astype(str)),
     )
@@ -100,39 +93,3 @@ def title(name: str) -> str:
         return f"ViT-{vit[1].upper()}/{vit[2]}"
     names = ["ImageNet-1K", "Mini-ImageNet", "CIFAR-10", "CIFAR-100", "ADE20K", "COCO"]
     return next((known for known in names if plain(known) == plain(name)), name)
-
-
-def run_name(line: Any) -> str:
-    """What was run: the recipe, its arm and all that was asked besides."""
-    given = [f"encoder={line.encoder_file}" * bool(line.encoder_file), f"split={line.split}" * bool(line.split)]
-    return " ".join(filter(None, [line.recipe, line.arm, line.overrides, *given]))
-
-
-def protocol(line: Any) -> str:
-    """The protocol in words, with the metric where it is not the usual one."""
-    return (line.protocol if line.metric == "top1" else f"{line.protocol} ({line.metric})").replace("_", " ")
-
-
-def number(mean: float, sd: float) -> str:
-    """A mean with its standard deviation, both with two decimals; the mean alone of one seed, nothing where there is no number."""
-    return "" if pandas.isna(mean) else f"{mean:.2f}" if pandas.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
-
-
-def counted(many: int, what: str) -> str:
-    """How many: "1 seed", "3 seeds"."""
-    return f"{many} {what}{'' if many == 1 else 's'}"
-
-
-def log_link(logs: str, root: Path, folder: Path) -> str:
-    """A link to the first of the logs (paths with spaces between), as seen from a README in `folder`; it says how many there are."""
-    paths = [*dict.fromkeys(logs.split())]
-    label = "log" if len(paths) == 1 else f"log 1 of {len(paths)}"
-    return f"[{label}]({Path(os.path.relpath(root / paths[0], folder)).as_posix()})" if paths else ""
-
-
-def markdown(frame: pandas.DataFrame, nothing: str = NOT_YET) -> str:
-    """A data frame of text and whole numbers as a Markdown table, an empty cell as a dash; `nothing` where there is no row."""
-    if frame.empty:
-        return f"{nothing}\n"
-    rows = [frame.columns, ["---"] * len(frame.columns), *frame.replace("", "-").itertuples(index=False)]
-    return "".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |\n" for row in rows)
