@@ -24,6 +24,7 @@ def show(paper: str, rows: Sequence[Row], root: Path = ROOT) -> None:
     backbones = [name for name in ledger["backbone"].unique() if ledger["backbone"].nunique() == 1]
     training = "training" if first.protocol == "scratch" else "pre-training"
     what = [paper, first.data, *backbones, f"{first.pretrain_epochs} epochs of {training}", counted(ledger["seed"].nunique(), "seed")]
+    heading = ", ".join(what)
     scratch = "; from scratch: the same training without pre-training, for linear and knn a random encoder"
     if lines["arm"].nunique() > 1 or any(lines["base_arm"] != ""):
         table = side_by_side(paper, lines, root).query("Log != '-'").drop(columns=["Data", "Backbone", "Epochs", "Log"])
@@ -31,7 +32,7 @@ def show(paper: str, rows: Sequence[Row], root: Path = ROOT) -> None:
         caption = "in percent; in brackets the difference to alone" + (scratch if "From scratch" in table else "")
     else:
         table, caption = comparison(paper, ledger, root), f"top-1 in percent{scratch}"
-    screen = Table(title=", ".join(what), caption=caption)
+    screen = Table(title=heading, caption=caption, min_width=min(len(heading), console.width))  # so that the title stays on one line
     for column in table.columns:
         screen.add_column(column, justify="left" if column in ("Family", "Protocol", "Published") else "right")
     for cells in table.itertuples(index=False):
@@ -79,6 +80,7 @@ def reported(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> str:
         return f"No published number of {paper} is known."
     pairs = matches(own, lines)
     row = own.loc[pairs["row"].iloc[0] if len(pairs) else own.index[0]]
-    of = [row["method"] * (row["added"] != ""), title(row["backbone"]), f"{row['pretrain_epochs']} epochs" * (row["pretrain_epochs"] != "")]
+    epochs = f"{row['pretrain_epochs']} epochs" * (row["pretrain_epochs"] != "")
+    of = [row["method"] * (row["added"] != ""), title(row["backbone"]), epochs, row["setting"]]
     what = f"{protocol(row)} {row['value']} on {title(row['data'])} ({', '.join(filter(None, of))})"
     return f"The paper reports {what}; all published numbers: {(folder(paper, root) / 'README.md').as_posix()}"
