@@ -48,7 +48,7 @@ test-all: .venv/installed  ## all tests, as CI runs them
 lint: .venv/installed  ## ruff: rules and format
 	$(python) -m ruff check . && $(python) -m ruff format --check .
 
-table: .venv/installed  ## write the tables of the READMEs from the results
+table: .venv/installed  ## write the tables of RESULTS.md and the READMEs from the results
 	$(python) -m benchmarks.ledger $(ARGS)
 
 speed: .venv/installed  ## time training steps and attention; with PAPER=, that paper beside the baselines

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.table import Table
 
-from benchmarks.ledger.published import arm_of
-from benchmarks.ledger.rows import Row, summary
-from benchmarks.ledger.rows import frame as frame_of
-from benchmarks.ledger.tables import comparison, side_by_side
+from benchmarks.ledger.rows import Row
+from benchmarks.ledger.screen import show
 from benchmarks.papers import ROOT, choose_recipe, paper_module
 from benchmarks.preflight import check
 from benchmarks.stages import Stages
@@ -25,7 +22,7 @@ from common import keep_freed_memory
 from common.data import open_data
 from common.data.loaders import default_workers
 from common.environment import device_name
-from common.recipe import RecipeError, choose_arms, override
+from common.recipe import RecipeError, base_arm, choose_arms, override
 from common.run import RunError, console
 from common.stopping import Stopped, stop_on_signals
 from common.train import make_fabric
@@ -107,6 +104,7 @@ def reproduce(options: Options) -> list[Row]:
             seed=seed,
             out=options.out,
             arm=arm,
+            base_arm=base_arm(recipe, arm),
             overrides=tuple(options.set),
             encoder_file=options.encoder,
             data_root=options.data_root,
@@ -135,28 +133,6 @@ def reproduce(options: Options) -> list[Row]:
     if rows and fabric.is_global_zero:
         show(options.paper, rows)
     return rows
-
-
-def show(paper: str, rows: list[Row]) -> None:
-    """The table on the screen: this run, training from scratch, and the published numbers; arms side by side."""
-    frame, first = frame_of(rows), rows[0]
-    arms, backbones, seeds = {arm_of(row.recipe) for row in rows}, {row.backbone for row in rows}, len({row.seed for row in rows})
-    training = "training" if first.protocol == "scratch" else "pre-training"
-    what = [paper, first.data, *(backbones if len(backbones) == 1 else []), f"{first.pretrain_epochs} epochs of {training}"]
-    scratch = "; from scratch: the same training without pre-training, for linear and knn a random encoder"
-    if len(arms) > 1 or any("+" in name for name in arms):
-        frame = side_by_side(paper, summary(frame))
-        frame = frame[frame["Log"] != "-"].drop(columns=["Data", "Backbone", "Epochs", "Log"])  # those without a log nobody measured
-        frame = frame.loc[:, (frame != "-").any()].assign(Family=frame["Family"].str.partition(" ")[0])  # all share what --set changes
-        caption = "in percent; in brackets the difference to alone" + (scratch if "From scratch" in frame else "")
-    else:
-        frame, caption = comparison(paper, frame), f"top-1 in percent{scratch}"
-    table = Table(title=", ".join([*what, f"{seeds} seed{'s' if seeds > 1 else ''}"]), caption=caption)
-    for column in frame.columns:
-        table.add_column(column, justify="left" if column in ("Family", "Protocol", "Published") else "right")
-    for line in frame.itertuples(index=False):
-        table.add_row(*line)
-    console.print(table, soft_wrap=False)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,6 +41,7 @@ class Stages:
     seed: int
     out: Path  # where runs are kept
     arm: str = ""
+    base_arm: str = ""  # which it is compared with
     overrides: tuple[str, ...] = ()  # what was changed in the recipe, besides the epochs
     encoder_file: Path | None = None  # evaluated in the place of a pre-trained encoder
     data_root: Path = Path("data")  # where tokens are kept
@@ -207,13 +208,16 @@ class Stages:
     def row(self, result: dict, protocol: str, start: str, hours: float, value: float, metric: str, settings: str = "") -> Row:
         """A row of the ledger, with the facts of when the stage ran, which may be before this call."""
         environment, home = result["environment"], folder(self.paper)
-        given = [f"encoder={self.encoder_file.name}"] if self.encoder_file else []
-        split = [f"split={self.data.split}"] if self.data.split else []
         return Row(
             date=result["date"],
             commit=environment["commit"],
             paper=self.paper,
-            recipe=" ".join(filter(None, [self.name, self.arm, *self.overrides, *given, *split])),
+            recipe=self.name,
+            arm=self.arm,
+            base_arm=self.base_arm,
+            overrides=" ".join(self.overrides),
+            encoder_file=self.encoder_file.name if self.encoder_file else "",
+            split=self.data.split,
             data=self.data.name,
             backbone=self.recipe.backbone,
             pretrain_epochs=0 if self.encoder_file else self.recipe.pretrain.epochs,

@@ -310,6 +310,12 @@ def choose_arms(recipe: Recipe, names: Iterable[str] = ()) -> dict[str, Recipe]:
     return {name: override(alone, recipe.arms[name]) for name in names or recipe.arms} or {"": alone}
 
 
+def base_arm(recipe: Recipe, arm: str) -> str:
+    """The arm that `arm` adds something to: "vit" for "vit+rpl". Empty where it is no arm of the recipe, and for an arm without "+"."""
+    base, plus, _ = arm.partition("+")
+    return base if plus and base in recipe.arms else ""
+
+
 def _replace(node: Any, changes: list[tuple[list[str], Any, str]], faults: list[str]) -> Any:
     """The node with changes (path below it, value, whole path). Adds to `faults` what cannot be changed, and leaves that as it is."""
     if isinstance(node, Mapping):

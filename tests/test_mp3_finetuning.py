@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.ledger.published import alike, claims, closeness
-from benchmarks.ledger.rows import frame
-from benchmarks.ledger.tables import comparison
+from benchmarks.ledger.published import claims, matches
+from benchmarks.ledger.rows import frame, summary
+from benchmarks.ledger.screen import comparison
 from benchmarks.papers import choose_recipe, paper_module
 from common.convert import ConversionError, load_encoder
 from common.data import open_data
@@ -109,10 +109,9 @@ def test_each_position_of_table_3_is_fine_tuned_and_stands_beside_its_published_
     assert {name: protocols[f"finetune_{name}"].position for name in values} == positions
     shared = {"paper": "mp3", "data": data, "backbone": recipe.backbone, "pretrain_epochs": recipe.pretrain.epochs}
     lines = [replace(ROW, **shared, protocol=name) for name in protocols]
-    table = claims("mp3", ROOT)
-    for line in lines:
-        equal = [row.value for row in table.itertuples() if alike(row, line) and all(closeness(row, line))]
-        assert equal == [values[line.protocol.removeprefix("finetune_")]]
+    pairs = matches(claims("mp3", ROOT), summary(frame(lines))).query("same_data and same_backbone and same_epochs")
+    assert pairs.set_index("protocol")["value"].to_dict() == {f"finetune_{name}": value for name, value in values.items()}
+    assert len(pairs) == len(lines)
     said = comparison("mp3", frame(lines)).set_index("Protocol")["Published"].to_dict()
     title = {"cifar100": "CIFAR-100"}.get(data, data)
     assert said == {f"finetune {name}".replace("_", " "): f"{value} ({title}, ViT-S, 2000 ep)" for name, value in values.items()}

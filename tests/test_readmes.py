@@ -17,7 +17,7 @@ import pytest
 from benchmarks.papers import ROOT, choose_recipe, paper_module, papers, recipes
 from common.recipe import override
 
-FOUND = sorted([*ROOT.glob("README.md"), *ROOT.glob("*/README.md"), *ROOT.glob("benchmarks/*/README.md")])
+FOUND = sorted([*ROOT.glob("README.md"), *ROOT.glob("RESULTS.md"), *ROOT.glob("*/README.md"), *ROOT.glob("benchmarks/*/README.md")])
 READMES = [path for path in FOUND if not path.parent.name.startswith(".")]
 each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
 

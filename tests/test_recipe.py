@@ -12,7 +12,7 @@ from timm.layers import DropPath
 
 from benchmarks.papers import baselines, choose_recipe, paper_module, papers, recipes
 from common.data import Augmentation
-from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, check_options, choose_arms, nearest, override
+from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, base_arm, check_options, choose_arms, nearest, override
 from common.train import device_batch
 from common.vit import ViT
 from droppos.recipe import build
@@ -263,6 +263,13 @@ def test_an_arm_with_labels_is_the_one_without_but_for_its_label(name):
 def test_the_arms_that_are_asked_for_come_in_that_order_and_a_recipe_without_any_stands_alone():
     assert list(choose_arms(positional_label.digits(), ["swin+rpl", "vit"])) == ["swin+rpl", "vit"]
     assert choose_arms(RECIPE) == {"": RECIPE}
+
+
+def test_an_arm_is_compared_with_the_one_it_adds_to_where_the_recipe_has_that_arm():
+    bases = {arm: base_arm(positional_label.digits(), arm) for arm in ("vit", "vit+rpl", "swin_released+apl", "swin")}
+    assert bases == {"vit": "", "vit+rpl": "vit", "swin_released+apl": "swin_released", "swin": ""}
+    assert base_arm(recipes(paper_module("stop"))["imagenet_ablation"](), "ijepa+stop_context") == "ijepa"
+    assert base_arm(replace(RECIPE, arms={"a+b": ()}), "a+b") == "" == base_arm(RECIPE, "")
 
 
 def test_an_unknown_arm_is_refused_with_the_nearest_or_all_that_there_are():

@@ -97,6 +97,8 @@ def test_recording_puts_every_number_and_its_log_into_the_papers_folder(finished
         *((name, start) for name in ("linear", "knn") for start in ("pretrained", "random")),
         ("knn", "pixels"),
     }
+    given = ledger[["recipe", "arm", "base_arm", "overrides", "encoder_file", "split"]].drop_duplicates()
+    assert given.to_numpy().tolist() == [["digits", "", "", " ".join(CHANGES[1::2]), "", ""]]
     log = (tmp_path / ledger["log"][0]).read_text()
     assert "# pretrain" in log and "# finetune-scratch" in log and "step 22/22" in log
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -1,5 +1,7 @@
 """Claims about the run ledger."""
 
+import csv
+import hashlib
 import math
 import os
 import subprocess
@@ -10,7 +12,8 @@ import pandas
 import pytest
 import torch
 
-from benchmarks.ledger.rows import TYPES, Row, append, frame, load, summary
+from benchmarks.ledger.rows import GIVEN, TYPES, Row, append, frame, load, summary
+from benchmarks.papers import ROOT
 from common import environment
 
 ROW = Row(
@@ -18,6 +21,11 @@ ROW = Row(
     commit="0123456789ab",
     paper="droppos",
     recipe="digits",
+    arm="",
+    base_arm="",
+    overrides="",
+    encoder_file="",
+    split="",
     data="digits",
     backbone="vit_micro",
     pretrain_epochs=100,
@@ -33,6 +41,50 @@ ROW = Row(
     settings="layers=last4 pool=mean",
     log="droppos/logs/2026-11-20-digits-seed0.txt",
 )
+
+
+@pytest.mark.parametrize(
+    ("folder", "count", "digest"),
+    [
+        ("droppos", 36, "78059fe10d77ea1d"),
+        ("mapet", 36, "269f4ed73f2fca7c"),
+        ("mp3", 48, "1a52f0428beec391"),
+        ("positional_label", 165, "2aa8e42dd3177c9a"),
+        ("stop", 48, "a351f5e9a5c2eae1"),
+        ("benchmarks/baselines", 45, "816d910d9f4a66da"),
+    ],
+)
+def test_the_rows_measured_before_the_ledger_got_its_columns_are_untouched(folder: str, count: int, digest: str) -> None:
+    """The digests are of all other columns, as text, and were taken before `recipe` was split. Newer rows stand below these."""
+    with (ROOT / folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))[:count]
+    others = [name for name in TYPES if name not in GIVEN]
+    text = "".join(",".join(row[name] for name in others) + "\n" for row in rows)
+    assert len(rows) == count and hashlib.sha256(text.encode()).hexdigest().startswith(digest)
+    assert all(" " not in row["recipe"] and "+" not in row["recipe"] for row in rows)
+    assert all(row["base_arm"] == (row["arm"].partition("+")[0] if "+" in row["arm"] else "") for row in rows)
+
+
+def test_a_ledger_from_before_these_columns_is_refused_with_what_is_missing_and_how_to_mend_it(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(",".join(name for name in TYPES if name == "recipe" or name not in GIVEN) + "\n")
+    missing = "missing: arm, base_arm, overrides, encoder_file, split; unexpected: none"
+    with pytest.raises(ValueError, match=rf"results\.csv is not a run ledger.*{missing}.*make recipe=digits, arm=vit\+rpl, base_arm=vit"):
+        load(path)
+
+
+def test_what_was_asked_of_a_run_keeps_its_rows_apart_from_others(tmp_path: Path) -> None:
+    others = [replace(ROW, **{name: "x"}) for name in GIVEN]
+    append(tmp_path / "results.csv", [ROW, *others])
+    append(tmp_path / "results.csv", [replace(row, value=1.0) for row in others])
+    assert sorted(load(tmp_path / "results.csv")["value"]) == [1.0] * len(GIVEN) + [ROW.value]
+    assert len(summary(frame([ROW, *others]))) == 1 + len(GIVEN)
+
+
+def test_a_summary_says_what_an_arm_adds_to_which(tmp_path: Path) -> None:
+    arms = [("", ""), ("a+b", ""), ("vit", ""), ("vit+rpl", "vit"), ("vit+rpl+apl", "vit")]
+    lines = summary(frame([replace(ROW, arm=arm, base_arm=base) for arm, base in arms]))
+    assert lines[["family", "added"]].to_numpy().tolist() == [["", ""], ["a+b", ""], ["vit", ""], ["vit", "rpl"], ["vit", "rpl+apl"]]
 
 
 def test_a_row_is_read_back_as_it_was_written(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ledger import tables
+from benchmarks.ledger import screen, tables
 from benchmarks.ledger.published import PUBLISHED
 from benchmarks.ledger.rows import Row, append, frame, summary
 from tests.test_results import ROW
 
 HEADER = ",".join(PUBLISHED)
 BASE = "vit_base_patch16_224"
+DEVICE = f"{ROW.device}, {ROW.precision}"
 IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE, pretrain_epochs=200, value=82.75)
 
 
@@ -20,8 +21,8 @@ IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE,
 def root(tmp_path: Path) -> Path:
     """A repository with one paper, two published numbers, no result, and tables not written yet."""
     markers = "<!-- table: {} -->\n<!-- /table -->\n"
-    parts = [markers.format(name) for name in ("results", "together", "speed")]
-    (tmp_path / "README.md").write_text("# Title\n\n" + "\nbetween\n\n".join(parts) + "\nend")
+    for page, names in {"README.md": ("digits", "speed"), "RESULTS.md": ("results", "together")}.items():
+        (tmp_path / page).write_text("# Title\n\n" + "\nbetween\n\n".join(markers.format(name) for name in names) + "\nend")
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "recipe.py").touch()
     (tmp_path / "droppos").mkdir()
@@ -53,37 +54,48 @@ def cells(readme: Path, *words: str) -> list[str]:
 
 
 def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readmes = [root / "README.md", root / "droppos" / "README.md"]
+    readmes = [root / "README.md", root / "RESULTS.md", root / "droppos" / "README.md"]
     untouched = [readme.read_text() for readme in readmes]
     assert tables.main(["--check"], root) == 1
     out = capsys.readouterr().out
     assert re.findall(r"^(\S+): table '(\w+)' is stale.*`make table`$", out, re.MULTILINE) == [
-        ("README.md:3", "results"),
-        ("README.md:8", "together"),
-        ("README.md:13", "speed"),
+        ("README.md:3", "digits"),
+        ("README.md:8", "speed"),
+        ("RESULTS.md:3", "results"),
+        ("RESULTS.md:8", "together"),
         ("droppos/README.md:1", "published"),
         ("droppos/README.md:3", "measured"),
     ]
     assert [readme.read_text() for readme in readmes] == untouched, "--check wrote something"
     assert tables.main([], root) == 0
     assert tables.main(["--check"], root) == 0
-    written = readmes[0].read_text()
-    assert written.startswith("# Title\n\n<!-- table: results -->\n\n| Paper |") and written.endswith("<!-- /table -->\n\nend")
-    for path, old, new in [("droppos/published.csv", "84.2", "94.2"), ("README.md", "83.0", "99.0"), ("droppos/README.md", "42.6", "43.6")]:
+    written = readmes[1].read_text()
+    assert written.startswith("# Title\n\n<!-- table: results -->\n\nNo published") and written.endswith("<!-- /table -->\n\nend")
+    for path, old, new in [
+        ("droppos/published.csv", "84.2", "94.2"),
+        ("RESULTS.md", "83.0", "99.0"),
+        ("droppos/README.md", "42.6", "43.6"),
+    ]:
         (root / path).write_text((root / path).read_text().replace(old, new))
         assert tables.main(["--check"], root) == 1
         assert tables.main([], root) == 0
-    assert "94.2" in readmes[0].read_text() and "99.0" not in readmes[0].read_text()
+    assert "94.2" in readmes[1].read_text() and "99.0" not in readmes[1].read_text()
 
 
-def test_an_unmeasured_published_number_says_not_measured_yet(root: Path) -> None:
+def test_published_numbers_that_nobody_measured_are_folded_by_paper_and_say_so(root: Path) -> None:
     tables.update(root)
-    printed = "ViT-B/16 83.0 (200 ep), 84.2 (800 ep)"
-    assert cells(root / "README.md", "84.2") == ["droppos", "ImageNet-1K", "finetune", printed, "not measured yet", "-"]
+    text = (root / "RESULTS.md").read_text()
+    before, _, fold = text.partition("\n<details><summary>droppos: 2 published numbers, not measured yet</summary>\n\n| Data |")
+    assert "84.2" in fold.partition("\n\n</details>\n")[0] and "84.2" not in before and text.count("<details>") == 1
+    assert cells(root / "RESULTS.md", "84.2") == ["ImageNet-1K", "DropPos", "ViT-B/16", "-", "800", "finetune", "84.2"]
     assert "\n\nnot measured yet\n\n" in (root / "droppos" / "README.md").read_text()
+    record(root, IMAGENET)
+    tables.update(root)
+    before, _, fold = (root / "RESULTS.md").read_text().partition("\n<details><summary>droppos: 1 published number, not measured yet")
+    assert "83.0" in before and "84.2" in fold and "83.0" not in fold.partition("</details>")[0]
 
 
-def test_of_a_baseline_the_root_readme_has_what_was_measured_and_its_own_page_all(root: Path) -> None:
+def test_of_a_baseline_the_results_have_what_was_measured_and_its_own_page_all(root: Path) -> None:
     folder = root / "benchmarks" / "baselines"
     folder.mkdir(parents=True)
     (folder / "deit.py").touch()
@@ -102,26 +114,24 @@ def test_of_a_baseline_the_root_readme_has_what_was_measured_and_its_own_page_al
     (folder / "logs").mkdir()
     (root / row.log).touch()
     assert tables.update(root)[1] == []
-    ours = "ViT-B/16 DeiT-B 80.50 (-1.30) (300 ep, 1 seed, imagenet-b16)"
-    assert cells(root / "README.md", "81.8") == ["deit", "ImageNet-1K", "scratch", "ViT-B/16 DeiT-B 81.8 (300 ep)", ours, f"[0]({row.log})"]
-    assert "79.8" not in (root / "README.md").read_text() and "83.6" not in (folder / "README.md").read_text()
+    shown = cells(root / "RESULTS.md", "81.8")
+    assert shown[:7] == ["deit", "ImageNet-1K", "DeiT-B", "ViT-B/16", "-", "300", "scratch"]
+    assert shown[7:11] == ["81.8", "80.50", "-1.30", "1"] and shown[11:] == ["imagenet-b16", DEVICE, "[logs](benchmarks/baselines/logs)"]
+    assert "79.8" not in (root / "RESULTS.md").read_text() and "83.6" not in (folder / "README.md").read_text()
     assert cells(folder / "README.md", "79.8") and cells(folder / "README.md", "80.50")[-1] == "[log](logs/a.txt)"
 
 
 def test_only_what_the_authors_say_of_their_own_method_counts_as_published(root: Path) -> None:
     tables.update(root)
-    assert not re.search(r"83\.1|82\.91|42\.6", (root / "README.md").read_text())
+    assert not re.search(r"83\.1|82\.91|42\.6", (root / "RESULTS.md").read_text())
     assert cells(root / "droppos" / "README.md", "82.91")[-2:] == ["a user", "third party"]
 
 
 def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path) -> None:
     record(root, IMAGENET, replace(IMAGENET, start="scratch", value=80.0, pretrain_epochs=0, log="droppos/logs/scratch.txt"))
     tables.update(root)
-    assert cells(root / "README.md", "83.0")[3:] == [
-        "ViT-B/16 83.0 (200 ep), 84.2 (800 ep)",
-        "ViT-B/16 82.75 (-0.25) (200 ep, 1 seed, imagenet-b16)",
-        f"[0]({IMAGENET.log})",
-    ]
+    assert cells(root / "RESULTS.md", "83.0")[5:12] == ["200", "finetune", "83.0", "82.75", "-0.25", "1", "imagenet-b16"]
+    assert cells(root / "RESULTS.md", "83.0")[-1] == "[logs](droppos/logs)"
     assert cells(root / "droppos" / "README.md", "pretrained")[-3:] == ["0.02", IMAGENET.commit, "[log](logs/2026-11-20-digits-seed0.txt)"]
 
 
@@ -130,11 +140,12 @@ def test_numbers_of_different_data_are_never_subtracted(root: Path, change: dict
     other = replace(IMAGENET, **change)
     record(root, other)
     tables.update(root)
-    assert cells(root / "README.md", "83.0")[4] == "not measured yet"
-    assert cells(root / "README.md", "82.75")[2] == {"backbone": "vit_micro"}.get(*change, "ViT-B/16")
-    said = tables.comparison("droppos", frame([other, replace(other, start="scratch", value=80.0)]), root).iloc[0]
+    assert "droppos: 2 published numbers, not measured yet" in (root / "RESULTS.md").read_text()
+    assert cells(root / "RESULTS.md", "82.75")[2] == {"backbone": "vit_micro"}.get(*change, "ViT-B/16")
+    said = screen.comparison("droppos", frame([other, replace(other, start="scratch", value=80.0)]), root).iloc[0]
     assert said["Difference"] == "+2.75"
-    assert said["Published"] == ("-" if other.protocol == "linear" else "83.0 (ImageNet-1K, ViT-B/16, 200 ep)")
+    near = other.protocol == "finetune" and other.data == "imagenet1k"
+    assert said.get("Published") == ("83.0 (ImageNet-1K, ViT-B/16, 200 ep)" if near else None)
 
 
 def test_a_run_is_compared_with_its_own_baselines_over_seeds(root: Path) -> None:
@@ -144,16 +155,52 @@ def test_a_run_is_compared_with_its_own_baselines_over_seeds(root: Path) -> None
     knn = replace(ROW, protocol="knn", value=95.0)
     rows += [knn, replace(knn, start="random", value=90.0, pretrain_epochs=0), replace(knn, start="pixels", value=97.0)]
     rows += [replace(ROW, protocol="pretrain", metric="position_top1", value=60.0)]
-    said = tables.comparison("droppos", frame(rows), root)
-    assert said.drop(columns="Published").to_numpy().tolist() == [
+    said = screen.comparison("droppos", frame(rows), root)
+    assert said.to_numpy().tolist() == [
         ["finetune", "92.00 ± 2.00", "81.00 ± 1.00", "+11.00"],
         ["knn", "95.00", "90.00", "+5.00"],
         ["knn, raw pixels", "-", "97.00", "-"],
         ["pretrain (position top1)", "60.00", "-", "-"],
     ]
-    assert said["Published"].tolist() == ["83.0 (ImageNet-1K, ViT-B/16, 200 ep)", "-", "-", "-"]
-    nearer = tables.comparison("droppos", frame([replace(IMAGENET, pretrain_epochs=800)]), root)
-    assert nearer["Published"].tolist() == ["84.2 (ImageNet-1K, ViT-B/16, 800 ep)"]
+    nearer = screen.comparison("droppos", frame([replace(IMAGENET, pretrain_epochs=800), replace(IMAGENET, protocol="knn")]), root)
+    assert nearer.set_index("Protocol")["Published"].to_dict() == {"finetune": "84.2 (ImageNet-1K, ViT-B/16, 800 ep)", "knn": "-"}
+
+
+def shown(capsys: pytest.CaptureFixture[str], root: Path, *rows: Row) -> str:
+    """What the screen shows of a run, in one line."""
+    screen.show("droppos", rows, root)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_published_number_of_other_data_stands_below_the_table_and_not_beside_ours(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = shown(capsys, root, ROW, replace(ROW, start="scratch", value=80.0))
+    table, _, below = said.partition("The paper reports ")
+    assert "97.30 │ 80.00 │ +17.30 │" in table and "Published" not in table and "83.0" not in table
+    assert below == "finetune 83.0 on ImageNet-1K (ViT-B/16, 200 epochs); all published numbers: droppos/README.md"
+    same = shown(capsys, root, IMAGENET)
+    assert "Published" in same and "83.0 (ImageNet-1K" in same and "The paper reports" not in same
+
+
+def test_without_a_published_number_of_the_protocol_the_screen_says_the_first_and_without_any_that_none_is_known(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "The paper reports finetune 83.0 on ImageNet-1K" in shown(capsys, root, replace(ROW, protocol="knn"))
+    (root / "droppos" / "published.csv").unlink()
+    assert shown(capsys, root, ROW).endswith("No published number of droppos is known.")
+
+
+def test_arms_on_the_screen_stand_side_by_side_and_what_was_published_of_other_data_below(
+    added: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = shown(capsys, added, *arms(replace(SWIN, data="digits", overrides="lr=1")))
+    assert re.search(r"│ swin │ scratch │ 91.00 ± 1.41 │ 92.00 ± 1.41 │ 93.50 ± 1.41 │ .*\(\+1.00\) │ \(\+2.50\)", said)
+    assert "Published" not in said
+    assert said.endswith(
+        "The paper reports scratch 83.76 on ImageNet-1K (Swin-B + APL, swin_base); all published numbers: droppos/README.md"
+    )
+    assert "84.09" in shown(capsys, added, *arms(SWIN))
 
 
 def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,8 +209,8 @@ def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.Cap
     assert tables.main([], root) == 1
     assert tables.main(["--check"], root) == 1
     assert "droppos/results.csv: the log 'droppos/logs/lost.txt' is missing" in capsys.readouterr().err
-    assert "12.34" not in (root / "README.md").read_text() + (root / "droppos" / "README.md").read_text()
-    assert "97.30" in (root / "README.md").read_text()
+    assert "12.34" not in (root / "RESULTS.md").read_text() + (root / "droppos" / "README.md").read_text()
+    assert "97.30" in (root / "RESULTS.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -171,10 +218,10 @@ def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.Cap
     [
         (
             "one\n<!-- table: reslts -->\n<!-- /table -->\n",
-            "README.md:2: there is no table 'reslts'; the tables here are results, together",
+            "README.md:2: there is no table 'reslts'; the tables here are digits, speed",
         ),
         ("one\n\n<!-- table: speed -->\n", "README.md:3: table 'speed' is not closed by"),
-        ("<!-- table: speed -->\n<!-- table: results -->\n<!-- /table -->\n", "README.md:1: table 'speed' is not closed by"),
+        ("<!-- table: speed -->\n<!-- table: digits -->\n<!-- /table -->\n", "README.md:1: table 'speed' is not closed by"),
         ("x\n  <!--table:speeed-->  \n", "README.md:2: there is no table 'speeed'"),
         ("<!-- table: speed -->\nlong\nold\n<!-- /table -->\n<!-- /table -->\n", "README.md:5: this marker closes a table"),
     ],
@@ -208,25 +255,24 @@ def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> No
     (root / "droppos" / "published.csv").write_text(HEADER + "\n")
     record(root, ROW)
     assert tables.update(root)[1] == []
-    assert "\n\nnot measured yet\n\n<!-- /table -->\n\nbetween" in (root / "README.md").read_text()
-    assert cells(root / "README.md", "97.30")[1] == "droppos"
+    assert "\n\nNo published number is measured yet.\n\n<!-- /table -->\n\nbetween" in (root / "RESULTS.md").read_text()
+    assert cells(root / "RESULTS.md", "97.30")[1] == "droppos"
     assert "no published number is known" in (root / "droppos" / "README.md").read_text()
-    assert tables.comparison("unheard_of", frame([ROW]), root)["Published"].tolist() == ["-"]
+    assert "Published" not in screen.comparison("unheard_of", frame([ROW]), root)
 
 
 # ---- arms, which add something to another method
 
 
 ARMS = {"": 90.0, "+apl": 91.0, "+rpl": 92.5}
-SWIN = replace(
-    ROW, paper="droppos", recipe="imagenet_swin swin", data="imagenet1k", backbone="swin_base", protocol="scratch", start="scratch"
-)
+SWIN = replace(ROW, recipe="imagenet_swin", arm="swin", data="imagenet1k", backbone="swin_base", protocol="scratch", start="scratch")
+MAE = replace(ROW, recipe="digits_mae", arm="mae")
 
 
 def arms(row: Row, **changes: object) -> list[Row]:
     """Two seeds of a method alone and with two things added."""
     return [
-        replace(row, recipe=row.recipe + added, value=value + seed, seed=seed, **changes)
+        replace(row, arm=row.arm + added, base_arm=row.arm if added else "", value=value + seed, seed=seed, **changes)
         for added, value in ARMS.items()
         for seed in (0, 2)
     ]
@@ -270,20 +316,20 @@ def test_what_nobody_measured_stands_beside_the_published_numbers_as_such(added:
 
 
 def test_another_recipe_backbone_or_precision_is_never_taken_for_the_method_alone(added: Path) -> None:
-    for change in ({"recipe": "imagenet_swin swin lr=1"}, {"recipe": "other swin"}, {"backbone": "swin_tiny"}, {"precision": "32-true"}):
+    changes = [{"overrides": "lr=1"}, {"recipe": "other"}, {"arm": "swin_v2"}, {"backbone": "swin_tiny"}, {"precision": "32-true"}]
+    for change in [*changes, {"split": "a"}, {"encoder_file": "a.pth"}]:
         rows = arms(SWIN)[-2:] + [replace(row, **change) for row in arms(SWIN)[:2]]
         said = tables.side_by_side("droppos", summary(frame(rows)), added)
         assert [cell for cell in said["+ RPL"] if "93.50" in cell] == ["93.50 ± 1.41"], change
-        assert tables.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["-", "-"], change
+        assert screen.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["-", "-"], change
 
 
 def test_a_start_without_pretraining_is_the_baseline_of_every_arm(added: Path) -> None:
-    mae = replace(ROW, recipe="digits_mae mae", protocol="finetune")
-    rows = arms(mae) + [replace(mae, start="scratch", value=80.0, pretrain_epochs=0)]
+    rows = arms(MAE) + [replace(MAE, start="scratch", value=80.0, pretrain_epochs=0)]
     said = tables.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
     assert said[["Alone", "+ RPL", "From scratch"]].tolist() == ["91.00 ± 1.41", "93.50 ± 1.41 (+2.50)", "80.00"]
-    assert tables.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["+11.00", "+12.00", "+13.50"]
-    knn = replace(mae, protocol="knn")
+    assert screen.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["+11.00", "+12.00", "+13.50"]
+    knn = replace(MAE, protocol="knn")
     rows = [knn, replace(knn, start="random", value=40.0), replace(knn, start="pixels", value=95.0)]
     said = tables.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
     assert said["From scratch"] == "40.00, random encoder; 95.00, raw pixels"
@@ -296,7 +342,7 @@ def test_a_paper_that_adds_nothing_to_others_needs_no_side_by_side_table(root: P
     assert [fault for fault in tables.update(root)[1] if "'side by side' is missing" in fault]
 
 
-# ---- the root README's two tables
+# ---- RESULTS.md
 
 
 def print_numbers(root: Path, *lines: str) -> None:
@@ -304,16 +350,17 @@ def print_numbers(root: Path, *lines: str) -> None:
     (root / "droppos" / "published.csv").write_text("\n".join([HEADER, *(f"droppos,T,{line},paper,first_hand" for line in lines)]) + "\n")
 
 
-def lines_of(root: Path, name: str) -> list[dict[str, str]]:
-    """The lines of a table of the root README, by its headings."""
+def lines_of(root: Path, name: str, page: str = "RESULTS.md") -> list[dict[str, str]]:
+    """The lines of the first table between a marker of a page, by its headings; a folded one too."""
     _, found = tables.update(root)
     assert all("is missing" in fault for fault in found), found
-    text = (root / "README.md").read_text().partition(f"<!-- table: {name} -->")[2].partition("<!-- /table -->")[0]
-    heads, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")] or [[], []]
+    text = (root / page).read_text().partition(f"<!-- table: {name} -->")[2].partition("<!-- /table -->")[0]
+    (first, *_) = [part for part in text.split("\n\n") if part.startswith("|")] or ["| |\n| |"]
+    heads, _, *rows = [line.strip("| ").split(" | ") for line in first.strip().splitlines()]
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
-def test_numbers_of_one_paper_data_set_and_protocol_share_a_line_and_one_printed_twice_is_told_once(root: Path) -> None:
+def test_every_published_number_has_a_row_and_one_printed_twice_has_one(root: Path) -> None:
     large = "vit_large_patch16_224"
     print_numbers(
         root,
@@ -323,13 +370,15 @@ def test_numbers_of_one_paper_data_set_and_protocol_share_a_line_and_one_printed
         f"linear_probe,imagenet1k,DropPos,{BASE},200,last,linear_last,top1,60.1",
         f"linear_probe,imagenet1k,DropPos,{BASE},200,last,linear_last,top1,60.1",
         f"low_shot,imagenet1k,DropPos,{BASE},200,,logistic_1pct,top1,50.2",
-        f"classification,imagenet1k,DropPos,{BASE},800,,finetune,top1,84.2",
     )
-    assert [(line["Data"], line["Protocol"], line["Published"]) for line in lines_of(root, "results")] == [
-        ("ImageNet-1K", "finetune", "ViT-B/16 83.0 (200 ep), 84.2 (800 ep); ViT-L/16 85.8 (800 ep)"),
-        ("ImageNet-1K", "linear last", "ViT-B/16 60.1 (200 ep)"),
-        ("ImageNet-1K", "logistic 1pct", "ViT-B/16 50.2 (200 ep)"),
-        ("CIFAR-10", "finetune", "ViT-B/16 97.0 (200 ep)"),
+    assert [
+        (line["Data"], line["Backbone"], line["Epochs"], line["Protocol"], line["Published"]) for line in lines_of(root, "results")
+    ] == [
+        ("ImageNet-1K", "ViT-B/16", "200", "finetune", "83.0"),
+        ("ImageNet-1K", "ViT-L/16", "800", "finetune", "85.8"),
+        ("CIFAR-10", "ViT-B/16", "200", "finetune", "97.0"),
+        ("ImageNet-1K", "ViT-B/16", "200", "linear last", "60.1"),
+        ("ImageNet-1K", "ViT-B/16", "200", "logistic 1pct", "50.2"),
     ]
 
 
@@ -337,48 +386,50 @@ def test_ablations_gains_and_other_tasks_stay_on_the_papers_page(root: Path) -> 
     kept = f"classification,imagenet1k,DropPos,{BASE},200,,finetune,top1,11.1"
     others = [("ablation", "top1"), ("classification", "top1_gain"), ("classification", "top5"), ("detection", "top1")]
     print_numbers(root, kept, *(f"{task},imagenet1k,DropPos,{BASE},200,,finetune,{metric},22.2" for task, metric in others))
-    assert [line["Published"] for line in lines_of(root, "results")] == ["ViT-B/16 11.1 (200 ep)"]
+    assert [line["Published"] for line in lines_of(root, "results")] == ["11.1"]
     assert (root / "droppos" / "README.md").read_text().count("22.2") == len(others)
 
 
-def test_what_sets_the_numbers_of_a_line_apart_is_told_and_what_they_share_is_not(root: Path) -> None:
-    row = f"{BASE},200,{{}},finetune,top1,{{}}"
-    many = [("cifar10", "position=none", 90.1), ("cifar10", "position=2D relative", 90.2), ("cifar100", "best of two", 70.1)]
-    many += [("tiny-imagenet", "", 60.1), ("tiny-imagenet", "longer", 60.2)]
-    print_numbers(root, *(f"classification,{data},DropPos," + row.format(setting, value) for data, setting, value in many))
+def test_a_protocol_named_after_a_setting_stands_beside_the_number_of_that_setting_and_no_other(root: Path) -> None:
+    row = f"classification,cifar10,DropPos,{BASE},200,{{}},finetune,top1,{{}}"
+    print_numbers(root, row.format("position=none", 90.1), row.format("position=2D relative", 90.2), row.format("", 90.3))
     record(root, replace(IMAGENET, data="cifar10", protocol="finetune_2d_relative", value=90.0))
-    assert [(line["Protocol"], line["Published"]) for line in lines_of(root, "results")] == [
-        ("finetune, by position", "ViT-B/16 90.1 (200 ep, none), 90.2 (200 ep, 2D relative)"),
-        ("finetune", "ViT-B/16 70.1 (200 ep)"),
-        ("finetune", "ViT-B/16 60.1 (200 ep), 60.2 (200 ep, longer)"),
+    (line,) = lines_of(root, "results")
+    assert [line[name] for name in ("Setting", "Protocol", "Published", "Ours", "Difference")] == [
+        "position=2D relative",
+        "finetune 2d relative",
+        "90.2",
+        "90.00",
+        "-0.20",
     ]
-    assert lines_of(root, "results")[0]["Ours"] == "ViT-B/16 90.00 (-0.20) (200 ep, 2D relative, 1 seed, imagenet-b16)"
+    assert cells(root / "RESULTS.md", "90.1")[3] == "position=none" and cells(root / "RESULTS.md", "90.3")[3] == "-"
 
 
 def test_a_published_number_of_something_added_stands_beside_that_arm_and_no_other(added: Path) -> None:
-    others = [replace(SWIN, recipe=recipe, value=1.0) for recipe in ("imagenet_swin", "imagenet_swin swin+other")]
+    others = [replace(SWIN, arm="", value=1.0), replace(SWIN, arm="swin+other", base_arm="swin", value=1.0)]
     record(added, *arms(SWIN), *others)
-    (line,) = lines_of(added, "results")
-    assert line["Published"] == "Swin-B + APL 83.76, + RPL 84.09"
-    told = "(100 ep, 2 seeds, imagenet_swin swin+"  # the paper does not say how many epochs
-    assert line["Ours"] == f"Swin-B + APL 92.00 ± 1.41 (+8.24) {told}apl), + RPL 93.50 ± 1.41 (+9.41) {told}rpl)"
-    alone = tables.comparison("droppos", frame(arms(SWIN)[:2]), added)
-    assert alone["Published"].tolist() == ["-"]
+    found = [[line[name] for name in ("Method", "Epochs", "Published", "Ours", "Difference", "Run")] for line in lines_of(added, "results")]
+    assert found == [  # the paper does not say how many epochs, so they are ours
+        ["Swin-B + APL", "100", "83.76", "92.00 ± 1.41", "+8.24", "imagenet_swin swin+apl"],
+        ["Swin-B + RPL", "100", "84.09", "93.50 ± 1.41", "+9.41", "imagenet_swin swin+rpl"],
+    ]
+    assert "<details>" not in (added / "RESULTS.md").read_text()
+    alone = screen.comparison("droppos", frame(arms(SWIN)[:2]), added)
+    assert "Published" not in alone
 
 
-def test_a_method_that_does_not_name_its_backbone_is_told_with_it(root: Path) -> None:
-    large = "vit_large_patch16_224"
+def test_runs_of_one_recipe_with_and_without_changes_stand_in_rows_of_their_own(root: Path) -> None:
     linear = "linear_probe,imagenet1k,{},{},600,last,linear_last,top1,{}"
-    lines = [("I-JEPA", BASE, 70.9), ("I-JEPA + StoP", BASE, 72.6), ("I-JEPA + StoP", large, 77.1)]
-    print_numbers(root, *(linear.format(*line) for line in lines))
-    stop = replace(IMAGENET, recipe="imagenet ijepa+stop", protocol="linear_last", pretrain_epochs=600, value=72.5)
-    record(root, stop, replace(stop, recipe="imagenet ijepa", value=71.0), replace(stop, recipe="imagenet ijepa+stop lr=1", value=72.0))
-    (line,) = lines_of(root, "results")
-    assert line["Published"] == "ViT-B/16 I-JEPA + StoP 72.6 (600 ep); ViT-L/16 I-JEPA + StoP 77.1 (600 ep)"
-    assert line["Ours"] == (
-        "ViT-B/16 I-JEPA + StoP 72.50 (-0.10) (600 ep, 1 seed, imagenet ijepa+stop), "
-        "+ StoP 72.00 (-0.60) (600 ep, 1 seed, imagenet ijepa+stop lr=1)"
-    )
+    print_numbers(root, *(linear.format(*line) for line in [("I-JEPA", BASE, 70.9), ("I-JEPA + StoP", BASE, 72.6)]))
+    base = replace(IMAGENET, recipe="imagenet", arm="ijepa", protocol="linear_last", pretrain_epochs=600, value=71.0)
+    stop = replace(base, arm="ijepa+stop", base_arm="ijepa", value=72.5)
+    record(root, base, stop, replace(stop, overrides="lr=1 k=2", value=72.0), replace(stop, encoder_file="a.pth", split="b", value=73.0))
+    found = [(line["Method"], line["Ours"], line["Difference"], line["Run"]) for line in lines_of(root, "results")]
+    assert found == [
+        ("I-JEPA + StoP", "72.50", "-0.10", "imagenet ijepa+stop"),
+        ("I-JEPA + StoP", "73.00", "+0.40", "imagenet ijepa+stop encoder=a.pth split=b"),
+        ("I-JEPA + StoP", "72.00", "-0.60", "imagenet ijepa+stop lr=1 k=2"),
+    ]
 
 
 def test_the_best_by_the_test_images_stands_apart_from_that_by_held_out_ones_and_both_beside_what_was_published(root: Path) -> None:
@@ -386,26 +437,26 @@ def test_the_best_by_the_test_images_stands_apart_from_that_by_held_out_ones_and
     held_out = replace(IMAGENET, protocol="linear_best", value=72.0)
     rows = [held_out, replace(held_out, protocol="linear_best_on_test", value=73.0)]
     record(root, *rows)
-    (line,) = lines_of(root, "results")
-    assert line["Ours"] == (
-        "ViT-B/16 72.00 (-0.90) (200 ep, 1 seed, imagenet-b16), 73.00 (+0.10) (200 ep, chosen on test, 1 seed, imagenet-b16)"
-    )
+    assert [(line["Protocol"], line["Ours"], line["Difference"]) for line in lines_of(root, "results")] == [
+        ("linear best", "72.00", "-0.90"),
+        ("linear best on test", "73.00", "+0.10"),
+    ]
     (line,) = lines_of(root, "together")
-    assert line["Linear"] == "72.00 (best), 73.00 (best on test)"
-    shown = tables.comparison("droppos", frame(rows), root)
+    assert line["Linear"] == "best: 72.00<br>best on test: 73.00"
+    shown = screen.comparison("droppos", frame(rows), root)
     assert dict(zip(shown["Protocol"], shown["Published"], strict=True)) == dict.fromkeys(
         ["linear best", "linear best on test"], "72.9 (ImageNet-1K, ViT-B/16, 200 ep)"
     )
     assert {"linear best", "linear best on test"} <= {cell.strip() for cell in (root / "droppos" / "README.md").read_text().split("|")}
 
 
-def test_runs_of_one_recipe_on_two_devices_are_told_apart(root: Path) -> None:
-    record(root, IMAGENET, replace(IMAGENET, device="H100", value=82.9), replace(IMAGENET, device="H100", precision="32-true", value=83.1))
-    (line,) = lines_of(root, "results")
-    shared = "(200 ep, 1 seed, imagenet-b16"
-    assert line["Ours"].count(shared) == 3 and f"82.90 (-0.10) {shared}, H100, bf16-mixed)" in line["Ours"]
-    measured = [(line["Device"], line["Fine-tuned"]) for line in lines_of(root, "together")]
-    assert measured == [("2-core Intel Xeon, bf16-mixed", "82.75"), ("H100, 32-true", "83.10"), ("H100, bf16-mixed", "82.90")]
+def test_runs_of_one_recipe_on_two_devices_are_told_apart_and_one_device_is_said_above_the_table(root: Path) -> None:
+    record(root, IMAGENET)
+    assert "Device" not in lines_of(root, "together")[0] and f"\n\nDevice: {DEVICE}.\n\n| Data |" in (root / "RESULTS.md").read_text()
+    record(root, replace(IMAGENET, device="H100", value=82.9), replace(IMAGENET, device="H100", precision="32-true", value=83.1))
+    expected = [(DEVICE, "82.75"), ("H100, 32-true", "83.10"), ("H100, bf16-mixed", "82.90")]
+    assert [(line["Device"], line["Ours"]) for line in lines_of(root, "results")] == expected
+    assert [(line["Device"], line["All labels"]) for line in lines_of(root, "together")] == expected
 
 
 def test_protocols_stand_in_one_line_per_run_and_those_of_a_kind_in_one_cell(root: Path) -> None:
@@ -413,9 +464,22 @@ def test_protocols_stand_in_one_line_per_run_and_those_of_a_kind_in_one_cell(roo
     record(root, *(replace(ROW, protocol=name, value=value, seed=seed) for name, value in values.items() for seed in (0, 1)))
     record(root, replace(ROW, protocol="knn", value=70, seed=2), replace(ROW, metric="top5", value=99.0))
     (line,) = lines_of(root, "together")
-    assert list(line) == "Data Method Backbone Epochs Seeds Fine-tuned".split() + ["5 per class", "Linear", "k-NN", "rotation 2x", "Log"]
+    headings = ["All labels", "5 per class", "Linear", "k-NN", "rotation 2x", "Logs"]
+    assert list(line) == ["Data", "Method", "Backbone", "Epochs", "Seeds", *headings]
     assert list(line.values())[:6] == ["digits", "droppos", "vit_micro", "100", "2 to 3", "75.00 ± 0.00"]
-    assert line["Linear"] == "72.00 ± 0.00, 71.00 ± 0.00 (last), 73.00 ± 0.00 (last4)" and line["rotation 2x"] == "76.00 ± 0.00"
+    assert line["Linear"] == "72.00 ± 0.00<br>last: 71.00 ± 0.00<br>last4: 73.00 ± 0.00" and line["rotation 2x"] == "76.00 ± 0.00"
+
+
+def test_a_row_has_one_link_whatever_the_number_of_its_logs(root: Path) -> None:
+    rows = [replace(ROW, seed=seed, log=f"droppos/logs/{seed}.txt") for seed in range(3)]
+    record(root, *rows, *(replace(row, protocol="knn", log=f"droppos/logs/knn-{row.seed}.txt") for row in rows))
+    (line,) = lines_of(root, "together")
+    assert line["Logs"] == "[logs](droppos/logs)"
+    assert cells(root / "droppos" / "README.md", "finetune", "97.30")[-1] == "[log 1 of 3](logs/0.txt)"
+    lines = summary(frame([*rows, *(replace(row, start="scratch", log="droppos/logs/scratch.txt") for row in rows)]))
+    assert tables.side_by_side("droppos", lines, root)["Log"][0] == "[log 1 of 4](logs/0.txt)"
+    pages = [root / "README.md", root / "RESULTS.md", root / "droppos" / "README.md"]
+    assert max(line.count("](") for page in pages for line in page.read_text().splitlines()) == 1
 
 
 def papers_that_measured(root: Path, *names: str) -> None:
@@ -433,7 +497,7 @@ def baselines_of(row: Row, **changes: float) -> list[Row]:
     return rows + [replace(row, protocol=name, start=starts[name], value=value) for name, value in changes.items()]
 
 
-def test_baselines_on_which_methods_agree_are_told_once_and_the_others_by_name(root: Path) -> None:
+def test_a_number_without_pretraining_stands_in_brackets_and_raw_pixels_once_for_all_papers(root: Path) -> None:
     papers_that_measured(root, "mp3", "stop")
     values = {"droppos": {"finetune": 80.0, "knn": 40.0}, "mp3": {"finetune": 80.0, "linear": 50.0}, "stop": {"finetune": 79.0}}
     for paper, changes in values.items():
@@ -441,53 +505,81 @@ def test_baselines_on_which_methods_agree_are_told_once_and_the_others_by_name(r
         append(root / paper / "results.csv", rows)
         (root / paper / "logs").mkdir()
         (root / rows[0].log).touch()
-    names = ["Method", "Epochs", "Fine-tuned", "Linear", "k-NN", "Log"]
-    logs = {paper: f"[0]({paper}/logs/0.txt)" for paper in values}
+    names = ["Method", "Backbone", "Epochs", "All labels", "k-NN", "Logs"]
     assert [[line[name] for name in names] for line in lines_of(root, "together")] == [
-        *([paper, "100", "97.30", "-", "88.00", logs[paper]] for paper in values),
-        ["no pre-training: droppos, mp3", "0", "80.00", "50.00", "40.00", "[0](droppos/logs/0.txt), [1](mp3/logs/0.txt)"],
-        ["no pre-training: stop", "0", "79.00", "-", "-", logs["stop"]],
-        ["raw pixels", "0", "-", "-", "98.00", logs["droppos"]],
+        ["droppos", "vit_micro", "100", "97.30 (80.00)", "88.00 (40.00)", "[logs](droppos/logs)"],
+        ["mp3", "vit_micro", "100", "97.30 (80.00)", "88.00", "[logs](mp3/logs)"],
+        ["stop", "vit_micro", "100", "97.30 (79.00)", "88.00", "[logs](stop/logs)"],
+        ["raw pixels", "-", "0", "-", "98.00", "[logs](droppos/logs)"],
     ]
 
 
-def test_baselines_without_a_protocol_or_a_device_in_common_stay_apart(root: Path) -> None:
-    record(root, replace(ROW, start="scratch", value=80.0), replace(ROW, start="scratch", value=80.0, device="H100"))
-    record(root, replace(ROW, recipe="other", protocol="linear", start="random", value=80.0))
-    record(root, *(replace(ROW, protocol="knn", start="pixels", recipe=recipe, value=len(recipe)) for recipe in ("digits", "digits k=5")))
-    found = [(line["Method"], line["Device"].split(",")[0], line["Fine-tuned"], line["Linear"]) for line in lines_of(root, "together")]
-    assert found == [
-        ("no pre-training: droppos", "2-core Intel Xeon", "80.00", "-"),
-        ("no pre-training: droppos", "H100", "80.00", "-"),
-        ("no pre-training: droppos other", "2-core Intel Xeon", "-", "80.00"),
-        ("raw pixels: droppos", "2-core Intel Xeon", "-", "-"),
-        ("raw pixels: droppos k=5", "2-core Intel Xeon", "-", "-"),
+@pytest.mark.parametrize(
+    "change",
+    [{"protocol": "linear"}, {"device": "H100"}, {"recipe": "other"}, {"overrides": "k=5"}, {"split": "a"}, {"encoder_file": "a"}]
+    + [{"data": "cifar10"}, {"backbone": "vit_nano"}, {"pretrain_epochs": 50}],
+)  # fmt: skip
+def test_a_baseline_that_differs_in_anything_but_the_arm_is_never_taken(root: Path, change: dict) -> None:
+    base = replace(ROW, start="scratch", value=80.0)
+    record(root, ROW, replace(base, **change))
+    assert [line["All labels"] for line in lines_of(root, "together")] == ["97.30"]
+    record(root, replace(base, arm="vit"), replace(ROW, arm="vit+rpl", base_arm="vit", value=98.0))
+    assert [(line["Method"], line["All labels"]) for line in lines_of(root, "together")] == [
+        ("droppos", "97.30"),
+        ("droppos vit+rpl", "98.00 (80.00)"),
     ]
 
 
 def test_changes_epochs_backbones_and_recipes_are_lines_that_can_be_told_apart(root: Path) -> None:
     record(root, *baselines_of(ROW, finetune=80.0), *baselines_of(replace(ROW, pretrain_epochs=300), finetune=81.0))
-    record(root, replace(ROW, recipe="digits lr=1"), replace(ROW, recipe="digits_mae mae lr=1"), replace(ROW, backbone="vit_nano"))
-    assert [(line["Method"], line["Backbone"], line["Epochs"]) for line in lines_of(root, "together")] == [
-        ("droppos", "vit_micro", "100"),
-        ("droppos", "vit_micro", "300"),
-        ("droppos lr=1", "vit_micro", "100"),
-        ("droppos digits_mae mae lr=1", "vit_micro", "100"),
-        ("no pre-training: droppos 100 ep", "vit_micro", "0"),
-        ("no pre-training: droppos 300 ep", "vit_micro", "0"),
-        ("droppos", "vit_nano", "100"),
-        ("raw pixels", "-", "0"),
+    record(root, replace(ROW, overrides="lr=1"), replace(MAE, overrides="lr=1"), replace(ROW, backbone="vit_nano"))
+    record(root, replace(ROW, encoder_file="a.pth", split="b"))
+    found = [[line[name] for name in ("Method", "Backbone", "Epochs", "All labels")] for line in lines_of(root, "together")]
+    assert sorted(found[:-1]) == [
+        ["droppos", "vit_micro", "100", "97.30 (80.00)"],
+        ["droppos", "vit_micro", "300", "97.30 (81.00)"],
+        ["droppos", "vit_nano", "100", "97.30"],
+        ["droppos digits_mae mae lr=1", "vit_micro", "100", "97.30"],
+        ["droppos encoder=a.pth split=b", "vit_micro", "100", "97.30"],
+        ["droppos lr=1", "vit_micro", "100", "97.30"],
     ]
+    assert found[-1] == ["raw pixels", "-", "0", "-"]
 
 
-def test_supervised_methods_are_marked_and_have_a_line_for_all_that_is_added(root: Path) -> None:
-    record(root, *arms(replace(SWIN, recipe="digits swin", data="digits")), *arms(replace(ROW, recipe="digits_mae mae")))
-    record(root, replace(SWIN, recipe="digits swin", data="digits", protocol="knn", start="pretrained", value=66.0))
-    found = [(line["Method"], line["Fine-tuned"], line["k-NN"]) for line in lines_of(root, "together")]
-    swin = "91.00 ± 1.41, 92.00 ± 1.41 (+apl), 93.50 ± 1.41 (+rpl)"
+def test_supervised_methods_are_marked_and_their_frozen_features_stand_in_the_same_line(root: Path) -> None:
+    swin = replace(SWIN, recipe="digits", data="digits")
+    record(root, *arms(swin), *arms(MAE), replace(swin, protocol="knn", start="pretrained", value=66.0))
+    found = [(line["Method"], line["All labels"], line["k-NN"]) for line in lines_of(root, "together")]
     assert sorted(found) == [
         ("droppos digits_mae mae", "91.00 ± 1.41", "-"),
         ("droppos digits_mae mae+apl", "92.00 ± 1.41", "-"),
         ("droppos digits_mae mae+rpl", "93.50 ± 1.41", "-"),
-        ("droppos swin, supervised", swin, "66.00"),
+        ("droppos swin+apl, supervised", "92.00 ± 1.41", "-"),
+        ("droppos swin+rpl, supervised", "93.50 ± 1.41", "-"),
+        ("droppos swin, supervised", "91.00 ± 1.41", "66.00"),
+    ]
+
+
+# ---- the root README
+
+
+def test_the_readme_has_few_labels_and_knn_on_digits_of_recipes_as_they_stand_without_the_arms_that_something_is_added_to(
+    root: Path,
+) -> None:
+    few = [replace(ROW, protocol=f"finetune_{many}_per_class", value=70.0 + many) for many in (5, 20)]
+    record(root, ROW, *few, *(replace(row, start="scratch", value=40.0) for row in few), *baselines_of(ROW, knn=30.0))
+    knn = replace(MAE, protocol="knn")
+    record(root, *arms(knn), replace(knn, start="random", value=20.0), replace(knn, start="pixels", value=97.0))
+    left_out = [{"overrides": "k=5"}, {"encoder_file": "a.pth"}, {"split": "b"}, {"data": "cifar10"}]
+    record(root, *(replace(few[0], value=11.11, **change) for change in left_out), replace(ROW, recipe="only_finetuned", value=11.11))
+    found = [list(line.values()) for line in lines_of(root, "digits", "README.md")]
+    assert list(lines_of(root, "digits", "README.md")[0]) == [
+        *["Method", "Epochs", "Seeds", "5 per class (scratch)", "20 per class (scratch)", "k-NN (random)", "Logs"]
+    ]
+    link = "[logs](droppos/logs)"
+    assert found == [
+        ["droppos", "100", "1", "75.00 (40.00)", "90.00 (40.00)", "88.00 (30.00)", link],
+        ["droppos digits_mae mae+apl", "100", "2", "-", "-", "92.00 ± 1.41 (20.00)", link],
+        ["droppos digits_mae mae+rpl", "100", "2", "-", "-", "93.50 ± 1.41 (20.00)", link],
+        ["raw pixels", "0", "1", "-", "-", "98.00<br>97.00", link],
     ]

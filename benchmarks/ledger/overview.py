@@ -1,200 +1,122 @@
-"""The root README's two tables: published numbers beside ours, and what was measured here side by side; top-1 of classification only."""
+"""The tables of RESULTS.md and of the root README: published numbers beside ours, and what was measured here; top-1 of classification."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pandas
 
-from benchmarks.ledger.published import (
-    NOT_YET,
-    alike,
-    arm_of,
-    claims,
-    closeness,
-    counted,
-    links,
-    markdown,
-    measured,
-    number,
-    of_arm,
-    of_method,
-    plain,
-    protocol,
-    stem,
-    title,
-)
+from benchmarks.ledger.cells import NOT_YET, counted, markdown, number, protocol, run_name
+from benchmarks.ledger.published import claims, matches, measured, title, with_baselines
+from benchmarks.ledger.rows import GIVEN
 from benchmarks.papers import baselines, papers
-from common.evaluate import ON_TEST
 
 TASKS = ["classification", "low_shot", "linear_probe", "transfer"]
-COLUMNS = {  # of protocols, in order; scratch is supervised training
-    "finetune": "Fine-tuned",
-    "scratch": "Fine-tuned",
+HEADINGS = {  # of protocols, in order; scratch is supervised training
+    "finetune": "All labels",
+    "scratch": "All labels",
     "finetune_20_per_class": "20 per class",
     "finetune_5_per_class": "5 per class",
     "linear": "Linear",
     "logistic": "Logistic",
     "knn": "k-NN",
 }
+DIGITS = {"5 per class": "5 per class (scratch)", "20 per class": "20 per class (scratch)", "k-NN": "k-NN (random)"}
 PIXELS = "raw pixels"
-WITHOUT = {"scratch": "no pre-training", "random": "no pre-training", "pixels": PIXELS}
-
-
-class Place(NamedTuple):
-    """What runs have in common that stand below each other."""
-
-    data: str
-    backbone: str  # empty for raw pixels
-    start: str  # of WITHOUT's values, empty for a method
-    device: str  # with the precision
-
-
-@dataclass
-class Run:
-    """A line of the measured numbers."""
-
-    place: Place
-    who: str
-    epochs: int
-    lines: dict[tuple[str, str], Any] = field(default_factory=dict)  # of our summary, by what `column` makes of the protocol
+RUN = ["Data", "Method", "Backbone", "Epochs", "Device"]  # what tells one run from another, in words
 
 
 def results_table(root: Path) -> str:
-    """Published numbers with ours beside them: a line per paper, data set and protocol. Of the baselines it has what we measured too."""
-    table = []
+    """Published numbers with ours beside them, a row each; those not measured yet folded by paper. Of baselines what we measured."""
+    table, folds = [], ""
     for paper in [*papers(root), *baselines(root)]:
-        lines = measured(paper, root)
-        runs = list(lines[of_method(lines)].itertuples())
-        own = claims(paper, root).query("task in @TASKS and metric == 'top1'")
-        own = own.iloc[own["dataset"].factorize()[0].argsort(kind="stable")]
-        for (data, _), rows in own.groupby(["dataset", "protocol"], sort=False):
-            theirs, ours, logs = [], [], ""
-            varied, settings = told_apart(rows["setting"])
-            for row, setting in zip(rows.itertuples(), settings, strict=True):
-                name, added = named(row)
-                repeats = [line for line in runs if of_arm(row, line) and alike(row, line) and all(closeness(row, line))]
-                if repeats or paper in papers(root):
-                    theirs.append((name, added + row.value, [row.pretrain_epochs and f"{row.pretrain_epochs} ep", setting]))
-                for line in repeats:
-                    text = f"{added}{number(line, seeds=False)} ({line.mean - float(row.value):+.2f})"
-                    where = [getattr(line, by) for by in ("device", "precision") if len({getattr(other, by) for other in repeats}) > 1]
-                    chosen = "chosen on test" if line.protocol.endswith(ON_TEST) else ""
-                    ours.append((name, text, [f"{line.pretrain_epochs} ep", setting, chosen, counted(line.seeds), line.recipe, *where]))
-                    logs += f" {line.log}"
-            if theirs:
-                cells = {"Paper": paper, "Data": title(data), "Protocol": protocol(rows.iloc[0]) + (varied and f", by {varied}")}
-                cells |= {"Published": joined(theirs), "Ours": joined(ours) or NOT_YET, "Log": links(logs, root, root, short=True)}
-                table.append(cells)
-    return markdown(pandas.DataFrame(table))
+        rows = claims(paper, root).query("task in @TASKS and metric == 'top1'")
+        rows = rows.drop_duplicates(["data", "method", "backbone", "pretrain_epochs", "setting", "protocol", "value"])
+        pairs = matches(rows, with_baselines(measured(paper, root))).query("same_data and same_backbone and same_epochs")
+        for pair in pairs.itertuples():
+            ours = {"Epochs": pair.pretrain_epochs, "Protocol": protocol(pair), "Ours": number(pair.mean, pair.sd)}
+            ours |= {"Difference": f"{pair.mean - float(pair.value):+.2f}", "Seeds": pair.seeds, "Run": run_name(pair)}
+            ours |= {"Device": f"{pair.device}, {pair.precision}", "Logs": logs_link(pair.log)}
+            table.append({"Paper": paper} | printed(rows.loc[pair.row]) | ours)
+        missing = [printed(row) for row in rows.drop(pairs["row"]).itertuples()]
+        if missing and paper in papers(root):
+            summary = f"{paper}: {counted(len(missing), 'published number')}, {NOT_YET}"
+            folds += f"\n<details><summary>{summary}</summary>\n\n{markdown(pandas.DataFrame(missing))}\n</details>\n"
+    return markdown(pandas.DataFrame(table), nothing="No published number is measured yet.") + folds
+
+
+def printed(row: Any) -> dict[str, str]:
+    """The cells of a published number."""
+    what = {"Data": title(row.data), "Method": row.method, "Backbone": title(row.backbone), "Setting": row.setting}
+    return what | {"Epochs": row.pretrain_epochs, "Protocol": protocol(row), "Published": row.value}
 
 
 def together_table(root: Path) -> str:
-    """Measured numbers side by side: a line per run over its seeds, a column per protocol. The device is told where there are several."""
-    runs = once(measured_runs(root))
-    datas, backbones = ([*dict.fromkeys(getattr(run.place, name) for run in runs)] for name in ("data", "backbone"))
-
-    def rank(run: Run) -> tuple:
-        place = run.place
-        return datas.index(place.data), place.start == PIXELS, backbones.index(place.backbone), place.start
-
-    table: list[dict[str, str]] = []
-    for run in sorted(runs, key=rank):
-        alone = run.place.start == PIXELS and [other.place for other in runs].count(run.place) == 1
-        seeds = sorted({line.seeds for line in run.lines.values()})
-        cells = {
-            "Data": title(run.place.data),
-            "Method": PIXELS if alone else ": ".join(filter(None, [run.place.start, run.who])),
-            "Backbone": run.place.backbone,
-            "Device": run.place.device,
-            "Epochs": "0" if run.place.start else str(run.epochs),
-            "Seeds": str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
-        }
-        front = list(cells)
-        for (heading, detail), line in run.lines.items():
-            text = number(line, seeds=False) + (f" ({detail})" if detail else "")
-            cells[heading] = f"{cells[heading]}, {text}" if heading in cells else text
-        logs = " ".join(line.log for line in run.lines.values())
-        table.append(cells | {"Log": links(logs, root, root, short=True)})
-    if not table:
-        return markdown(pandas.DataFrame())
-    frame = pandas.DataFrame(table).fillna("")
-    order = [*front, *dict.fromkeys(COLUMNS.values()), *frame.columns.difference([*front, *COLUMNS.values(), "Log"]), "Log"]
-    shown = [name for name in order if name in frame and (name != "Device" or frame[name].nunique() > 1)]
-    return markdown(frame[shown])
+    """Measured numbers side by side: a row per run over its seeds, a column per kind of protocol."""
+    return by_run(measured_lines(root), RUN[:-1], [*dict.fromkeys(HEADINGS.values())])
 
 
-def measured_runs(root: Path) -> list[Run]:
-    """What was measured, by run. A supervised method is one run with all that is added to it; any other arm is a run of its own."""
-    runs: dict[tuple[Place, str, int], Run] = {}
+def digits_table(root: Path) -> str:
+    """The smoke test: few labels and k-NN on digits, of recipes as they stand; arms only with what the paper adds."""
+    lines = measured_lines(root)
+    base = pandas.MultiIndex.from_frame(lines.query("base_arm != ''")[["paper", "recipe", "base_arm"]])
+    added_to = pandas.MultiIndex.from_frame(lines[["paper", "recipe", "arm"]]).isin(base)
+    lines = lines[~added_to | (lines["Method"] == PIXELS)].query("data == 'digits' and heading in @DIGITS")
+    lines = lines[(lines[["overrides", "encoder_file", "split"]] == "").all(axis=1)]
+    return by_run(lines.replace({"heading": DIGITS}), ["Method", "Epochs"], [*DIGITS.values()])
+
+
+def measured_lines(root: Path) -> pandas.DataFrame:
+    """The summary lines of top-1, of methods and of raw pixels, with what a table by run needs: the columns RUN, `heading` and `cell`.
+
+    A cell has the number in percent, in brackets that without pre-training, and before it what sets protocols of one heading apart.
+    """
+    methods, pixels = [], []
     for paper in [*papers(root), *baselines(root)]:
         lines = measured(paper, root).query("metric == 'top1'")
-        supervised = set(lines.query("protocol == 'scratch'")["recipe"])
-        for line, own in zip(lines.itertuples(), of_method(lines), strict=True):
-            together = own and line.recipe in supervised
-            name, *words = (stem(line.recipe) if together else line.recipe).split()
-            who = " ".join([paper, *([] if name == line.data else [name]), *words]) + ", supervised" * together
-            backbone = "" if line.start == "pixels" else title(line.backbone)
-            place = Place(line.data, backbone, "" if own else WITHOUT[line.start], f"{line.device}, {line.precision}")
-            heading, detail = column(line.protocol)
-            added = "".join(arm_of(line.recipe).partition("+")[1:]) if together else ""
-            run = runs.setdefault((place, who, line.pretrain_epochs), Run(place, who, line.pretrain_epochs))
-            run.lines[heading, ", ".join(filter(None, [detail, added]))] = line
-    return list(runs.values())
+        own = with_baselines(lines)
+        supervised = own["protocol"].eq("scratch").groupby([own[name] for name in GIVEN]).transform("any")
+        names = [run_name(line._replace(recipe="") if line.recipe == line.data else line) for line in own.itertuples()]
+        names = [f"{paper} {name}".strip() + ", supervised" * by_labels for name, by_labels in zip(names, supervised, strict=True)]
+        methods.append(own.assign(Method=names))
+        pixels.append(lines.query("start == 'pixels'").assign(Method=PIXELS, backbone="", pretrain_epochs=0))
+    lines = pandas.concat([*methods, *pixels], ignore_index=True).sort_values("data", kind="stable")
+    kinds = [heading(name) for name in lines["protocol"]]
+    texts = [number(line.mean, line.sd) for line in lines.itertuples()]
+    without = [number(line.untrained_mean, line.untrained_sd) for line in lines.itertuples()]
+    return lines.assign(
+        Data=lines["data"].map(title),
+        Backbone=lines["backbone"].map(title),
+        Epochs=lines["pretrain_epochs"],
+        Device=lines["device"] + ", " + lines["precision"],
+        heading=[name for name, _ in kinds],
+        cell=[
+            f"{detail}: " * bool(detail) + text + f" ({other})" * bool(other)
+            for (_, detail), text, other in zip(kinds, texts, without, strict=True)
+        ],
+    )
 
 
-def once(runs: Sequence[Run]) -> list[Run]:
-    """The runs; of baselines that agree in all numbers that they have in common only one, under all their names."""
-    budgets, kept = Counter((run.place, run.who) for run in runs), []
-    for run in runs:
-        same = None
-        if run.place.start:
-            run.who += f" {run.epochs} ep" if budgets[run.place, run.who] > 1 else ""
-            same = next((other for other in kept if other.place == run.place and agree(other.lines, run.lines)), None)
-        if same:
-            same.who, same.lines = f"{same.who}, {run.who}", run.lines | same.lines
-        else:
-            kept.append(run)
-    return kept
+def by_run(lines: pandas.DataFrame, columns: list[str], headings: list[str]) -> str:
+    """A table of `measured_lines`: a row per run, with these of its columns, a column per heading. One device is said once above it."""
+    if lines.empty:
+        return markdown(lines)
+    runs = lines.groupby(RUN, sort=False).agg(fewest=("seeds", "min"), most=("seeds", "max"), log=("log", "first"))
+    cells = lines.groupby([*RUN, "heading"], sort=False)["cell"].agg(lambda cells: "<br>".join(dict.fromkeys(cells))).unstack("heading")
+    table = runs.join(cells.fillna("")).reset_index()
+    table["Seeds"] = [str(low) if low == high else f"{low} to {high}" for low, high in zip(table["fewest"], table["most"], strict=True)]
+    table["Logs"] = table["log"].map(logs_link)
+    devices = table["Device"].unique()
+    columns = [*columns, *(["Device"] if len(devices) > 1 else []), "Seeds"]
+    headings = [name for name in dict.fromkeys([*headings, *cells]) if name in cells]
+    return f"Device: {devices[0]}.\n\n" * (len(devices) == 1) + markdown(table[[*columns, *headings, "Logs"]])
 
 
-def agree(lines: Mapping[tuple, Any], others: Mapping[tuple, Any]) -> bool:
-    """Whether two runs have columns in common and in all of them the same number."""
-    common = lines.keys() & others.keys()
-    return bool(common) and all(number(lines[name]) == number(others[name]) for name in common)
+def heading(protocol: str) -> tuple[str, str]:
+    """Where a protocol's numbers stand: the heading, and what is said in the cell. Of finetune_none these are All labels and none."""
+    known = max((known for known in HEADINGS if f"{protocol}_".startswith(f"{known}_")), key=len, default=protocol)
+    return HEADINGS.get(known, known.replace("_", " ")), protocol.removeprefix(known).replace("_", " ").strip()
 
 
-def column(name: str) -> tuple[str, str]:
-    """Where a protocol's numbers stand: the heading, and what is told in the cell. Of finetune_none these are Fine-tuned and none."""
-    known = max((known for known in COLUMNS if f"{name}_".startswith(f"{known}_")), key=len, default=name)
-    return COLUMNS.get(known, known.replace("_", " ")), name.removeprefix(known).replace("_", " ").strip()
-
-
-def told_apart(settings: pandas.Series) -> tuple[str, list[str]]:
-    """What sets published numbers apart: the option that they vary, where it is only one, and each one's setting of it."""
-    if settings.nunique() == 1:
-        return "", [""] * len(settings)
-    options = settings.str.rpartition("=")
-    varied = options[0].iloc[0] if options[0].nunique() == 1 else ""
-    return varied, list(options[2] if varied else settings)
-
-
-def named(row: Any) -> tuple[str, str]:
-    """What a published number is of: the backbone, with the method where that is not the paper's own, and what is added to it."""
-    alone, _, added = (part.strip() for part in row.method.partition("+"))
-    name = title(row.backbone)
-    if plain(alone) != plain(row.paper):
-        parts = zip(alone.lower().split("-"), row.backbone.lower().split("_"), strict=False)
-        name = alone if all(word.startswith(part) for part, word in parts) else f"{name} {alone}"  # Swin-B is swin_base...
-    return name, f"+ {added} " if added else ""
-
-
-def joined(numbers: Iterable[tuple[str, str, Sequence[str]]]) -> str:
-    """Numbers of several things in one cell, each with its notes: ViT-B/16 83.0 (200 ep), 84.2 (800 ep); ViT-L/16 85.8 (800 ep)."""
-    texts: dict[str, dict[str, None]] = {}  # what is printed twice is told once
-    for name, text, notes in numbers:
-        said = ", ".join(filter(None, notes))
-        texts.setdefault(name, {})[f"{text} ({said})" if said else text] = None
-    return "; ".join(f"{name} {', '.join(own)}" for name, own in texts.items())
+def logs_link(logs: str) -> str:
+    """A link from a page at the root to the folder of a run's logs."""
+    return f"[logs]({PurePosixPath(logs.split()[0]).parent})"

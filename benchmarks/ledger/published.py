@@ -1,10 +1,7 @@
-"""Published and measured numbers: where they are read, which belong together, and how a table writes them."""
+"""Published and measured numbers: where they are read, and which belong together."""
 
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas
 
@@ -13,17 +10,22 @@ from benchmarks.papers import ROOT, folder
 from common.evaluate import ON_TEST
 
 PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting protocol metric value source confidence".split()
-BESIDE = ["paper", "data", "backbone", "protocol", "metric", "device"]  # what a run shares with its baselines, besides its recipe's stem
-STARTS = {"scratch": "", "random": ", random encoder", "pixels": ", raw pixels"}  # of the baselines of a run
-NOT_YET = "not measured yet"
+# What an arm has in common with the arm that it is compared with, and with its baselines:
+KIN = ["paper", "data", "recipe", "family", "overrides", "encoder_file", "split", "backbone", "protocol", "metric", "device"]
+STARTS = {"untrained": ["scratch", "random"], "pixels": ["pixels"]}  # of the baselines in `with_baselines`
 
 
 def published(paper: str, root: Path = ROOT) -> pandas.DataFrame:
-    """The published numbers of a paper, every cell as it was printed; an empty frame where there is no `published.csv`."""
-    path = root / folder(paper, root) / "published.csv"
-    if not path.exists():
-        return pandas.DataFrame(columns=PUBLISHED, dtype=str)
-    return pandas.read_csv(path, dtype=str, keep_default_na=False).query("paper == @paper")
+    """The published numbers of a paper, every cell as it was printed; no row where there is no `published.csv`.
+
+    The columns are PUBLISHED, with `data` in the place of `dataset`. Of a method "A + B" `family` is A and `added` is B, as in our summary.
+    """
+    path, frame = root / folder(paper, root) / "published.csv", pandas.DataFrame(columns=PUBLISHED, dtype=str)
+    if path.exists():
+        frame = pandas.read_csv(path, dtype=str, keep_default_na=False).query("paper == @paper")
+    parts = [method.partition("+") for method in frame["method"]]
+    families, added = [part[0].strip() for part in parts], [part[2].strip() for part in parts]
+    return frame.rename(columns={"dataset": "data"}).assign(family=families, added=added)
 
 
 def measured(paper: str, root: Path = ROOT) -> pandas.DataFrame:
@@ -41,54 +43,43 @@ def claims(paper: str, root: Path) -> pandas.DataFrame:
     return frame.loc[["+" in method or plain(paper) in plain(method) for method in frame["method"]]]
 
 
-def of_method(lines: pandas.DataFrame) -> pandas.Series:
-    """Of each summary line whether it is a method's, pre-trained or supervised, and not a baseline's."""
-    return (lines["start"] == "pretrained") | (lines["protocol"] == "scratch")
+def with_baselines(lines: pandas.DataFrame) -> pandas.DataFrame:
+    """The summary lines of methods (pre-trained, or supervised), each with its baselines' mean, sd, start and log; NaN where there is none.
 
-
-def pairs(lines: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
-    """Each summary line of a pre-trained start, or of a supervised method, with its baselines: scratch first, raw pixels last.
-
-    One of them is the arm without what this one adds. Starts without pre-training are run with one arm and are baselines of all.
+    `untrained_mean`, `untrained_sd` and so on are of the same evaluation without pre-training: from scratch or, where the encoder stays
+    frozen, of a random one. `pixels_mean`... are of raw pixels. A baseline is run with one arm and belongs to all of its family.
     """
-    stems, twin = lines["recipe"].map(stem), ["start", "pretrain_epochs", "precision"]
-    for line in lines[of_method(lines)].itertuples():
-        same = (lines[BESIDE] == [getattr(line, name) for name in BESIDE]).all(axis=1) & (stems == stem(line.recipe))
-        starts = lines["start"].isin(STARTS) & lines["pretrain_epochs"].isin([line.pretrain_epochs, 0]) & (lines["protocol"] != "scratch")
-        alone = (lines["recipe"] == stems) & (lines[twin] == [getattr(line, name) for name in twin]).all(axis=1)
-        yield line, lines[same & (starts | alone) & (lines.index != line.Index)].sort_values("start", ascending=False)
+    own = (lines["start"] == "pretrained") | (lines["protocol"] == "scratch")
+    pairs = lines[own].reset_index(names="line").merge(lines[~own], on=KIN, suffixes=("", "_base"))
+    pairs = pairs.query("pretrain_epochs_base == pretrain_epochs or pretrain_epochs_base == 0")
+    found = lines[own].copy()
+    for baseline, starts in STARTS.items():
+        base = pairs[pairs["start_base"].isin(starts)].drop_duplicates("line").set_index("line")
+        for column in ("mean", "sd", "start", "log"):
+            found[f"{baseline}_{column}"] = base[f"{column}_base"]
+    return found
 
 
-def arm_of(recipe: str) -> str:
-    """The arm in a ledger's `recipe`, which is "name arm change=value ..."; empty where it has none."""
-    word = [*recipe.split(), "", ""][1]
-    return "" if "=" in word else word
+def matches(rows: pandas.DataFrame, lines: pandas.DataFrame) -> pandas.DataFrame:
+    """Published rows beside the summary lines that are the same kind of number: of one protocol and metric, with the same thing added.
 
-
-def stem(recipe: str) -> str:
-    """A ledger's `recipe` without what its arm adds: of "digits vit+rpl" it is "digits vit"."""
-    return recipe.replace(arm_of(recipe), arm_of(recipe).partition("+")[0], 1) if "+" in arm_of(recipe) else recipe
-
-
-def alike(row: Any, line: Any) -> bool:
-    """Whether a published row and a summary line are the same kind of number: `finetune_none` is also finetune with position=none.
-
-    What a paper calls the best of a grid is `linear_best`, whether ours is chosen on held-out images or on the test images.
+    A row per pair, with the columns of both, `_published` behind those of `rows` that both have, and the indices as `row` and `line`.
+    Whether the two agree in more is in `same_data`, `same_backbone` (a bare ViT-S is one of any patch) and `same_epochs` (also where
+    the paper does not say). The best of a grid is `linear_best` in papers, also of ours where it was chosen on the test images, and
+    `finetune_none` is also finetune with the setting position=none.
     """
-    protocols = {plain(row.protocol), plain(row.protocol + row.setting.rpartition("=")[2])}
-    return plain(line.protocol.removesuffix(ON_TEST)) in protocols and row.metric == line.metric
-
-
-def of_arm(row: Any, line: Any) -> bool:
-    """Whether a published row adds to its method what a summary line's arm adds; without an arm, whether it has the paper's name."""
-    arm = arm_of(line.recipe)
-    return plain(row.method.partition("+")[2]) == plain(arm.partition("+")[2]) if arm else plain(line.paper) in plain(row.method)
-
-
-def closeness(row: Any, line: Any) -> tuple[bool, bool, bool]:
-    """Whether a published row and a summary line agree in data, backbone (a bare ViT-S is one of any patch) and epochs, where printed."""
-    backbone = row.backbone in (line.backbone, title(line.backbone).partition("/")[0])
-    return plain(row.dataset) == plain(line.data), backbone, row.pretrain_epochs in ("", str(line.pretrain_epochs))
+    kinds = [[*{plain(row.protocol), plain(row.protocol + row.setting.rpartition("=")[2])}] for row in rows.itertuples()]
+    rows = rows.assign(row=rows.index, kind=kinds, adds=rows["added"].map(plain)).explode("kind")
+    kinds = [plain(name.removesuffix(ON_TEST)) for name in lines["protocol"]]
+    lines = lines.assign(line=lines.index, kind=kinds, adds=lines["added"].map(plain))
+    pairs = rows.merge(lines, on=["metric", "kind", "adds"], suffixes=("_published", ""))
+    short = pairs["backbone"].map(title).str.partition("/")[0] if len(pairs) else ""
+    printed, epochs = pairs["backbone_published"], pairs["pretrain_epochs_published"]
+    return pairs.assign(
+        same_data=pairs["data_published"].map(plain) == pairs["data"].map(plain),
+        same_backbone=(printed == pairs["backbone"]) | (printed == short),
+        same_epochs=(epochs == "") | (epochs == pairs["pretrain_epochs"].astype(str)),
+    )
 
 
 def plain(name: str) -> str:
@@ -102,35 +93,3 @@ def title(name: str) -> str:
         return f"ViT-{vit[1].upper()}/{vit[2]}"
     names = ["ImageNet-1K", "Mini-ImageNet", "CIFAR-10", "CIFAR-100", "ADE20K", "COCO"]
     return next((known for known in names if plain(known) == plain(name)), name)
-
-
-def protocol(line: Any) -> str:
-    """The protocol in words, with the metric where it is not the usual one."""
-    return (line.protocol if line.metric == "top1" else f"{line.protocol} ({line.metric})").replace("_", " ")
-
-
-def number(line: Any, seeds: bool = True) -> str:
-    """A mean with its spread and how many seeds it stands on."""
-    spread = f" ± {line.sd:.2f}" if pandas.notna(line.sd) else ""
-    return f"{line.mean:.2f}{spread}" + (f" ({counted(line.seeds)})" if seeds else "")
-
-
-def counted(seeds: int) -> str:
-    """How many seeds, in words."""
-    return f"{seeds} seed{'s' if seeds > 1 else ''}"
-
-
-def links(logs: str, root: Path, folder: Path, short: bool = False) -> str:
-    """Links to logs, as seen from a README in `folder`; the short ones count from 0, as seeds do."""
-    paths = [Path(os.path.relpath(root / log, folder)).as_posix() for log in dict.fromkeys(logs.split())]
-    if short:
-        return ", ".join(f"[{index}]({path})" for index, path in enumerate(paths))
-    return ", ".join(f"[log {index}]({path})" for index, path in enumerate(paths, 1)).replace("log 1]", "log]")
-
-
-def markdown(frame: pandas.DataFrame, nothing: str = NOT_YET) -> str:
-    """A data frame of text and whole numbers as a Markdown table, an empty cell as a dash; `nothing` where there is no row."""
-    if frame.empty:
-        return f"{nothing}\n"
-    rows = [frame.columns, ["---"] * len(frame.columns), *frame.replace("", "-").itertuples(index=False)]
-    return "".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |\n" for row in rows)

@@ -22,6 +22,11 @@ class Row:
     commit: str  # 12 hex digits, "+dirty" behind them where the code differed from that commit; see commit()
     paper: str  # folder of the paper: droppos
     recipe: str  # name of the recipe: digits
+    arm: str  # which of the variants that the recipe runs side by side: vit+rpl; empty where it has none
+    base_arm: str  # the arm that it is compared with, see common.recipe.base_arm: vit; empty for an arm that is a base itself
+    overrides: str  # what --set changed, space separated: pretrain.base_lr=1e-3 method.sigma=2
+    encoder_file: str  # name of the file given with --encoder: droppos_vitb16.pth; empty where the run pre-trained
+    split: str  # which file says what is trained on, see common.data.Data: name and digest; empty where the data set itself does
     data: str  # name of the data set, as published.csv calls it: digits, cifar10, imagenet1k
     backbone: str  # timm's name where it has one: vit_base_patch16_224
     pretrain_epochs: int  # epochs that the run pre-trained for, 0 where it was given an encoder; for a baseline those of the run beside it
@@ -39,8 +44,13 @@ class Row:
 
 
 TYPES = get_type_hints(Row)
-GROUP = ["paper", "data", "recipe", "backbone", "pretrain_epochs", "protocol", "start", "metric", "device", "precision"]
+GIVEN = ["recipe", "arm", "base_arm", "overrides", "encoder_file", "split"]  # what was asked of a run, besides paper and data
+GROUP = ["paper", "data", *GIVEN, "backbone", "pretrain_epochs", "protocol", "start", "metric", "device", "precision"]
 RUN = [*GROUP, "commit", "seed"]  # two rows that agree in these are the same run made twice
+OLD_FORMAT = (
+    "Older ledgers have all of it in `recipe`: of 'digits vit+rpl lr=1 encoder=a.pth split=b' make recipe=digits, arm=vit+rpl, "
+    "base_arm=vit, overrides=lr=1, encoder_file=a.pth and split=b, or move the file away and record the runs again"
+)
 
 
 def frame(rows: Sequence[Row]) -> pandas.DataFrame:
@@ -51,15 +61,17 @@ def frame(rows: Sequence[Row]) -> pandas.DataFrame:
 def load(path: Path) -> pandas.DataFrame:
     """Read a ledger; an empty frame with the same columns where there is no file.
 
-    Raises ValueError where the header is not Row's or a cell does not have its column's type.
+    Raises ValueError, with the way to mend it, where the header is not Row's or a cell does not have its column's type.
     """
     if not path.exists():
         return frame([])
     try:
         ledger = pandas.read_csv(path, dtype=str, keep_default_na=False)
         if list(ledger.columns) != list(TYPES):
-            missing, unexpected = (", ".join(names) or "none" for names in (TYPES.keys() - set(ledger), set(ledger) - TYPES.keys()))
-            raise ValueError(f"its columns must be {','.join(TYPES)}; missing: {missing}; unexpected: {unexpected}")
+            missing = ", ".join(name for name in TYPES if name not in ledger) or "none"
+            unexpected = ", ".join(name for name in ledger if name not in TYPES) or "none"
+            fault = f"its columns must be {','.join(TYPES)}; missing: {missing}; unexpected: {unexpected}"
+            raise ValueError(f"{fault}. {OLD_FORMAT if 'arm' in missing.split(', ') else 'Name the columns so, in this order'}")
         return ledger.astype(TYPES)
     except ValueError as error:
         raise ValueError(f"{path} is not a run ledger: {error}") from error
@@ -82,14 +94,17 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 
 def summary(ledger: pandas.DataFrame) -> pandas.DataFrame:
-    """One line per GROUP: mean and sample standard deviation (`sd`, blank for one seed) over seeds, and how they came about.
+    """One line per GROUP: mean and sample standard deviation (`sd`, NaN for one seed) over seeds, in the metric's unit.
 
     Only the rows of a group's newest commit count (newest day; within a day, last in the ledger): other commits are other code,
     and a mean over both would describe neither. So rerunning one seed after a change leaves one seed until the others follow.
+
+    `hours` is the mean, `log` the paths with spaces between. `family` is the arm to which something is added, `added` what that is:
+    of vit+rpl these are vit and rpl; an arm that is a base itself adds nothing.
     """
     ledger = ledger.sort_values("date", kind="stable")
     ledger = ledger[ledger["commit"] == ledger.groupby(GROUP)["commit"].transform("last")]
-    return ledger.groupby(GROUP, as_index=False).agg(
+    lines = ledger.groupby(GROUP, as_index=False).agg(
         mean=("value", "mean"),
         sd=("value", "std"),
         seeds=("seed", "nunique"),
@@ -98,3 +113,6 @@ def summary(ledger: pandas.DataFrame) -> pandas.DataFrame:
         hours=("hours", "mean"),
         log=("log", lambda paths: " ".join(dict.fromkeys(paths))),
     )
+    lines["family"] = lines["arm"].where(lines["base_arm"] == "", lines["base_arm"])
+    lines["added"] = [arm[len(family) + 1 :] for arm, family in zip(lines["arm"], lines["family"], strict=True)]
+    return lines

@@ -1,6 +1,6 @@
-"""Every table of numbers in the READMEs, made from the CSV files of results, published numbers and speed.
+"""Every table of numbers, made from the CSV files of results, published numbers and speed: in the READMEs and in RESULTS.md.
 
-A README asks for a table with the line `<!-- table: NAME -->` and ends it with `<!-- /table -->`; what stands between is replaced.
+A page asks for a table with the line `<!-- table: NAME -->` and ends it with `<!-- /table -->`; what stands between is replaced.
 `python -m benchmarks.ledger` writes, `--check` only says what is stale.
 """
 
@@ -8,123 +8,75 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas
 
-from benchmarks.ledger.overview import results_table, together_table
-from benchmarks.ledger.published import (
-    NOT_YET,
-    STARTS,
-    alike,
-    arm_of,
-    claims,
-    closeness,
-    links,
-    markdown,
-    measured,
-    number,
-    of_arm,
-    pairs,
-    protocol,
-    published,
-    stem,
-    title,
-)
-from benchmarks.ledger.rows import GROUP, load, summary
+from benchmarks.ledger.cells import NOT_YET, baseline_text, counted, log_link, markdown, number, protocol, run_name
+from benchmarks.ledger.overview import digits_table, results_table, together_table
+from benchmarks.ledger.published import KIN, matches, measured, published, title, with_baselines
+from benchmarks.ledger.rows import load
 from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
 from benchmarks.speed.measure import wide
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
 OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
-
-
-def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
-    """What a run says at its end: each protocol's number beside its baseline's and beside a published one of the same protocol.
-
-    `rows` has the columns of `benchmarks.ledger.rows.Row`. The published number is the one nearest to the run (same data, then backbone,
-    then epochs) and carries its setting; it is there to be read, and the difference is between our own two numbers.
-    """
-    table, own = [], list(claims(paper, root).itertuples())
-    for line, others in pairs(summary(rows)):
-        near = max((row for row in own if of_arm(row, line) and alike(row, line)), key=partial(closeness, line=line), default=None)
-        scratch = next(others[others["start"].isin(["scratch", "random"])].itertuples(), None)
-        table.append(
-            {
-                "Protocol": protocol(line),
-                "Ours": number(line, seeds=False),
-                "From scratch": number(scratch, seeds=False) if scratch else "-",
-                "Difference": f"{line.mean - scratch.mean:+.2f}" if scratch else "-",
-                "Published": f"{near.value} ({title(near.dataset)}, {title(near.backbone)}, {near.pretrain_epochs or '?'} ep)"
-                if near
-                else "-",
-            }
-        )
-        for pixels in others[others["start"] == "pixels"].itertuples():
-            table.append(
-                dict.fromkeys(table[-1], "-") | {"Protocol": f"{protocol(line)}, raw pixels", "From scratch": number(pixels, seeds=False)}
-            )
-    return pandas.DataFrame(table)
+FAMILY = [*KIN, "pretrain_epochs", "precision"]  # what our arms share that stand in one row
+PRINTED = ["family", "data", "backbone", "pretrain_epochs", "setting", "protocol", "metric"]  # the same of published numbers
+Tables = dict[str, Callable[[], str]]  # by name
 
 
 def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
-    """A method alone and with what is added to it in one row: our arms "a" and "a+b" of a summary, published methods "A" and "A + B".
+    """A method alone and with what is added to it in one row: the arms of a family in a summary, published methods "A" and "A + B".
 
     In brackets is the difference to the method alone, ours to ours and theirs to theirs. What was published of the same data and backbone
-    stands beside every arm; what nobody measured follows, without a log. Any metric but top-1 needs a published one of its data.
+    stands beside ours; what nobody measured follows, without a log. Any metric but top-1 needs a published one of its data.
     """
-    own: dict[tuple, dict[str, tuple[Any, pandas.DataFrame]]] = {}  # by what is added: our line and its baselines
-    for line, others in pairs(lines):
-        key = (stem(line.recipe), *(getattr(line, name) for name in GROUP if name not in ("recipe", "start")))
-        own.setdefault(key, {})[arm_of(line.recipe).partition("+")[2].upper()] = line, others
-    known: dict[tuple, dict[str, Any]] = {}  # by what is added: the published row
-    for row in published(paper, root).query("confidence == 'first_hand' and metric in ('top1', 'top5')").itertuples():
-        alone, added = (part.strip() for part in row.method.partition("+")[::2])
-        key = (alone, row.dataset, row.backbone, row.pretrain_epochs, row.setting, row.protocol, row.metric)
-        known.setdefault(key, {})[added.upper()] = row
-    varied = [(next(iter(theirs.values())), theirs) for theirs in known.values() if any(theirs)]
-    entries: list[tuple[dict, dict]] = []
-    for ours in own.values():
-        line, _ = next(iter(ours.values()))
-        near = [theirs for row, theirs in varied if alike(row, line) and all(closeness(row, line)[:2])]
-        if line.metric == "top1" or any(row.metric == line.metric and closeness(row, line)[0] for row, _ in varied):
-            entries.append((ours, near[0] if near else {}))
-    entries += [({}, theirs) for _, theirs in varied if all(theirs is not beside_ours for _, beside_ours in entries)]
-    variants = dict.fromkeys(["", *(added for entry in entries for numbers in entry for added in numbers)])
+    ours = with_baselines(lines)
+    theirs = published(paper, root).query("confidence == 'first_hand' and metric in ('top1', 'top5')")
+    ours["group"], theirs["group"] = (part.groupby(by, sort=False).ngroup() for part, by in ((ours, FAMILY), (theirs, PRINTED)))
+    theirs = theirs[theirs["group"].isin(theirs.query("added != ''")["group"])]
+    pairs = matches(theirs, ours).query("same_data")
+    ours = ours[(ours["metric"] == "top1") | ours["group"].isin(pairs["group"])]
+    near = (
+        pairs.query("same_backbone").drop_duplicates("group").set_index("group")["group_published"]
+    )  # of each group of ours one of theirs
+    entries = [(own, theirs[theirs["group"] == near.get(group)]) for group, own in ours.groupby("group")]
+    entries += [(ours[:0], rows) for group, rows in theirs.groupby("group") if group not in near.to_numpy()]
+    variants = dict.fromkeys(["", *(added.upper() for entry in entries for part in entry for added in part["added"])])
     table = []
-    for ours, theirs in entries:
-        line, others = next(iter(ours.values()), (None, lines[:0]))
-        starts = others[others["start"] != getattr(line, "start", "")].itertuples()
-        row = next(iter(theirs.values()), None)
-        said = {added: (number(one, seeds=False), one.mean) for added, (one, _) in ours.items()}
-        printed = {added: (one.value, float(one.value)) for added, one in theirs.items()}
-        logs = " ".join([*(one.log for one, _ in ours.values()), *others["log"]])
+    for own, rows in entries:
+        one = next((own if len(own) else rows).itertuples())
+        said = {line.added.upper(): (number(line.mean, line.sd), line.mean) for line in own.itertuples()}
+        printed = {row.added.upper(): (row.value, float(row.value)) for row in rows.itertuples()}
         cells = {
-            "Data": title(line.data if line else row.dataset),
-            "Family": stem(line.recipe).partition(" ")[2] if line else row.method.partition("+")[0].strip(),
-            "Backbone": title((line or row).backbone),
-            "Epochs": str((line or row).pretrain_epochs),
-            "Protocol": protocol(line or row),
-            **{f"+ {added}" if added else "Alone": against(said, added, NOT_YET if added in theirs else "") for added in variants},
-            "From scratch": "; ".join(number(start, seeds=False) + STARTS[start.start] for start in starts),
+            "Data": title(one.data),
+            "Family": f"{one.family} {one.overrides}".strip() if said else one.family,
+            "Backbone": title(one.backbone),
+            "Epochs": str(one.pretrain_epochs),
+            "Protocol": protocol(one),
+            **{f"+ {added}" if added else "Alone": against(said, added, NOT_YET if added in printed else "") for added in variants},
+            "From scratch": baseline_text(one) if said else "",
             **{f"Published + {added}" if added else "Published alone": against(printed, added) for added in variants},
-            "Log": links(logs, root, root / folder(paper, root)),
+            "Log": log_link([*own["log"], *own["untrained_log"].dropna(), *own["pixels_log"].dropna()], root, root / folder(paper, root)),
         }
         table.append({name: cell or "-" for name, cell in cells.items()})
     return pandas.DataFrame(table)
 
 
+def against(numbers: Mapping[str, tuple[str, float]], added: str, missing: str = "") -> str:
+    """The number with something added to the method, in brackets the difference to the method alone."""
+    text, value = numbers.get(added, (missing, 0.0))
+    return f"{text} ({value - numbers[''][1]:+.2f})" if added in numbers and "" in numbers and added else text
+
+
 def published_table(paper: str, root: Path) -> str:
     """A paper's published numbers, second-hand and third-party ones marked as such."""
-    frame = published(paper, root)
-    names = ["method", "backbone", "dataset", "pretrain_epochs", "setting", "protocol", "metric", "value", "source", "confidence"]
-    frame = frame[names].replace({"confidence": "_", "protocol": "_", "metric": "_"}, " ", regex=True)
-    frame["dataset"] = [title(name) for name in frame["dataset"]]
-    frame = frame.rename(columns={"dataset": "data", "pretrain_epochs": "epochs"}).rename(columns=str.capitalize)
-    return markdown(frame, nothing="no published number is known")
+    frame = published(paper, root).rename(columns={"pretrain_epochs": "epochs"})
+    frame = frame[["method", "backbone", "data", "epochs", "setting", "protocol", "metric", "value", "source", "confidence"]]
+    frame = frame.assign(data=frame["data"].map(title)).replace(dict.fromkeys(["confidence", "protocol", "metric"], "_"), " ", regex=True)
+    return markdown(frame.rename(columns=str.capitalize), nothing="no published number is known")
 
 
 def measured_table(paper: str, root: Path) -> str:
@@ -132,17 +84,17 @@ def measured_table(paper: str, root: Path) -> str:
     table = [
         {
             "Data": title(line.data),
-            "Recipe": line.recipe,
+            "Run": run_name(line),
             "Backbone": line.backbone,
             "Epochs": line.pretrain_epochs,
             "Protocol": line.protocol.replace("_", " "),
             "Start": line.start,
             "Metric": line.metric.replace("_", " "),
-            "Mean ± sd": number(line),
+            "Mean ± sd": f"{number(line.mean, line.sd)} ({counted(line.seeds, 'seed')})",
             "Device": f"{line.device}, {line.precision}",
             "Hours": f"{line.hours:.2g}" if line.hours < 10 else f"{line.hours:.0f}",
             "Commit": line.commit,
-            "Log": links(line.log, root, root / folder(paper, root)),
+            "Log": log_link([line.log], root, root / folder(paper, root)),
         }
         for line in measured(paper, root).itertuples()
     ]
@@ -150,12 +102,10 @@ def measured_table(paper: str, root: Path) -> str:
 
 
 def speed_table(root: Path) -> str:
-    """The committed speed measurements."""
+    """The committed speed measurements, in seconds a step."""
     path = root / "benchmarks/speed/steps.csv"
-    if not path.exists():
-        return markdown(pandas.DataFrame())
-    frame = pandas.read_csv(path, dtype=str, keep_default_na=False).drop(columns=["GFLOP", "GEMM GFLOP/s"], errors="ignore")
-    return markdown(frame.rename(columns=str.capitalize))
+    frame = pandas.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pandas.DataFrame()
+    return markdown(frame.drop(columns=["GFLOP", "GEMM GFLOP/s"], errors="ignore").rename(columns=str.capitalize))
 
 
 def attention_table(root: Path) -> str:
@@ -163,22 +113,23 @@ def attention_table(root: Path) -> str:
     path = root / "benchmarks/speed/attention.csv"
     if not path.exists():
         return markdown(pandas.DataFrame())
-    frame = pandas.read_csv(path)
-    parts = [wide(lines).assign(device=device) for device, lines in frame.groupby("device", sort=False)]
+    parts = [wide(lines).assign(device=device) for device, lines in pandas.read_csv(path).groupby("device", sort=False)]
     return markdown(pandas.concat(parts).astype(str).rename(columns=str.capitalize))
 
 
-def adds(paper: str, root: Path) -> bool:
-    """Whether a paper adds something to other methods, in what was published or measured."""
-    with suppress(ValueError):  # a broken ledger is named by the tables that are made from it
-        return "+" in " ".join([*published(paper, root)["method"], *load(root / folder(paper, root) / "results.csv")["recipe"].map(arm_of)])
-    return False
-
-
-def against(numbers: Mapping[str, tuple[str, float]], added: str, missing: str = "") -> str:
-    """The number with something added to the method, in brackets the difference to the method alone."""
-    text, value = numbers.get(added, (missing, 0.0))
-    return f"{text} ({value - numbers[''][1]:+.2f})" if added in numbers and "" in numbers and added else text
+def pages(root: Path) -> dict[str, Tables]:
+    """The tables of every page, by its path."""
+    found: dict[str, Tables] = {
+        "README.md": {"digits": partial(digits_table, root), "speed": partial(speed_table, root)},
+        "RESULTS.md": {"results": partial(results_table, root), "together": partial(together_table, root)},
+        "benchmarks/README.md": {"speed": partial(speed_table, root), "attention": partial(attention_table, root)},
+    }
+    for name in [*papers(root), *baselines(root)]:
+        tables, behind = found.setdefault(f"{folder(name, root)}/README.md", {}), f" {name}" * (folder(name, root) == BASELINES)
+        tables |= {f"published{behind}": partial(published_table, name, root), f"measured{behind}": partial(measured_table, name, root)}
+        if not behind:
+            tables["side by side"] = lambda name=name: markdown(side_by_side(name, measured(name, root), root))
+    return found
 
 
 def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tuple[str, list[str]]:
@@ -207,45 +158,28 @@ def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tupl
 
 def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
     """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot mend."""
-    readmes: dict[str, dict[str, Callable[[], str]]] = {
-        "README.md": {
-            "results": partial(results_table, root),
-            "together": partial(together_table, root),
-            "speed": lambda: speed_table(root),
-        },
-        "benchmarks/README.md": {"speed": lambda: speed_table(root), "attention": lambda: attention_table(root)},
-    }
-    for paper in papers(root):
-        readmes[f"{paper}/README.md"] = {
-            "published": partial(published_table, paper, root),
-            "measured": partial(measured_table, paper, root),
-            "side by side": lambda paper=paper: markdown(side_by_side(paper, measured(paper, root), root)),
-        }
-    for name in baselines(root):
-        readmes.setdefault(f"{BASELINES}/README.md", {}).update(
-            {
-                f"published {name}": partial(published_table, name, root),
-                f"measured {name}": partial(measured_table, name, root),
-            }
-        )
     stale, faults = [], []
-    for where, tables in readmes.items():
-        readme = root / where
-        text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-        optional = {"speed", "attention", *([] if adds(Path(where).parent.name, root) else ["side by side"])}
-        absent = tables.keys() - optional - {marker[1] for marker in MARKER.finditer(text)}
-        faults += [f"{where}: table {name!r} is missing: add the lines {OPEN.format(name)} and {CLOSE}" for name in sorted(absent)]
+    for where, tables in pages(root).items():
+        page = root / where
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        present = {marker[1] for marker in MARKER.finditer(text)}
         try:
             filled, old = fill(text, tables, where)
             if old and not check:
-                readme.write_text(filled, encoding="utf-8")
+                page.write_text(filled, encoding="utf-8")
             stale += old
+            optional = {"speed", "attention"}
             if any(name.startswith("measured") for name in tables):
-                logs = load(readme.parent / "results.csv")["log"].unique()
-                lost = [log for log in logs if not (root / log).is_file()]
-                faults += [f"{readme.parent.name}/results.csv: the log {log!r} is missing, so no number of it is shown" for log in lost]
+                ledger = load(page.parent / "results.csv")
+                lost = [log for log in ledger["log"].unique() if not (root / log).is_file()]
+                faults += [f"{page.parent.name}/results.csv: the log {log!r} is missing, so no number of it is shown" for log in lost]
+                adds = any(ledger["base_arm"] != "") or any(published(page.parent.name, root)["added"] != "")
+                optional |= set() if adds else {"side by side"}  # a paper that adds nothing to another method needs none
         except ValueError as error:
             faults.append(str(error))
+            optional = tables.keys()
+        absent = sorted(tables.keys() - optional - present)
+        faults += [f"{where}: table {name!r} is missing: add the lines {OPEN.format(name)} and {CLOSE}" for name in absent]
     return stale, list(dict.fromkeys(faults))
 
 
