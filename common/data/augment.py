@@ -259,7 +259,8 @@ def worker_transform(
     # torchvision drops a fraction of the long side, as DeiT, timm and MaPeT evaluate; timm, which knows other shapes, rounds it.
     resized = transforms.Resize(size[0], mode) if size[0] == size[1] else ResizeKeepRatio(size, interpolation=interpolation)
     whole = [resized, transforms.CenterCrop(image_size)]
-    if resize == 0 if augmentation is None else augmentation.crop == "squeezed":
+    squeezed = resize == 0 if augmentation is None else augmentation.crop == "squeezed"
+    if squeezed:
         whole = [transforms.Resize(image_size, mode)]
     steps: list[Callable] = whole
     if augmentation is not None:

@@ -83,7 +83,9 @@ class Loader:
                 f"{self.accumulate} accumulated x {self.world_size} devices): choose an effective batch of at most {len(self.split)}"
             )
         # of images in memory an augmentation's counts for nothing
-        resize = self.resize if self.augmentation is None else self.augmentation.evaluation_resize if self.split.paths else None
+        resize = self.resize
+        if self.augmentation is not None:
+            resize = self.augmentation.evaluation_resize if self.split.paths else None
         if resize is not None and (self.split.paths is None or 0 < resize < min(self.image_size)):
             short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but these have one size"
             raise DataError(f"images are to be resized to {resize} pixels, {short}: choose a larger `resize`, None, or 0 to squeeze images")
