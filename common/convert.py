@@ -278,8 +278,8 @@ def _find_encoder(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> 
     if released:
         stems = ["target_encoder."]
         state = {name: tensor for name, tensor in state.items() if name.startswith("target_encoder.")}
-    if set(stems) == {"context_encoder.", "encoder."}:  # this project's StoP
-        stems = ["encoder."]
+    if set(stems) == {"context_encoder.", "target_encoder."}:  # this project's StoP
+        stems = ["target_encoder."]
     if len(stems) > 1:
         raise _which(path, [stem.removesuffix(".") for stem in stems])
     prefix = stems[0] if stems else "encoder." if any(name.startswith("encoder.") for name in state) else ""

@@ -57,8 +57,8 @@ class Predictor(nn.Module):
 
 
 class StoP(nn.Module):
-    """StoP around two encoders with fixed or learned positions and without class token: the one that is given becomes `encoder`, the target
-    encoder, which is what the papers evaluate; a copy is the context encoder, which learns.
+    """StoP around two encoders with fixed or learned positions and without class token: the one that is given becomes `target_encoder`, an
+    average (EMA) of the other, which the papers evaluate; a copy is `context_encoder`, which learns.
 
     mode: "paper" (a hidden patch has a mask token beside position and noise, equation 6) or "released" (the projection's bias in its
     place). noise: who gets noise, "masked" patches, the "context", "both" (Table 7), or "none": I-JEPA. sigma: its standard deviation, in
@@ -108,8 +108,8 @@ class StoP(nn.Module):
         # Truncated normal matrices; the official rescaling by depth is undone by a second pass over all layers.
         initialise_layers((layer for layer in self.modules() if isinstance(layer, nn.Linear)), init_std)
         initialise_layers([self.context_encoder.patch_embed.proj], patch_std)
-        self.encoder = encoder.requires_grad_(False)
-        self.encoder.load_state_dict(self.context_encoder.state_dict())
+        self.target_encoder = encoder.requires_grad_(False)
+        self.target_encoder.load_state_dict(self.context_encoder.state_dict())
 
     def forward(
         self,
@@ -132,8 +132,8 @@ class StoP(nn.Module):
 
         # Targets: the blocks' features in the whole image, by the target encoder, normalised once more without affine parameters.
         with torch.no_grad():
-            feature_BND = F.layer_norm(self.encoder(images).float(), (self.encoder.width,))
-            truth_GBTD = torch.stack([gather_tokens(feature_BND, cell_BT) for cell_BT in target_GBT])
+            feature_BND = F.layer_norm(self.target_encoder(images).float(), (self.target_encoder.width,))
+            target_GBTD = torch.stack([gather_tokens(feature_BND, cell_BT) for cell_BT in target_GBT])
 
         # Context: its patches alone, encoded, projected, with their positions.
         seen_BMD = self.context_encoder(images, context_BM)
@@ -150,12 +150,12 @@ class StoP(nn.Module):
 
         # Predictor: each block beside the context, not beside the other blocks; four sequences of an image are as many images.
         x_GBSP = torch.cat([seen_BMP.expand(G, -1, -1, -1), hidden_GBTP], dim=2)
-        told_GBTD = self.predictor(x_GBSP.flatten(0, 1), T).float().unflatten(0, (G, B))
-        loss = F.smooth_l1_loss(told_GBTD, truth_GBTD)
+        pred_GBTD = self.predictor(x_GBSP.flatten(0, 1), T).float().unflatten(0, (G, B))
+        loss = F.smooth_l1_loss(pred_GBTD, target_GBTD)
 
         metrics = {"context": feature_BND.new_full((), context_BM.shape[1])}
         metrics |= {name: partial(measure, feature_BND) for name, measure in SPREAD.items()}
-        named = {"context": context_BM, "cells": target_GBT, "seen": seen_BMD, "truth": truth_GBTD, "told": told_GBTD}
+        named = {"context": context_BM, "cells": target_GBT, "seen": seen_BMD, "target": target_GBTD, "pred": pred_GBTD}
         return Output(loss, metrics, named)
 
     def at_step(self, step: int, total_steps: int) -> None:
@@ -167,7 +167,7 @@ class StoP(nn.Module):
         """The target encoder goes after the context encoder: theta' = m theta' + (1 - m) theta, m from `momentum` linearly to 1."""
         momentum = self.momentum + (1 - self.momentum) * step / total_steps
         average = get_ema_multi_avg_fn(momentum)
-        average(list(self.encoder.parameters()), list(self.context_encoder.parameters()), step)
+        average(list(self.target_encoder.parameters()), list(self.context_encoder.parameters()), step)
 
     @torch.compiler.disable
     def _draw(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,11 +183,14 @@ class StoP(nn.Module):
         n = torch.randn(*shape, weight_PD.shape[int(tied)], device=weight_PD.device) if given is None else given
         return F.linear(self.sigma * n, weight_PD) if tied else self.sigma * n
 
+    @property
+    def encoder(self) -> ViT:  # what is exported and evaluated
+        return self.target_encoder
+
 
 # Where the tensors of the official checkpoints stand here (StoP's and I-JEPA's have the same names); the longest matching prefix counts.
 OFFICIAL_NAMES = {
     "encoder.": "context_encoder.",
-    "target_encoder.": "encoder.",
     "predictor.predictor_embed.": "predictor.embed.",
     "predictor.predictor_pos_embed": "predictor.pos_embed",
     "predictor.predictor_blocks.": "predictor.blocks.",

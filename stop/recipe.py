@@ -35,9 +35,9 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> StoP:
 
 @torch.no_grad()
 def illustrate(method: StoP, images: torch.Tensor, targets: torch.Tensor, data: Data, directory: Path) -> None:
-    """blocks.png in the directory: a few images (B, C, H, W), their contexts, and how well the hidden blocks are told."""
+    """blocks.png in the directory: a few images (B, C, H, W), their contexts, and how close the predicted features come."""
     named = method.eval()(images).named
-    alike = torch.nn.functional.cosine_similarity(named["told"], named["truth"], dim=-1)
+    alike = torch.nn.functional.cosine_similarity(named["pred"], named["target"], dim=-1)
     draw_blocks(images, method.encoder.patch_size, named["context"], named["cells"], alike, data, directory / "blocks.png")
 
 

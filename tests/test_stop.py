@@ -144,14 +144,14 @@ def test_the_context_encoder_sees_its_cells_alone_and_the_target_encoder_all():
     pixels = torch.zeros(2, 36).scatter_(1, CONTEXT, 1.0).view(2, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     other = torch.where(pixels == 1, images(), images().flip(0))
     one, two = (model(x, cells=given).named for x in (images(), other))
-    assert torch.equal(one["seen"], two["seen"]) and not torch.equal(one["truth"], two["truth"])
+    assert torch.equal(one["seen"], two["seen"]) and not torch.equal(one["target"], two["target"])
 
 
-def test_a_block_is_told_without_the_other_blocks():
+def test_a_block_is_predicted_without_the_other_blocks():
     model, n = stop(), torch.randn(2, 2, 4, 32)
     moved = BLOCKS.clone()
     moved[1] = moved[1].flip(0)
-    one, two = (model(images(), cells=(CONTEXT, blocks), noise=(None, n)).named["told"] for blocks in (BLOCKS, moved))
+    one, two = (model(images(), cells=(CONTEXT, blocks), noise=(None, n)).named["pred"] for blocks in (BLOCKS, moved))
     assert torch.equal(one[0], two[0]) and not torch.equal(one[1], two[1])
 
 
@@ -161,15 +161,15 @@ def test_targets_are_the_target_encoders_features_normalised_once_more():
         for parameter in model.encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         feature = F.layer_norm(model.encoder(images()), (32,))
-    truth = model(images(), cells=(CONTEXT, BLOCKS)).named["truth"]
+    target = model(images(), cells=(CONTEXT, BLOCKS)).named["target"]
     for g, b, t in ((0, 0, 1), (1, 1, 3), (0, 1, 0)):
-        torch.testing.assert_close(truth[g, b, t], feature[b, BLOCKS[g, b, t]])
-    assert truth.mean(-1).abs().max() < 1e-5
+        torch.testing.assert_close(target[g, b, t], feature[b, BLOCKS[g, b, t]])
+    assert target.mean(-1).abs().max() < 1e-5
 
 
 def test_the_loss_is_the_mean_smooth_l1_of_all_blocks():
     output = stop()(images(), cells=(CONTEXT, BLOCKS))
-    error = (output.named["told"] - output.named["truth"]).abs()
+    error = (output.named["pred"] - output.named["target"]).abs()
     expected = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 

@@ -74,15 +74,15 @@ def close(ours: Tensor, official: list[float], rel: float = 1e-4) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_encoders_predictions_and_loss_are_the_official_ones(case):
     golden, output = GOLDEN[case], stop(**CASES[case])(images(), cells=cells(), noise=(None, noise()))
-    seen, truth, told = (output.named[name] for name in ("seen", "truth", "told"))
-    for ours, name in ((seen, "enc_ctx_out"), (truth.flatten(0, 1), "target"), (told.flatten(0, 1), "pred")):
+    seen, target, pred = (output.named[name] for name in ("seen", "target", "pred"))
+    for ours, name in ((seen, "enc_ctx_out"), (target.flatten(0, 1), "target"), (pred.flatten(0, 1), "pred")):
         assert list(ours.shape) == golden[f"{name}_shape"]
         close(ours[0, 0], golden[f"{name}_[0,0,:4]"])
-    close(told.flatten(0, 1)[-1, -1], golden["pred_[-1,-1,:4]"])
+    close(pred.flatten(0, 1)[-1, -1], golden["pred_[-1,-1,:4]"])
     assert seen.sum().item() == pytest.approx(golden["enc_ctx_out_sum"], rel=1e-4)
     assert seen.abs().mean().item() == pytest.approx(golden["enc_ctx_out_abs"], rel=1e-5)
-    assert truth.abs().mean().item() == pytest.approx(golden["target_absmean"], rel=1e-5)
-    assert told.abs().mean().item() == pytest.approx(golden["pred_absmean"], rel=1e-5)
+    assert target.abs().mean().item() == pytest.approx(golden["target_absmean"], rel=1e-5)
+    assert pred.abs().mean().item() == pytest.approx(golden["pred_absmean"], rel=1e-5)
     assert output.loss.item() == pytest.approx(golden["loss"], abs=1e-6)
 
 
