@@ -61,8 +61,8 @@ def test_the_tokenizer_sees_the_part_of_an_image_that_the_model_sees(tmp_path, m
     run = reproduction(tmp_path, data, 112, 8, **view)
     run.prepare()
     stage = run.recipe.pretrain
-    loader = run.loader(data.train, stage, stage.augmentation)
-    trained, validated = next(loader.epoch(0))[0], next(run.loader(data.val, stage, None).epoch(0))[0]
+    loader = run.loader(data.train, stage.augmentation)
+    trained, validated = next(loader.epoch(0))[0], next(run.loader(data.val).epoch(0))[0]
     trained = trained[loader.indices(0)[0].argsort()]
     assert torch.equal(trained, validated) and len(trained[:, 2, 0, 0].unique()) == 4
     across = trained[0, 1, 50].max() - trained[0, 1, 50].min()  # of an image that is half as wide again as it is high
@@ -79,7 +79,7 @@ def test_images_in_memory_are_seen_whole_by_all_whatever_resize_says(tmp_path, m
     for resize in (None, 224):
         run = reproduction(tmp_path, data, 8, 2, resize=resize)
         names |= {path.name for path in (tmp_path / "tokens").glob("*[!k]")} if run.prepare() else set()
-        assert next(run.loader(data.val, run.recipe.pretrain, None).epoch(0))[0].shape == (4, 1, 8, 8)
+        assert next(run.loader(data.val).epoch(0))[0].shape == (4, 1, 8, 8)
     assert len(names) == 1
 
 
