@@ -96,7 +96,7 @@ class AbsoluteLabelHead(nn.Module):
         return F.cross_entropy(self(x_BMD).float().flatten(0, 1), cell_BM.flatten())
 
     def accuracy(self, x_BMD: Tensor, cell_BM: Tensor) -> Tensor:
-        """The share of the tokens that are told right."""
+        """Accuracy over the tokens, from 0 to 1."""
         return (self(x_BMD).argmax(-1) == cell_BM).float().mean()
 
 
@@ -140,7 +140,7 @@ class RelativeLabelHead(nn.Module):
         return _PairLoss.apply(query_BMH, key_BMH, weight_RH, bias_R, asked_BQ, cell_BM, self.targets, rows)
 
     def accuracy(self, x_BMD: Tensor, cell_BM: Tensor) -> Tensor:
-        """The share of the pairs that are told right."""
+        """Accuracy over the pairs, from 0 to 1."""
         query_BMH, *others = self._factors(x_BMD)
         right = sum(
             (_pair_logits(query_BMH[:, [row]], *others).argmax(-1) == self.targets[cell_BM[:, row, None, None], cell_BM[:, None]]).sum()

@@ -63,7 +63,7 @@ class Stage:
     layer_decay: float | None = None  # factor on the learning rate per layer below the head
     clip_norm: float | None = None  # global gradient norm
     ema: float | None = None  # decay of an average of the weights, which is then what is evaluated
-    device_batch: int = 512  # most images given to one device at once; accumulation makes up the difference
+    device_batch: int = 512  # most images given to one device at once; the rest by gradient accumulation
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the training images
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ class Protocol:
     label_list: str | None = None  # or on the images named in this file, one a line, by file name or class/file name
     pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
     layers: tuple[int, ...] = (1,)  # frozen: how many last blocks are concatenated, each after the final norm; several for linear only
-    # of test images and frozen ones from files: pixels of the short side before the middle is cut out, 0 to press them into shape; None:
+    # test and frozen images from files: resize the short side to this many pixels before the center crop; 0 stretches the image; None:
     # 256/224 of the image size, or see common.data's view_size
     resize: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # by which these are resized

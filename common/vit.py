@@ -64,7 +64,7 @@ class Attention(nn.Module):
         window: Window | None = None,
         scale: nn.Module | None = None,
     ) -> Tensor:
-        """The last `queries` tokens, or all, ask the first `keys` tokens, or all. Nothing is computed for others: (B, queries, D).
+        """Queries: the last `queries` tokens, or all; keys and values: the first `keys` tokens, or all. Returns (B, queries, D).
 
         A `window` says for all tokens which of these keys each sees; `scale` is a LayerScale. Raises ValueError, as attend does, where
         the window does not fit.

@@ -47,7 +47,7 @@ def prepare(recipe: Recipe, data: Data, folder: Path, device: torch.device, work
 
 @torch.no_grad()
 def illustrate(method: MaPeT, images: torch.Tensor, targets: torch.Tensor, data: Data, directory: Path) -> None:
-    """tokens.png in the directory: a few images (B, C, H, W), what is seen of them, and which hidden tokens are told right."""
+    """tokens.png in the directory: a few images (B, C, H, W), the visible patches, and which hidden tokens are predicted correctly."""
     named = method.eval()(images, targets).named
     right = method.head(named["features"]).argmax(-1) == targets.gather(1, named["cells"])
     draw_tokens(images, method.encoder.patch_size, named["context"], named["cells"], right, data, directory / "tokens.png")

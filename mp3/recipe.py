@@ -1,6 +1,6 @@
 """MP3's recipes. Each docstring is a claim: where the settings come from, the command, the hardware, what to expect.
 
-The paper's text could not be read; what is known of its settings is its Tables 2 and 3 and a reproducibility record. What each
+We had no access to the paper's text; what is known of its settings is its Tables 2 and 3 and a reproducibility record. What each
 recipe chooses for itself is listed in README.md, section Deviations.
 """
 
@@ -130,7 +130,7 @@ def imagenet_vitb16() -> Recipe:
     """ImageNet-1k with a ViT-B/16: `make reproduce PAPER=mp3 DATA=/datasets/imagenet`, eight GPUs.
 
     100 epochs of pre-training (a reading note); fine-tuned by DeiT's recipe without positions, with absolute and with 2-D relative
-    ones. The paper's table could not be read, so there is no published number to meet. eta is the one of Table 2 at which MP3 and MAE
+    ones. We had no access to the paper's table, so there is no published number to meet. eta is the one of Table 2 at which MP3 and MAE
     cost the same; learning rate, batch and augmentation are chosen. Expected of ours: not measured yet.
     """
     pretrain = Stage(

@@ -1,8 +1,8 @@
 """StoP (Bar et al., ICML 2024, arXiv 2308.00566) and I-JEPA (Assran et al., CVPR 2023, arXiv 2301.08243), in the papers' order.
 
-A ViT sees a part of the patches. From its features a narrow predictor tells those of four hidden blocks, as an average of the ViT over the
-training sees them in the whole image. It is told where the hidden patches are: by I-JEPA exactly, by StoP up to Gaussian noise that goes
-through the same projection as the features, so that it cannot be turned down without turning down what is seen.
+A ViT (the context encoder) encodes a part of the patches. From its features a narrow predictor predicts the features that an EMA copy (the
+target encoder) computes for four target blocks. I-JEPA gives the predictor the exact positions of the blocks. StoP adds Gaussian noise to
+them, through the same projection as the features: the model cannot shrink the noise without shrinking the features too.
 
 Shapes: B images, N patches, M of the context, G target blocks of T patches, D width, P width of the predictor.
 """

@@ -40,7 +40,7 @@ class Augmentation:
     padding: int = 4  # width of that border in pixels, for crop="padding"
     scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, for crop="resized"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for crop="resized"
-    # images from files, with "none" and "padding": pixels of the short side before the middle is cut out; see view_size
+    # images from files, with "none" and "padding": resize the short side to this many pixels before the center crop; see view_size
     resize: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # for every resizing
     flip: float = 0.5  # probability of a mirror image
