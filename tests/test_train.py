@@ -137,9 +137,9 @@ def test_two_processes_train_on_the_same_effective_batches_as_one(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         path = next((tmp_path / name).glob("*/*/finetune-scratch/metrics.jsonl"))
         logged[name] = [json.loads(line) for line in path.read_text().splitlines()]
-        grids[name] = json.loads(next((tmp_path / name).glob("*/*/linear-random/result.json")).read_text())["grid"]
+        grids[name] = json.loads(next((tmp_path / name).glob("*/*/linear-random/result.json")).read_text())["results"][-1]["grid"]
     for one, two in zip(grids["one"], grids["two"], strict=True):  # the best is chosen by the same images
-        assert one["how"] == two["how"] and one["how"].endswith("held_out=145")
+        assert one["settings"] == two["settings"] and one["settings"].endswith("held_out=145")
         assert all(two[value] == pytest.approx(one[value], abs=2) for value in ("top1", "held_out_top1"))
     assert [line["step"] for line in logged["two"]] == [line["step"] for line in logged["one"]]
     assert [line["loss"] for line in logged["two"]] == pytest.approx([line["loss"] for line in logged["one"]], rel=1e-4)
