@@ -23,7 +23,9 @@ def protocol(line: Any) -> str:
 
 def number(mean: float, sd: float) -> str:
     """A mean with its standard deviation, both with two decimals; the mean alone of one seed, nothing where there is no number."""
-    return "" if pandas.isna(mean) else f"{mean:.2f}" if pandas.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
+    if pandas.isna(mean):
+        return ""
+    return f"{mean:.2f}" if pandas.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
 def counted(many: int, what: str) -> str:

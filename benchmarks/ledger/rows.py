@@ -61,7 +61,7 @@ def frame(rows: Sequence[Row]) -> pandas.DataFrame:
 def load(path: Path) -> pandas.DataFrame:
     """Read a ledger; an empty frame with the same columns where there is no file.
 
-    Raises ValueError, with the way to mend it, where the header is not Row's or a cell does not have its column's type.
+    Raises ValueError, and says how to fix it, where the header is not Row's or a cell does not have its column's type.
     """
     if not path.exists():
         return frame([])

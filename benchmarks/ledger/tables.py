@@ -157,7 +157,7 @@ def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tupl
 
 
 def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
-    """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot mend."""
+    """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot fix."""
     stale, faults = [], []
     for where, tables in pages(root).items():
         page = root / where
