@@ -25,9 +25,9 @@ from benchmarks.stages import Stages
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Split
 from common.evaluate import Classifier, LinearProbe, as_encoder, hold_out, labelled_images
-from common.evaluate.finetune import pool, tokens
+from common.evaluate.finetune import pool_tokens, tokens
 from common.optim import make_optimizer
-from common.recipe import Protocol, RecipeError, Stage
+from common.recipe import Protocol, RecipeError, TrainConfig
 from common.run import Run, RunError
 from common.train import device_batch, make_loader
 
@@ -162,7 +162,7 @@ def _protocol(run: Stages, protocol: Protocol) -> Iterator[str]:
     def step(model: nn.Module, images: Tensor) -> object:
         if protocol.kind in ("finetune", "linear"):
             return model(images, _classes(images))
-        return pool(tokens(model, images, max(protocol.layers)), model, protocol.pool)
+        return pool_tokens(tokens(model, images, max(protocol.layers)), model, protocol.pool)
 
     if protocol.stage is not None and protocol.kind in ("finetune", "linear"):
         yield from (text for _, text in _stage(run, place, f"{name}.stage", protocol.stage, labelled, build, step))
@@ -176,18 +176,18 @@ def _label_fix(run: Stages, protocol: Protocol) -> str:
     least = int(torch.bincount(train.labels, minlength=classes).min())
     if protocol.labels_per_class is not None and protocol.labels_per_class > least:
         return f": --set {protocol.name}.labels_per_class={least or 'null'}"
-    if protocol.label_share is not None and protocol.label_share * len(train) < classes * least:
+    if protocol.label_fraction is not None and protocol.label_fraction * len(train) < classes * least:
         wanted = min(
             classes * least, max(classes, math.ceil(1.25 * protocol.stage.batch_size) if protocol.stage else 0)
         )  # a tenth is held out
-        return f": --set {protocol.name}.label_share={math.ceil(1e4 * wanted / len(train)) / 1e4:g}"
-    if protocol.label_share is not None:
-        return f": --set {protocol.name}.label_share={math.floor(1e4 * classes * least / len(train)) / 1e4 or 'null'}"
+        return f": --set {protocol.name}.label_fraction={math.ceil(1e4 * wanted / len(train)) / 1e4:g}"
+    if protocol.label_fraction is not None:
+        return f": --set {protocol.name}.label_fraction={math.floor(1e4 * classes * least / len(train)) / 1e4 or 'null'}"
     return f": --set {protocol.name}.label_list=null" if protocol.label_list is not None else ""
 
 
 def _stage(
-    run: Stages, place: str, path: str, stage: Stage, split: Split, build: Callable[[], nn.Module], step: Step
+    run: Stages, place: str, path: str, stage: TrainConfig, split: Split, build: Callable[[], nn.Module], step: Step
 ) -> Iterator[tuple[str, str]]:
     """Whether a stage can train on the images of a split."""
     model, fault = _trial(build, step, _shape(run, 2))
@@ -204,7 +204,7 @@ def _stage(
         yield place, text
 
 
-def _batch(run: Stages, place: str, path: str, stage: Stage, images: float, one_fails: bool = False) -> Iterator[tuple[str, str]]:
+def _batch(run: Stages, place: str, path: str, stage: TrainConfig, images: float, one_fails: bool = False) -> Iterator[tuple[str, str]]:
     """Whether the effective batch can be taken from so many images and divided into micro-batches; `one_fails`: of two or more."""
     world = run.fabric.world_size
     if images < stage.batch_size:
@@ -216,12 +216,12 @@ def _batch(run: Stages, place: str, path: str, stage: Stage, images: float, one_
             fault = f"a batch of {stage.batch_size} on {world} devices makes micro-batches of 1 image, and this trains on 2 or more"
         except RecipeError as error:
             fault = str(error)
-    share = int(min(max(stage.batch_size, 2 * world), images)) // world  # of a device
-    if share < 1 + one_fails:
+    per_device = int(min(max(stage.batch_size, 2 * world), images)) // world
+    if per_device < 1 + one_fails:
         yield place, f"{fault}: add images, or use fewer processes"
         return
     fit = {
-        "batch_size": world * 2 ** int(math.log2(share)),
+        "batch_size": world * 2 ** int(math.log2(per_device)),
         "device_batch": max(2, stage.device_batch) if one_fails else stage.device_batch,
     }
     yield place, f"{fault}: " + " ".join(f"--set {path}.{name}={value}" for name, value in fit.items() if value != getattr(stage, name))

@@ -149,7 +149,7 @@ class RelativeLabelHead(nn.Module):
         return right / (cell_BM.numel() * cell_BM.shape[1])
 
     def _factors(self, x_BMD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first layer's share of each token as a query (with the bias) and as a key, and the last two layers as one."""
+        """The first layer's part for each token as a query (with the bias) and as a key, and the last two layers as one."""
         half = x_BMD.shape[-1] // 2
         weights = self.fc1.weight.split(half, dim=1)
         query_BMH = F.linear(x_BMD[..., :half], weights[0], self.fc1.bias)
@@ -200,7 +200,7 @@ class _PairLoss(torch.autograd.Function):
 
 
 def _logit_gradient(logp: Tensor, target: Tensor) -> Tensor:
-    """Of the summed cross-entropy with regard to the logits: probabilities minus the truth. In the memory of the log-probabilities.
+    """Of the summed cross-entropy with regard to the logits: probabilities minus the one-hot target. Overwrites the log-probabilities.
 
     Log-probabilities (..., K) float32 and classes (..., 1).
     """
@@ -211,8 +211,8 @@ class TokenHead(nn.Linear):
     """A linear classifier of so many classes that the logits of a batch would take more memory than the rest of a training step."""
 
     def loss(self, x_MD: Tensor, token_M: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy of M tokens' features with their classes, and the share of tokens whose class has the largest logit, the
-        first of equals. Logits are computed in pieces."""
+        """Mean cross-entropy of the features of M tokens, and the fraction of tokens whose class has the largest logit (of equal
+        logits the first counts). Logits are computed in pieces."""
         device, factors = x_MD.device.type, (x_MD, self.weight, self.bias)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             factors = (x.to(torch.get_autocast_dtype(device)) for x in factors)
@@ -260,8 +260,8 @@ def _check_label_head(width: int, grid: Grid) -> None:
         raise ValueError(f"a position head halves its channels twice, so the width must be a multiple of 4, got {width}")
 
 
-def initialise_layers(layers: Iterable[nn.Module], deviation: float = 0.02) -> None:
+def initialise_layers(layers: Iterable[nn.Module], std: float = 0.02) -> None:
     """Truncated normal weights and zero biases, as Positional Label's Swin, its heads, I-JEPA and StoP have them."""
     for layer in layers:
-        nn.init.trunc_normal_(layer.weight, std=deviation)
+        nn.init.trunc_normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)

@@ -15,12 +15,12 @@ from common.randomness import generator
 
 
 def kept_tokens(tokens: int, hidden_ratio: float, name: str) -> int:
-    """How many of `tokens` remain when the share `hidden_ratio` is hidden: int(tokens * (1 - ratio)), as MAE and DropPos.
+    """How many of `tokens` remain when the fraction `hidden_ratio` is hidden: int(tokens * (1 - ratio)), as MAE and DropPos.
 
     Raises ValueError, with the argument's `name`, for a ratio outside [0, 1] and for one that leaves nothing.
     """
     if type(hidden_ratio) not in (int, float) or not 0 <= hidden_ratio <= 1:
-        raise ValueError(f"{name}={hidden_ratio!r} is not a share between 0 and 1")
+        raise ValueError(f"{name}={hidden_ratio!r} is not a fraction between 0 and 1")
     kept = int(tokens * (1 - hidden_ratio))
     if kept == 0:
         raise ValueError(f"{name}={hidden_ratio} leaves none of the {tokens} tokens; use a ratio below {1 - 1 / tokens:.4g}")
@@ -47,8 +47,9 @@ def gather_tokens(x_BND: Tensor, index_BM: Tensor) -> Tensor:
 class MultiBlock:
     """I-JEPA's masks (Assran et al. 2023, section 3): `blocks` target blocks per image, and a context that holds nothing of them.
 
-    A target has a share of the grid within `target_scale` and a height / width, in units of the grid's, within `target_aspect`; the
-    context is cut from a block of the grid's shape and a share within `context_scale`. One size of blocks holds for all images of a step.
+    A target covers a fraction of the grid within `target_scale`, at an aspect ratio (height / width, relative to the grid's) within
+    `target_aspect`. The context is cut from a block of the grid's shape that covers a fraction within `context_scale`. All images of a step
+    have blocks of the same size.
 
     sampling="uniform": every cell can be target and context. Sizes are drawn from all that there are, and so are places. Every context
     has int(context_ratio N) cells, drawn from those that it may have; where these are too few others follow, those of targets last.
@@ -156,13 +157,13 @@ class MultiBlock:
         """All sizes of blocks within the ranges."""
         (H, W), slack = self.grid, 1e-9
         ratios = {(h, w): h * W / (w * H) for h, w in itertools.product(range(1, H + 1), range(1, W + 1))}
-        share = {size: math.prod(size) / self.cells for size in ratios if aspect[0] - slack <= ratios[size] <= aspect[1] + slack}
-        found = [size for size in share if scale[0] - slack <= share[size] <= scale[1] + slack]
+        fraction = {size: math.prod(size) / self.cells for size in ratios if aspect[0] - slack <= ratios[size] <= aspect[1] + slack}
+        found = [size for size in fraction if scale[0] - slack <= fraction[size] <= scale[1] + slack]
         if not found:
-            nearest = min(share, key=lambda size: max(scale[0] - share[size], share[size] - scale[1]), default=self.grid)
-            fits = f"({min(scale[0], share.get(nearest, 1)):.3g}, {max(scale[1], share.get(nearest, 1)):.3g})"
+            nearest = min(fraction, key=lambda size: max(scale[0] - fraction[size], fraction[size] - scale[1]), default=self.grid)
+            fits = f"({min(scale[0], fraction.get(nearest, 1)):.3g}, {max(scale[1], fraction.get(nearest, 1)):.3g})"
             raise ValueError(
-                f"{name}={scale}: a grid of {H} x {W} cells has no block of such a share and of a height / width from {aspect[0]} to "
+                f"{name}={scale}: a grid of {H} x {W} cells has no block of such a fraction and of a height / width from {aspect[0]} to "
                 f"{aspect[1]}; the nearest is {nearest[0]} x {nearest[1]}: use a larger grid, or {name}={fits}"
             )
         return found
@@ -171,8 +172,8 @@ class MultiBlock:
         """Height and width of the targets and of the contexts, from a uniform number for each."""
         sizes = []
         for draw, scale, aspect in (target_draw, self.target_scale, self.target_aspect), (context_draw, self.context_scale, (1.0, 1.0)):
-            share, ratio = (low + draw * (high - low) for low, high in (scale, aspect))
-            area = int(self.cells * share)
+            fraction, ratio = (low + draw * (high - low) for low, high in (scale, aspect))
+            area = int(self.cells * fraction)
             sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             sizes.append(tuple(min(side, limit - 1) for side, limit in zip(sides, self.grid, strict=True)))
         return sizes[0], sizes[1]

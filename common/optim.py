@@ -7,10 +7,10 @@ from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
-from common.recipe import Stage
+from common.recipe import TrainConfig
 
 
-def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, stage: TrainConfig) -> torch.optim.Optimizer:
     """AdamW, SGD with Nesterov's momentum, or LARS with trust coefficient 0.001, on the model's trainable parameters.
 
     Biases and one-dimensional parameters have no weight decay (nor, with LARS, a trust ratio), and neither has what
@@ -43,19 +43,19 @@ class Schedule:
     """The learning rate and the weight decay of each step, set by `step_update(step)`. They depend on the step alone: nothing to save.
 
     lr(t) = lr0 + (lr - lr0) t / w for t < w, the steps of warm-up: at most half, so that a run shortened for a try still comes down. Then
-    min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, where T is the steps of `epochs`, or with `drops` a tenth after each of them;
+    min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, where T is the steps of `epochs`, or with `milestones` 0.1x after each;
     with `cosine_from_start`, timm's default, t / T in place of (t - w) / (T - w). Likewise the weight decay, from its value to
     the final one, over T. From `freeze_epoch`, or else from T on, t stands still: that is the cool-down.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, stage: Stage, steps_per_epoch: int):
+    def __init__(self, optimizer: torch.optim.Optimizer, stage: TrainConfig, steps_per_epoch: int):
         self.optimizer, self.stage, self.total = optimizer, stage, stage.epochs * steps_per_epoch
         self.last = self.total if stage.freeze_epoch is None else int(stage.freeze_epoch * steps_per_epoch)
         self.decays = [group["weight_decay"] for group in optimizer.param_groups]
         warmup = min(int(stage.warmup_epochs * steps_per_epoch), self.total // 2)
         common = {"warmup_t": warmup, "warmup_lr_init": stage.warmup_lr, "t_in_epochs": False}
-        if stage.drops:  # timm's drops come a step early
-            self.rate = MultiStepLRScheduler(optimizer, [epoch * steps_per_epoch + 1 for epoch in stage.drops], 0.1, **common)
+        if stage.milestones:  # timm's milestones come a step early
+            self.rate = MultiStepLRScheduler(optimizer, [epoch * steps_per_epoch + 1 for epoch in stage.milestones], 0.1, **common)
         else:
             start = 0 if stage.cosine_from_start else warmup
             self.rate = CosineLRScheduler(optimizer, self.total - start, lr_min=stage.min_lr, warmup_prefix=start > 0, **common)
@@ -64,7 +64,7 @@ class Schedule:
         step = min(step, self.last)
         self.rate.step_update(step)
         if self.stage.final_weight_decay is not None:
-            share = (1 + math.cos(math.pi * step / self.total)) / 2
+            fraction = (1 + math.cos(math.pi * step / self.total)) / 2
             for group, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
                 if decay:  # biases stay without
-                    group["weight_decay"] = self.stage.final_weight_decay + (decay - self.stage.final_weight_decay) * share
+                    group["weight_decay"] = self.stage.final_weight_decay + (decay - self.stage.final_weight_decay) * fraction

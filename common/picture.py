@@ -26,8 +26,8 @@ def draw_positions(
 ) -> None:
     """Write a picture with a row per image: the image, what the model saw, and its dropped patches where the model puts them.
 
-    cell (B, V) is the true cell of each visible patch, predicted (B, V) the model's, dropped (B, V) tells whose position was
-    dropped, framed (B, V) which have a golden frame in the middle, under the caption. Green frames are right, red ones wrong;
+    cell (B, V) is the true cell of each visible patch, predicted (B, V) the model's, dropped (B, V) is true where the position was
+    dropped, framed (B, V) where a patch has a golden frame in the middle column, under the caption. Green frames are right, red ones wrong;
     where several patches are put into one cell the last is drawn.
     """
     pixels_BCHW = _as_pixels(images_BCHW, data)
@@ -57,11 +57,13 @@ def draw_positions(
     figure.savefig(path, dpi=100)
 
 
-def draw_blocks(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_GBT: Tensor, alike_GBT: Tensor, data: Data, path: Path) -> None:
-    """Write a picture with a row per image: the image, its context, and each hidden block in colours of how well it is told.
+def draw_blocks(
+    images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_GBT: Tensor, similarity_GBT: Tensor, data: Data, path: Path
+) -> None:
+    """Write a picture with a row per image: the image, its context, and each target block coloured by its similarity.
 
-    context (B, M) and cell (G, B, T) are the cells of contexts and blocks; alike (G, B, T) is the cosine similarity of what the model
-    told of each hidden patch and what was true, from -1 to 1.
+    context (B, M) and cell (G, B, T) are the cells of contexts and blocks; similarity (G, B, T) is the cosine similarity of the predicted
+    and the target features of each hidden patch, from -1 to 1.
     """
     pixels_BCHW, columns = _as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
     patches_BNP = patchify(pixels_BCHW, patch)
@@ -69,25 +71,25 @@ def draw_blocks(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_GBT: T
     axes = figure.subplots(len(images_BCHW), 2 + len(cell_GBT), squeeze=False)
     for row, (image, patches, context) in enumerate(zip(pixels_BCHW, patches_BNP, context_BM, strict=True)):
         seen = _assemble(image, patch, zip(context.tolist(), patches[context], strict=True), columns)
-        titles = ["image", f"context: {len(context)} of {len(patches)}", *(f"mean {alike:.2f}" for alike in alike_GBT[:, row].mean(1))]
+        titles = ["image", f"context: {len(context)} of {len(patches)}", *(f"mean {mean:.2f}" for mean in similarity_GBT[:, row].mean(1))]
         for axis, title, shown in zip(axes[row], titles, [image, seen, *[image] * len(cell_GBT)], strict=True):
             axis.imshow(_channels_last(shown), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
             axis.set_title(title, fontsize=9)
-        for axis, cells, alike in zip(axes[row, 2:], cell_GBT[:, row], alike_GBT[:, row].float().cpu(), strict=True):
-            told = torch.full((images_BCHW.shape[-2] // patch, columns), torch.nan)
-            told.view(-1)[cells.cpu()] = alike
+        for axis, cells, similarity in zip(axes[row, 2:], cell_GBT[:, row], similarity_GBT[:, row].float().cpu(), strict=True):
+            shown = torch.full((images_BCHW.shape[-2] // patch, columns), torch.nan)
+            shown.view(-1)[cells.cpu()] = similarity
             extent = (-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
-            drawn = axis.imshow(told.numpy(), cmap="RdYlGn", vmin=-1, vmax=1, extent=extent, interpolation="nearest")
-    figure.colorbar(drawn, ax=axes, shrink=0.6, label="cosine similarity of told and true features")
+            drawn = axis.imshow(shown.numpy(), cmap="RdYlGn", vmin=-1, vmax=1, extent=extent, interpolation="nearest")
+    figure.colorbar(drawn, ax=axes, shrink=0.6, label="cosine similarity of predicted and target features")
     figure.savefig(path, dpi=100)
 
 
 def draw_tokens(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_BQ: Tensor, right_BQ: Tensor, data: Data, path: Path) -> None:
     """Write a picture with a row per image: the image, its context, and its hidden patches with their place in the order of prediction.
 
-    context (B, M) and cell (B, Q) are the cells that are seen and those that are predicted, in this order; right (B, Q) tells whether the
-    token of each is predicted right: then it has a green frame, else a red one.
+    context (B, M) and cell (B, Q) are the cells that are seen and those that are predicted, in this order; right (B, Q) is true where the
+    token is predicted correctly: a green frame, else a red one.
     """
     pixels_BCHW, columns = _as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
     patches_BNP = patchify(pixels_BCHW, patch)
@@ -102,8 +104,8 @@ def draw_tokens(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_BQ: Te
             axis.imshow(_channels_last(shown), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
             axis.set_title(title, fontsize=10)
-        for place, (cell, told) in enumerate(zip(cells, right, strict=True), 1):
-            colour = "limegreen" if told else "red"
+        for place, (cell, correct) in enumerate(zip(cells, right, strict=True), 1):
+            colour = "limegreen" if correct else "red"
             _frame(row[2], cell, columns, patch, colour)
             if len(patches) <= 64:  # more would not be legible
                 (top, left), middle = divmod(cell, columns), (patch - 1) / 2

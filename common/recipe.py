@@ -1,7 +1,7 @@
 """What a run is made of: a typed recipe, which a paper's recipe.py fills in and the command line overrides.
 
-A recipe is data. What it trains with (Stage), what it is judged by (Protocol) and what the method is given (`method`) are
-all in it, so the recipe.json of a run is the whole truth about its settings.
+A recipe is data. What it trains with (TrainConfig), what it is judged by (Protocol) and what the method is given (`method`) are
+all in it, so the recipe.json of a run has all of its settings.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def _refuse_unless(node: Any, whose: str, *checks: tuple[bool, str, str]) -> Non
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainConfig:
     """One training: how long, on what batches, with which optimizer. Raises RecipeError for a value that makes no sense by itself.
 
     What depends on data and devices is checked elsewhere: the batch size by common.train.device_batch, all by benchmarks.preflight.
@@ -54,7 +54,7 @@ class Stage:
     min_lr: float = 0.0  # where the half-cosine ends
     cooldown_epochs: int = 0  # more passes after `epochs`, in which rate and weight decay stay where they ended
     cosine_from_start: bool = False  # the half-cosine counts from step 0, warm-up in place of its beginning; else from the warm-up's end
-    drops: tuple[int, ...] = ()  # epochs after which the rate falls to a tenth, in place of the half-cosine
+    milestones: tuple[int, ...] = ()  # epochs after which the rate falls to a tenth, in place of the half-cosine
     optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's; LARS and SGD (Nesterov's) take the first as their momentum
     weight_decay: float = 0.05  # not on biases and one-dimensional parameters
@@ -69,13 +69,13 @@ class Stage:
     def __post_init__(self) -> None:
         counts = {"epochs": 1, "lr_batch": 1, "device_batch": 1, "cooldown_epochs": 0}
         rates = ("base_lr", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "final_weight_decay")
-        ascending = all(a < b for a, b in zip((0, *self.drops), self.drops, strict=False))
+        ascending = all(a < b for a, b in zip((0, *self.milestones), self.milestones, strict=False))
         _refuse_unless(
             self,
             "",
             *((getattr(self, name) >= least, name, f"give a whole number from {least} up") for name, least in counts.items()),
             *((getattr(self, name) is None or getattr(self, name) >= 0, name, "give a number from 0 up") for name in rates),
-            (ascending, "drops", "give epochs from 1 up in ascending order, each once"),
+            (ascending, "milestones", "give epochs from 1 up in ascending order, each once"),
             (all(0 <= beta < 1 for beta in self.betas), "betas", "give two numbers from 0 up, below 1"),
             (self.freeze_epoch is None or self.freeze_epoch > 0, "freeze_epoch", "give a number of epochs above 0, or null"),
             (self.layer_decay is None or 0 < self.layer_decay <= 1, "layer_decay", "give a factor above 0, at most 1, or null"),
@@ -92,7 +92,7 @@ class Stage:
 DEIT_CROPS = Augmentation(scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erase=0.25)
 # DeiT's supervised training (Touvron et al. 2021, Table 9; AdamW, as in its code without clipping), by which others fine-tune too.
 # Its ten epochs of cool-down at the lowest rate are left out, and its warm-up starts at 0, not 1e-6.
-DEIT = Stage(
+DEIT = TrainConfig(
     epochs=300,
     batch_size=1024,
     base_lr=5e-4,
@@ -107,18 +107,18 @@ DEIT_DROP_PATH = 0.1
 
 # The linear probe of VISSL, by which StoP is judged, with heads=("norm_affine", "linear") and layers=(1, 4): StoP's configurations of
 # ViT-B and L. 28 epochs are for ImageNet and CIFAR.
-VISSL_SGD = Stage(
+VISSL_SGD = TrainConfig(
     epochs=28,
     batch_size=256,
     base_lr=0.01,
-    drops=(8, 16, 24),
+    milestones=(8, 16, 24),
     optimizer="sgd",
     weight_decay=5e-4,
     augmentation=Augmentation(scale=(0.08, 1.0)),
 )
-# The same by LARS: I-JEPA (appendix A.2) tries rates=(1.0, 5.0, 0.1) and decays=(5e-4, 0.0); of 0.01 per 256 images, as StoP's
+# The same by LARS: I-JEPA (appendix A.2) tries lr_multipliers=(1.0, 5.0, 0.1) and decays=(5e-4, 0.0); of 0.01 per 256 images, as StoP's
 # configuration of ViT-H has its 0.1, and the paper does not say.
-VISSL_LARS = dataclasses.replace(VISSL_SGD, epochs=50, batch_size=16384, drops=(15, 30, 45), optimizer="lars")
+VISSL_LARS = dataclasses.replace(VISSL_SGD, epochs=50, batch_size=16384, milestones=(15, 30, 45), optimizer="lars")
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ class Protocol:
 
     The kinds: "finetune" trains all weights, "linear" linear layers on frozen features by SGD or the like, "logistic" one such layer to
     the optimum of a penalised likelihood; "knn" trains nothing, and "classify" counts the answers of a whole classifier as they are.
-    "linear" trains a layer for each of layers x heads x rates x decays at once, and the best is chosen as `choose_on` says.
+    "linear" trains a layer for each of layers x heads x lr_multipliers x decays at once, and the best is chosen as `choose_on` says.
     """
 
     name: str  # as it stands in results.csv
     kind: Literal["finetune", "linear", "logistic", "knn", "classify"]  # see above
-    stage: Stage | None = None  # how to train; logistic regression and k-NN have none
+    stage: TrainConfig | None = None  # how to train; logistic regression and k-NN have none
     labels_per_class: int | None = None  # train on so many labels per class, drawn with the run's seed; None = all
-    label_share: float | None = None  # or on this share of all labels, as equal per class as can be, drawn likewise
+    label_fraction: float | None = None  # or on this fraction of all labels, as equal per class as can be, drawn likewise
     label_list: str | None = None  # or on the images named in this file, one a line, by file name or class/file name
     pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
     layers: tuple[int, ...] = (1,)  # frozen: how many last blocks are concatenated, each after the final norm; several for linear only
@@ -149,28 +149,30 @@ class Protocol:
     smoothing: float = 0.0  # fine-tuning: label smoothing
     neighbours: int = 20  # k-NN: how many
     temperature: float = 0.07  # k-NN: of the similarity weights
-    statistics: Literal["train", "own"] = "train"  # logistic: whose mean and deviation standardise the test features
-    strength: float = 0.0025  # logistic: weight of half the squared norm beside the summed loss; scikit-learn's 1 / C
+    statistics: Literal["train", "own"] = "train"  # logistic: whose mean and std standardise the test features
+    l2: float = 0.0025  # logistic: weight of half the squared norm beside the summed loss; scikit-learn's 1 / C
     # linear: MAE's batch norm without parameters, VISSL's with, or none, before the layer; or a query that attends to the tokens
     heads: tuple[Literal["norm", "norm_affine", "linear", "attentive"], ...] = ("norm",)
-    rates: tuple[float, ...] = (1.0,)  # linear: multiples of the stage's learning rate
+    lr_multipliers: tuple[float, ...] = (1.0,)  # linear: multiples of the stage's learning rate
     decays: tuple[float, ...] = ()  # linear: weight decays; () = the stage's
     # linear, several classifiers: by which images the best is chosen. "held_out": a tenth of the labelled training images, on which none is
     # trained. "test": the test images on which it is then reported, as I-JEPA and StoP do; the rows are then called ..._on_test
     choose_on: Literal["held_out", "test"] = "held_out"
 
     def __post_init__(self) -> None:
-        labels = self.labels_per_class, self.label_share, self.label_list
+        labels = self.labels_per_class, self.label_fraction, self.label_list
         many = self.classifiers > 1
         shared = self.stage is not None and (self.stage.clip_norm is not None or self.stage.final_weight_decay is not None)
-        once = ((len(set(getattr(self, name))) == len(getattr(self, name)), name) for name in ("layers", "heads", "rates", "decays"))
+        once = (
+            (len(set(getattr(self, name))) == len(getattr(self, name)), name) for name in ("layers", "heads", "lr_multipliers", "decays")
+        )
         _refuse_unless(
             self,
             f"protocol {self.name}: ",
             (self.kind not in ("finetune", "linear") or self.stage is not None, "kind stage", "give it a stage to train by"),
-            (sum(value is not None for value in labels) <= 1, "labels_per_class label_share label_list", "at most one may be given"),
+            (sum(value is not None for value in labels) <= 1, "labels_per_class label_fraction label_list", "at most one may be given"),
             (self.labels_per_class is None or self.labels_per_class > 0, "labels_per_class", "give a whole number from 1 up"),
-            (self.label_share is None or 0 < self.label_share <= 1, "label_share", "give a share above 0, at most 1"),
+            (self.label_fraction is None or 0 < self.label_fraction <= 1, "label_fraction", "give a fraction above 0, at most 1"),
             (min(self.layers, default=0) > 0, "layers", "give numbers from 1 up"),
             (self.kind == "linear" or len(self.layers) == 1, "kind layers", "give one number of layers"),
             (self.kind != "finetune" or self.layers == (1,), "kind layers", "fine-tuning reads the last layer, (1,)"),
@@ -178,21 +180,25 @@ class Protocol:
             (0 <= self.drop_path < 1, "drop_path", "give a probability from 0 up, below 1"),
             (self.mixup >= 0, "mixup", "give a number above 0, or 0 for none"),
             (self.cutmix >= 0, "cutmix", "give a number above 0, or 0 for none"),
-            (0 <= self.smoothing < 1, "smoothing", "give a share from 0 up, below 1"),
+            (0 <= self.smoothing < 1, "smoothing", "give a fraction from 0 up, below 1"),
             (self.neighbours > 0, "neighbours", "give a whole number from 1 up"),
             (self.temperature > 0, "temperature", "give a number above 0"),
-            (self.strength > 0, "strength", "give a number above 0"),
+            (self.l2 > 0, "l2", "give a number above 0"),
             (len(self.heads) > 0, "heads", "name at least one"),
-            (min(self.rates, default=0) > 0, "rates", "give numbers above 0"),
+            (min(self.lr_multipliers, default=0) > 0, "lr_multipliers", "give numbers above 0"),
             (min(self.decays, default=0) >= 0, "decays", "give numbers from 0 up"),
             *((sound, name, "give each once") for sound, name in once),
-            (not (many and shared), "stage", "several layers, heads, rates or decays share no clip_norm and no final_weight_decay"),
+            (
+                not (many and shared),
+                "stage",
+                "several layers, heads, lr_multipliers or decays go without clip_norm and final_weight_decay",
+            ),
         )
 
     @property
     def classifiers(self) -> int:
-        """How many classifiers a linear probe trains: layers x heads x rates x decays."""
-        return len(self.layers) * len(self.heads) * len(self.rates) * max(1, len(self.decays))
+        """How many classifiers a linear probe trains: layers x heads x lr_multipliers x decays."""
+        return len(self.layers) * len(self.heads) * len(self.lr_multipliers) * max(1, len(self.decays))
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class Recipe:
     size: str  # of the encoder: a name of common.vit.SIZES; or any timm model by name, or a class of timm.models for one of another size
     image_size: int  # pixels
     patch_size: int | None  # pixels; None for a timm model as it is
-    pretrain: Stage
+    pretrain: TrainConfig
     protocols: tuple[Protocol, ...]
     method: dict[str, Any] = field(default_factory=dict)  # options of the paper's method
     encoder: dict[str, Any] = field(default_factory=dict)  # options of common.vit.ViT, or of the timm backbone
@@ -254,14 +260,27 @@ class Recipe:
         return encoder
 
 
-def as_json(recipe: Recipe | Stage | Protocol) -> dict:
+def as_json(recipe: Recipe | TrainConfig | Protocol) -> dict:
     """The recipe as JSON holds it (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
+# Names of settings until November 2026, and what they are called now.
+RENAMED = {
+    "drops": "milestones",
+    "label_share": "label_fraction",
+    "rates": "lr_multipliers",
+    "recompute": "grad_checkpointing",
+    "squeezed": "squash",
+    "strength": "l2",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known names, or all of them, or the first twenty of many."""
+    """The end of an error message: the new name, the nearest known names, or all of them, or the first twenty of many."""
     known = sorted(known)
+    if RENAMED.get(name) in known:
+        return f"it is now called {RENAMED[name]!r}"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known[:20])}{more}"
@@ -368,4 +387,7 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
             return float(value)
         if option in (int, str, bool, type(None)) and type(value) is option:
             return value
+    names = [part for option in options for part in typing.get_args(option) if typing.get_origin(option) is Literal]
+    if RENAMED.get(str(value)) in names:
+        raise RecipeError(f"{path}={value!r} does not fit; {nearest(value, names)}")
     raise RecipeError(f"{path}={value!r} does not fit; expected {hint.__name__ if isinstance(hint, type) else hint}")

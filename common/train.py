@@ -28,7 +28,7 @@ from common.data import Augmentation, Data, Loader, Split
 from common.optim import Schedule, make_optimizer
 from common.processes import close_connections, on_any_process, sum_over_processes
 from common.randomness import reseed
-from common.recipe import RecipeError, Stage
+from common.recipe import RecipeError, TrainConfig
 from common.run import Run, RunError, console
 from common.stopping import EXIT_STOPPED, Stopped, finish_first, stop_requested
 from common.vit import Block
@@ -81,22 +81,22 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
     return Fabric(accelerator=accelerator, plugins=[PlainCheckpointIO()], **options)
 
 
-def device_batch(stage: Stage, devices: int) -> int:
+def device_batch(stage: TrainConfig, devices: int) -> int:
     """Images given to one device at once: the largest whole part of the effective batch within the stage's `device_batch`.
 
-    Raises RecipeError where the effective batch cannot be shared out among the devices, and where it has no divisor near `device_batch`, so
+    Raises RecipeError where the effective batch cannot be divided among the devices, and where it has no divisor near `device_batch`, so
     that a step would be more than twice the micro-batches that are needed.
     """
-    share, rest = divmod(stage.batch_size, devices)
-    if rest or share < 1:
-        raise RecipeError(f"a batch of {stage.batch_size} cannot be shared out among {devices} devices; choose a multiple of {devices}")
-    size = max(size for size in range(1, min(share, stage.device_batch) + 1) if share % size == 0)
-    if share // size > 2 * math.ceil(share / stage.device_batch):
-        larger = next(size for size in range(stage.device_batch, share + 1) if share % size == 0)
-        near = devices * 2 ** int(math.log2(share))
+    per_device, rest = divmod(stage.batch_size, devices)
+    if rest or per_device < 1:
+        raise RecipeError(f"a batch of {stage.batch_size} cannot be divided among {devices} devices; choose a multiple of {devices}")
+    size = max(size for size in range(1, min(per_device, stage.device_batch) + 1) if per_device % size == 0)
+    if per_device // size > 2 * math.ceil(per_device / stage.device_batch):
+        larger = next(size for size in range(stage.device_batch, per_device + 1) if per_device % size == 0)
+        near = devices * 2 ** int(math.log2(per_device))
         raise RecipeError(
-            f"a batch of {stage.batch_size} on {devices} devices is {share // size} micro-batches of {size} images, as {share} has no "
-            f"larger divisor up to device_batch={stage.device_batch}; choose a batch of {near} or device_batch={larger}"
+            f"a batch of {stage.batch_size} on {devices} devices is {per_device // size} micro-batches of {size} images, as {per_device} "
+            f"has no larger divisor up to device_batch={stage.device_batch}; choose a batch of {near} or device_batch={larger}"
         )
     return size
 
@@ -104,7 +104,7 @@ def device_batch(stage: Stage, devices: int) -> int:
 def make_loader(
     fabric: Fabric,
     split: Split,
-    stage: Stage,
+    stage: TrainConfig,
     augmentation: Augmentation | None,
     *,
     data: Data,
@@ -139,7 +139,7 @@ def fit(
     run: Run,
     fabric: Fabric,
     model: nn.Module,
-    stage: Stage,
+    stage: TrainConfig,
     loader: Loader,
     seed: int,
     *,

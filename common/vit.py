@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block with optional LayerScale and stochastic depth. `recompute` as in ViT."""
+    """Pre-norm Transformer block with optional LayerScale and stochastic depth. `grad_checkpointing` as in ViT."""
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         relative: nn.Module | None = None,
-        recompute: bool = False,
+        grad_checkpointing: bool = False,
     ):
         super().__init__()
-        self.recompute = recompute
+        self.grad_checkpointing = grad_checkpointing
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, relative)
         self.ls1 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
@@ -110,7 +110,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, keys: int | None = None, queries: int | None = None, window: Window | None = None) -> Tensor:
         """`keys`, `queries` and `window` as in Attention; the tokens that ask come out."""
-        if self.recompute and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(self._forward, x_BTD, keys, queries, window, use_reentrant=False)
         return self._forward(x_BTD, keys, queries, window)
 
@@ -139,7 +139,7 @@ class ViT(nn.Module):
 
     image_size and patch_size in pixels; position is "sincos" (fixed, saved, never trained), "learned" (both added to the
     tokens), "relative" (added to the attention scores, a table per block, zero at first) or "none"; layer_scale is
-    LayerScale's initial value; drop_path the last block's stochastic-depth rate (linear from 0); with recompute the blocks keep
+    LayerScale's initial value; drop_path the last block's stochastic-depth rate (linear from 0); with grad_checkpointing the blocks keep
     no activations for the backward pass but compute them again: less memory, a third more time.
     Raises ValueError for sizes that do not fit together.
     """
@@ -158,7 +158,7 @@ class ViT(nn.Module):
         position: Literal["sincos", "learned", "relative", "none"] = "sincos",
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        recompute: bool = False,
+        grad_checkpointing: bool = False,
     ):
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -184,7 +184,9 @@ class ViT(nn.Module):
             self.pos_embed = None
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         relative = [RelPosBias(self.grid, heads, self.prefix_tokens) if self.relative else None for _ in rates]
-        blocks = (Block(width, heads, mlp_ratio, layer_scale, *options, recompute) for options in zip(rates, relative, strict=True))
+        blocks = (
+            Block(width, heads, mlp_ratio, layer_scale, *options, grad_checkpointing) for options in zip(rates, relative, strict=True)
+        )
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialise(self)

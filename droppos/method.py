@@ -22,7 +22,7 @@ from common.vit import ViT
 class DropPos(nn.Module):
     """DropPos around an encoder with a class token and a position embedding.
 
-    mask_ratio: share of patches hidden (gamma). position_mask_ratio: share of the visible ones whose position is dropped
+    mask_ratio: fraction of patches hidden (gamma). position_mask_ratio: fraction of the visible ones whose position is dropped
     (gamma_pos). sigma: width of position smoothing in cells, falling linearly to zero over `sigma_epochs` steps of one
     epoch each, or constant where that is None. smoothing: "paper" (true grid, every target sums to 1) or "released" (the
     official code's grid and normalisation, faults 7.1 and 7.2 of README.md). distance: "squared" as in the official code,

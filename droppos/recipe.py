@@ -7,7 +7,7 @@ import torch
 
 from common.data import Augmentation, Data
 from common.picture import draw_positions
-from common.recipe import DEIT_CROPS, Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT_CROPS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from droppos.method import DropPos
 
@@ -23,11 +23,11 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> DropPos:
 
 @torch.no_grad()
 def illustrate(method: DropPos, images: torch.Tensor, targets: torch.Tensor, data: Data, directory: Path) -> None:
-    """positions.png in the directory: the dropped patches of a few images (B, C, H, W) where the model puts them, beside the truth."""
+    """positions.png in the directory: the dropped patches of a few images (B, C, H, W) where the model puts them, beside the image."""
     named = method.eval()(images).named
     caption = f"{method.visible} of {method.cells} visible (framed: position dropped)"
-    told = named["cells"], named["predicted"], named["dropped"], named["dropped"]
-    draw_positions(images, method.encoder.patch_size, *told, caption, data, directory / "positions.png")
+    placed = named["cells"], named["predicted"], named["dropped"], named["dropped"]
+    draw_positions(images, method.encoder.patch_size, *placed, caption, data, directory / "positions.png")
 
 
 def digits() -> Recipe:
@@ -36,7 +36,7 @@ def digits() -> Recipe:
     Chosen by the experiments in README.md's log. Hardware: two CPU cores, under five minutes a seed. Expected, over three seeds:
     position top-1 about 52 (chance 6.25); with 5 labels per class about 75, from scratch 40; with 20, 93 and 62; with all, 99 and 97.
     """
-    pretrain = Stage(
+    pretrain = TrainConfig(
         epochs=200,
         batch_size=128,
         base_lr=6e-3,
@@ -69,7 +69,7 @@ def cifar10() -> Recipe:
     The paper's pre-training on a grid of 8 x 8, half of it visible: a quarter would leave 16 patches, 12 without position.
     Expected: not measured yet.
     """
-    pretrain = Stage(
+    pretrain = TrainConfig(
         epochs=400,
         batch_size=512,
         base_lr=7.5e-4,
@@ -118,7 +118,7 @@ def imagenet_vitb16_200() -> Recipe:
     `make reproduce PAPER=droppos DATA=/datasets/imagenet`. Expected top-1 after fine-tuning 83.0 (official README; a third party
     measured 82.91). Hardware: 64 RTX 2080 Ti, according to a reproducibility record; hours not published.
     """
-    pretrain = Stage(
+    pretrain = TrainConfig(
         epochs=200,
         batch_size=4096,
         base_lr=1.5e-4,
@@ -128,7 +128,7 @@ def imagenet_vitb16_200() -> Recipe:
         device_batch=256,
         augmentation=Augmentation(crop="resized", scale=(0.2, 1.0)),
     )
-    finetune = Stage(
+    finetune = TrainConfig(
         epochs=100,
         batch_size=1024,
         base_lr=1e-3,
@@ -177,7 +177,7 @@ def imagenet_vitl16_800() -> Recipe:
 
 
 # The official code has no linear probe; this is MAE's (its appendix A.1), on the mean of the patch tokens.
-_LINEAR = Stage(
+_LINEAR = TrainConfig(
     epochs=90,
     batch_size=16384,
     base_lr=0.1,

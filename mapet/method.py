@@ -41,7 +41,7 @@ class MaPeT(nn.Module):
 
     context: tokens that are always seen, the class token among them (the official `least_number`: 50 of 197). target_limit: the highest
     rank that is predicted (official `upper_limit`), by default that of the last patch. vocabulary: how many tokens the tokenizer has.
-    initialise: "official" (matrices, positions and placeholder truncated normal of deviation .02, the class token 1e-6, torch's own patch
+    initialise: "official" (matrices, positions and placeholder truncated normal of std .02, the class token 1e-6, torch's own patch
     convolution) or "mae" (the encoder as common.vit makes it for the other methods).
     Raises ValueError for an encoder without class token or positions and for numbers that leave nothing to see or to predict.
     """

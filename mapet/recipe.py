@@ -12,13 +12,13 @@ import torch
 
 from common.data import Augmentation, Data
 from common.picture import draw_tokens
-from common.recipe import DEIT_LABELS, Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from mapet.method import MaPeT
 from mapet.tokenizers import Tokenization, prepare_tokens
 
 # What benchmarks.speed times.
-VARIANTS = {"two streams": (), "recomputed": ("encoder.recompute=true",)}
+VARIANTS = {"two streams": (), "recomputed": ("encoder.grad_checkpointing=true",)}
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> MaPeT:
@@ -66,11 +66,11 @@ def digits() -> Recipe:
     over three seeds: k-NN 89, of a random encoder 40; with 5 labels per class 80, from scratch 28; with 20, 92 and 36; with all, 99 and 85.
     """
     still = Augmentation(crop="none", flip=0.0, color_jitter=0.4)
-    pretrain = Stage(
+    pretrain = TrainConfig(
         epochs=100, batch_size=128, base_lr=2e-3, lr_batch=128, warmup_epochs=10, min_lr=1e-5, clip_norm=3.0, augmentation=still
     )
     shifts = Augmentation(crop="padding", padding=1, flip=0.0)
-    finetune = Stage(epochs=60, batch_size=128, base_lr=2e-3, warmup_epochs=5, augmentation=shifts)
+    finetune = TrainConfig(epochs=60, batch_size=128, base_lr=2e-3, warmup_epochs=5, augmentation=shifts)
     common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     return Recipe(
         data=("digits",),
@@ -179,7 +179,7 @@ def _imagenet(size: str, **finetune) -> Recipe:
 
 
 # The official configurations. Tokens are of whole images, so images are neither cut nor mirrored.
-_PRETRAIN = Stage(
+_PRETRAIN = TrainConfig(
     epochs=300,
     batch_size=2048,
     base_lr=1.5e-3,
@@ -193,7 +193,7 @@ _PRETRAIN = Stage(
     device_batch=128,
     augmentation=Augmentation(crop="none", resize=224, flip=0.0, color_jitter=0.4),
 )
-_FINETUNE = Stage(
+_FINETUNE = TrainConfig(
     epochs=100,
     batch_size=512,
     base_lr=5e-4,

@@ -33,7 +33,7 @@ from common.vit import SIZES, vit
 
 RELEASED = {SIZES[size][0]: size for size in ("tiny", "small", "base")}  # by width
 TOLD_BY = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3, "blocks.0.attn.q.weight": 2, "head.weight": 2}  # dimensions
-CROP = 0.9  # share of the resized short side that is seen, in the official validate.py whatever its command line says
+CROP = 0.9  # fraction of the resized short side that is seen, in the official validate.py whatever its command line says
 PROGRESS_SECONDS = 20.0  # between two lines about how far it is
 
 
@@ -110,27 +110,27 @@ def validate(options: Options) -> dict[str, float]:
     data, resize = open_images(options.path, classes, options.skip_corrupt), int(side / CROP)
     protocol = Protocol(name="validate", kind="classify", resize=resize, interpolation="bicubic")
     images, seen, begun = len(data.val), 0, time.perf_counter()
-    told = begun
+    reported = begun
 
     def say(line: str) -> None:
         if fabric.is_global_zero:
             console.print(line, markup=False)
 
     def progress(_: nn.Module, given: tuple, __: object) -> None:
-        nonlocal told, seen
+        nonlocal reported, seen
         seen, now = seen + len(given[0]) * fabric.world_size, time.perf_counter()
-        if now - told > PROGRESS_SECONDS and seen < images:
-            rate, told = seen / (now - begun), now
+        if now - reported > PROGRESS_SECONDS and seen < images:
+            rate, reported = seen / (now - begun), now
             say(f"{seen} of {images} images, {rate:.1f} images/s, {(images - seen) / rate:.0f} s left")
 
     scaled = "with" if hasattr(encoder.blocks[0].ls1, "gamma") else "without"
-    network = f"ViT-{RELEASED[encoder.width]}/{encoder.patch_size} {scaled} LayerScale, {model.how} pooling, {classes} classes"
-    seeing = f"short side to {resize} px (bicubic), the central {side} px, ImageNet's mean and deviation"
+    network = f"ViT-{RELEASED[encoder.width]}/{encoder.patch_size} {scaled} LayerScale, {model.pool} pooling, {classes} classes"
+    seeing = f"short side to {resize} px (bicubic), the central {side} px, ImageNet's mean and std"
     counts, notes = dataclasses.replace(coverage, notes=()), "".join(f"; {note}" for note in coverage.notes)
     say(f"{options.checkpoint.name}: {counts} (of {held} in the file, q and kv fused){notes}; {network}; images: {seeing}")
     model.to(fabric.device).register_forward_hook(progress)
-    how = {"image_size": encoder.image_size, "batch_size": options.batch_size, "workers": options.workers}
-    (found,) = evaluate(model, data, protocol, fabric=fabric, **how)
+    loading = {"image_size": encoder.image_size, "batch_size": options.batch_size, "workers": options.workers}
+    (found,) = evaluate(model, data, protocol, fabric=fabric, **loading)
     spent = f"{time.perf_counter() - begun:.1f} s on {fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"
     say(f"{images} images of {data.name}: top-1 {found.top1:.3f} %, top-5 {found.top5:.3f} %, {spent}")
     return {"top1": found.top1, "top5": found.top5}

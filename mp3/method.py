@@ -18,14 +18,14 @@ from common.vit import ViT, initialise
 class MP3(nn.Module):
     """MP3 around an encoder that knows no positions.
 
-    eta: masking ratio, the share of the patches that are not context; the paper times 0.3, 0.5, 0.75 and 0.9 (Table 2).
+    eta: masking ratio, the fraction of the patches that are not context; the paper times 0.3, 0.5, 0.75 and 0.9 (Table 2).
     Raises ValueError for an encoder with positions, for an eta outside [0, 1) and for one that leaves no context.
     """
 
     def __init__(self, encoder: ViT, *, eta: float = 0.75):
         super().__init__()
         if encoder.pos_embed is not None or encoder.relative:
-            raise ValueError("MP3 predicts positions, so its encoder must not be told them: build it with position='none'")
+            raise ValueError("MP3 predicts positions, so its encoder must not receive them: build it with position='none'")
         self.encoder, self.cells = encoder, encoder.grid[0] * encoder.grid[1]
         self.context = kept_tokens(self.cells, eta, "eta")
         self.head = nn.Linear(encoder.width, self.cells)

@@ -12,7 +12,7 @@ import torch
 
 from common.data import Augmentation, Data
 from common.picture import draw_positions
-from common.recipe import DEIT, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from mp3.method import MP3
 
@@ -28,13 +28,13 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> MP3:
 
 @torch.no_grad()
 def illustrate(method: MP3, images: torch.Tensor, targets: torch.Tensor, data: Data, directory: Path) -> None:
-    """positions.png in the directory: all patches of a few images (B, C, H, W) where the model puts them, beside the truth."""
+    """positions.png in the directory: all patches of a few images (B, C, H, W) where the model puts them, beside the image."""
     named = method.eval()(images).named
     every = torch.ones_like(named["cells"], dtype=torch.bool)
     context = (torch.arange(method.cells) < method.context).expand(len(images), -1)
     caption = f"{method.context} of {method.cells} are context (framed)"
-    told = named["cells"], named["predicted"], every, context
-    draw_positions(images, method.encoder.patch_size, *told, caption, data, directory / "positions.png")
+    placed = named["cells"], named["predicted"], every, context
+    draw_positions(images, method.encoder.patch_size, *placed, caption, data, directory / "positions.png")
 
 
 def digits() -> Recipe:
@@ -44,7 +44,7 @@ def digits() -> Recipe:
     experiments in README.md's log. Hardware: two CPU cores, nine minutes a seed. Expected, over three seeds: position top-1 about 45
     (chance 6.25); with all labels and no, absolute, 2-D relative positions 80, 96, 91 (scratch 38, 84, 50); 20 per class 69 (46).
     """
-    pretrain = Stage(
+    pretrain = TrainConfig(
         epochs=200,
         batch_size=128,
         base_lr=6e-3,
@@ -80,7 +80,7 @@ def cifar10() -> Recipe:
     73.4, 75.0. Patch 4 is the unofficial fork's; eta, learning rate, batch, augmentation and the epochs of fine-tuning are chosen.
     Expected of ours: not measured yet.
     """
-    pretrain = Stage(
+    pretrain = TrainConfig(
         epochs=2000,
         batch_size=1024,
         base_lr=5e-4,
@@ -133,7 +133,7 @@ def imagenet_vitb16() -> Recipe:
     ones. We had no access to the paper's table, so there is no published number to meet. eta is the one of Table 2 at which MP3 and MAE
     cost the same; learning rate, batch and augmentation are chosen. Expected of ours: not measured yet.
     """
-    pretrain = Stage(
+    pretrain = TrainConfig(
         epochs=100,
         batch_size=4096,
         base_lr=1.5e-4,
@@ -155,7 +155,7 @@ def imagenet_vitb16() -> Recipe:
     )
 
 
-def _table3(stage: Stage, **options: Any) -> tuple[Protocol, ...]:
+def _table3(stage: TrainConfig, **options: Any) -> tuple[Protocol, ...]:
     """Fine-tuning with each of Table 3's positions, which pre-training did without."""
     positions = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
     return tuple(Protocol(f"finetune_{name}", "finetune", stage, position=p, **options) for name, p in positions.items())

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from common.data import Augmentation
-from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from positional_label.method import PositionalLabel, PositionalMAE
 
 # What benchmarks.speed times, without blending: the models of the two releases.
@@ -50,7 +50,7 @@ def digits() -> Recipe:
     swin = ("size=SwinTransformer", "patch_size=1", "encoder.embed_dim=48", *_DEPTHS, "encoder.window_size=4")
     nest = ("size=Nest", "patch_size=1", "encoder.embed_dims=[48, 96]", *_DEPTHS, "encoder.num_levels=2")
     arms = _arms("vit", *vit, *_MEAN_POOLED) | _arms("deit", *vit) | _swin_arms(*swin) | _arms("nest", *nest)
-    stage = Stage(epochs=60, batch_size=64, base_lr=6e-3, warmup_epochs=5, clip_norm=5.0, augmentation=_SHIFTS)
+    stage = TrainConfig(epochs=60, batch_size=64, base_lr=6e-3, warmup_epochs=5, clip_norm=5.0, augmentation=_SHIFTS)
     return _recipe("digits", 8, stage, arms, {"smoothing": 0.1}, drop_path=0.1)
 
 
@@ -144,7 +144,7 @@ def digits_mae() -> Recipe:
     Encoder, decoder and budget of the baseline's digits recipe. Hardware: two CPU cores. Expected top-1 alone, +apl, +rpl: fine-tuning 99,
     99, 99; with 20 labels per class 90, 86, 88.
     """
-    pretrain = Stage(epochs=200, batch_size=128, base_lr=6e-3, warmup_epochs=10, betas=(0.9, 0.95), augmentation=_SHIFTS)
+    pretrain = TrainConfig(epochs=200, batch_size=128, base_lr=6e-3, warmup_epochs=10, betas=(0.9, 0.95), augmentation=_SHIFTS)
     tune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
     common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     protocols = (
@@ -161,7 +161,7 @@ def imagenet_mae() -> Recipe:
 
     Settings of MAE's Tables 8 and 9; our reading of "combine with". No number of it could be read. Expected of ours: not measured yet.
     """
-    pretrain = Stage(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
+    pretrain = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
     tune = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
     finetune = Protocol("finetune", "finetune", tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
     return Recipe(("folder",), "base", 224, 16, pretrain, (finetune,), arms=_arms("mae"))
@@ -177,7 +177,7 @@ def _swin_arms(*changes: str) -> dict[str, tuple[str, ...]]:
     return _arms("swin", *changes) | _arms("swin_released", *changes, "method.swin=released")
 
 
-def _recipe(data: str, pixels: int, stage: Stage, arms: dict[str, tuple[str, ...]], labels: dict, drop_path: float) -> Recipe:
+def _recipe(data: str, pixels: int, stage: TrainConfig, arms: dict[str, tuple[str, ...]], labels: dict, drop_path: float) -> Recipe:
     """Supervised training of the arms; the size stands in each of them."""
     own = {"method": dict(labels), "encoder": {"drop_path_rate": drop_path}, "supervised": True}
     size = next(iter(arms.values()))[0].partition("=")[2]
@@ -189,7 +189,7 @@ def _mini(recipe: Recipe) -> Recipe:
 
 
 # Both releases train for 150 epochs, half of Swin's, and clip gradients. Their colour jitter is not in effect beside RandAugment.
-_RELEASED = Stage(
+_RELEASED = TrainConfig(
     epochs=150,
     batch_size=512,
     base_lr=5e-4,

@@ -18,9 +18,9 @@ def rankme(feature_BND: Tensor) -> Tensor:
     """The effective rank of the images' mean features, 1 to min(B, D): the exponential of the entropy of their singular values (Garrido
     et al. 2023). NaN for features that are not finite, which torch.linalg.svdvals would refuse with an error."""
     mean_BD = feature_BND.mean(1)
-    share = torch.linalg.svdvals(mean_BD.nan_to_num(0.0, 0.0, 0.0))
-    share = share / share.sum()
-    return torch.special.entr(share).sum().exp().where(mean_BD.isfinite().all(), math.nan)
+    singular = torch.linalg.svdvals(mean_BD.nan_to_num(0.0, 0.0, 0.0))
+    fraction = singular / singular.sum()
+    return torch.special.entr(fraction).sum().exp().where(mean_BD.isfinite().all(), math.nan)
 
 
 SPREAD = {"feature_std": feature_std, "rankme": rankme}

@@ -43,7 +43,7 @@ class Predictor(nn.Module):
         else:
             self.pos_embed = nn.Parameter(torch.empty(1, cells, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_token else None
-        self.blocks = nn.Sequential(*(Block(width, heads, recompute=first.recompute) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, grad_checkpointing=first.grad_checkpointing) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, encoder.width)
         initialise(self)
@@ -65,7 +65,7 @@ class StoP(nn.Module):
     units of encoder features. covariance: noise through the context's projection ("tied", equation 6) or straight into the predictor
     ("fixed", Figure 3). position: the predictor's, "sincos" or "learned" (Table 6). masks: "uniform" or "released", with
     target_scale and the like as in common.masking.MultiBlock. momentum: of the target encoder at first; it rises linearly to 1.
-    init_std, patch_std: deviations of all matrices and of the patch embedding at first; .02 is too little for narrow ViTs or small patches.
+    init_std, patch_std: stds of all matrices and of the patch embedding at first; .02 is too little for narrow ViTs or small patches.
     Raises ValueError for values that make no sense and, as MultiBlock, for a grid that is too small.
     """
 

@@ -13,7 +13,7 @@ import torch
 
 from common.data import Augmentation, Data
 from common.picture import draw_blocks
-from common.recipe import DEIT_CROPS, VISSL_LARS, VISSL_SGD, Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT_CROPS, VISSL_LARS, VISSL_SGD, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from stop.method import StoP
 
@@ -22,7 +22,7 @@ VARIANTS = {
     "I-JEPA": ("method.mode=paper", "method.noise=none"),
     "released": (),
     "paper": ("method.mode=paper",),
-    "released, recomputed": ("encoder.recompute=true",),
+    "released, recomputed": ("encoder.grad_checkpointing=true",),
 }
 _ARMS = {"ijepa": ("method.mode=paper", "method.noise=none"), "ijepa+stop": ()}
 
@@ -35,21 +35,21 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> StoP:
 
 @torch.no_grad()
 def illustrate(method: StoP, images: torch.Tensor, targets: torch.Tensor, data: Data, directory: Path) -> None:
-    """blocks.png in the directory: a few images (B, C, H, W), their contexts, and how close the predicted features come."""
+    """blocks.png in the directory: images (B, C, H, W), their contexts, and the similarity of the predicted features to the targets."""
     named = method.eval()(images).named
-    alike = torch.nn.functional.cosine_similarity(named["pred"], named["target"], dim=-1)
-    draw_blocks(images, method.encoder.patch_size, named["context"], named["cells"], alike, data, directory / "blocks.png")
+    similarity = torch.nn.functional.cosine_similarity(named["pred"], named["target"], dim=-1)
+    draw_blocks(images, method.encoder.patch_size, named["context"], named["cells"], similarity, data, directory / "blocks.png")
 
 
 def digits() -> Recipe:
     """scikit-learn's handwritten digits: `make reproduce PAPER=stop`. Ours; no paper has it.
 
-    Enlarged to 12 px, for a grid of 6 x 6 cells: the smallest that has blocks of the papers' shares. Chosen by the experiments in
+    Enlarged to 12 px, for a grid of 6 x 6 cells: the smallest that has blocks of the papers' fractions. Chosen by the experiments in
     README.md's log. Hardware: two CPU cores, five minutes an arm. Expected, over three seeds, of I-JEPA, StoP and a random encoder:
     k-NN 87, 86, 78; logistic regression with 20 labels per class 92, 91, 85; linear probe of the last layer, the best on the test images
     (`--set linear.choose_on=test`), 97, 97, 94, and the best on held-out images: not measured yet.
     """
-    pretrain = Stage(
+    pretrain = TrainConfig(
         epochs=100,
         batch_size=64,
         base_lr=2.5e-4,
@@ -59,14 +59,14 @@ def digits() -> Recipe:
         augmentation=Augmentation(scale=(0.4, 1.0), flip=0.0),
     )
     still = Augmentation(crop="none", flip=0.0)
-    linear = Stage(50, 128, 1.0, 128, drops=(20, 40), optimizer="sgd", weight_decay=5e-4, augmentation=still)
+    linear = TrainConfig(50, 128, 1.0, 128, milestones=(20, 40), optimizer="sgd", weight_decay=5e-4, augmentation=still)
     protocols = (
-        Protocol("linear", "linear", linear, layers=(1, 4), heads=("norm_affine", "linear"), rates=(1.0, 0.3, 0.1)),
+        Protocol("linear", "linear", linear, layers=(1, 4), heads=("norm_affine", "linear"), lr_multipliers=(1.0, 0.3, 0.1)),
         Protocol("logistic_20_per_class", "logistic", labels_per_class=20),
         Protocol("knn", "knn"),
     )
     method = {"context_ratio": 0.3, "momentum": 0.998, "predictor_width": 96, "predictor_depth": 3}
-    # The deviations keep what comes out as large as the papers' .02 does at 768 channels and patches of 768 numbers.
+    # The stds keep what comes out as large as the papers' .02 does at 768 channels and patches of 768 numbers.
     method |= {"init_std": 0.057, "patch_std": 0.28}
     return Recipe(("digits",), "micro", 12, 2, pretrain, protocols, method, {"class_token": False}, arms=_ARMS)
 
@@ -79,7 +79,7 @@ def cifar10() -> Recipe:
     pretrain = replace(_BASE, epochs=400, batch_size=512, base_lr=4e-4, lr_batch=512, warmup_lr=1e-4, min_lr=5e-5, device_batch=512)
     pretrain = replace(pretrain, augmentation=Augmentation(scale=(0.3, 1.0), interpolation="bilinear"))
     linear = replace(_LINEAR, stage=replace(VISSL_SGD, augmentation=Augmentation(crop="padding", padding=4)))
-    logistic = Protocol("logistic_1pct", "logistic", label_share=0.01)
+    logistic = Protocol("logistic_1pct", "logistic", label_fraction=0.01)
     method = {"init_std": 0.028, "patch_std": 0.08, "predictor_width": 192}
     data, protocols = ("cifar10", "cifar100"), (linear, logistic, Protocol("knn", "knn"))
     return Recipe(data, "small", 32, 4, pretrain, protocols, method, {"class_token": False}, arms=_ARMS)
@@ -103,8 +103,8 @@ def imagenet_vitl16() -> Recipe:
     """
     # StoP gives no recipe for fine-tuning on 1 %; this is I-JEPA's for its ViT-L/16 (appendix A.2).
     crops = replace(DEIT_CROPS, erase=0.0)
-    stage = Stage(50, 512, 3e-5, 512, weight_decay=0.05, layer_decay=0.75, device_batch=64, augmentation=crops)
-    tuned = Protocol("finetune_1pct", "finetune", stage, label_share=0.01, smoothing=0.1)
+    stage = TrainConfig(50, 512, 3e-5, 512, weight_decay=0.05, layer_decay=0.75, device_batch=64, augmentation=crops)
+    tuned = Protocol("finetune_1pct", "finetune", stage, label_fraction=0.01, smoothing=0.1)
     base = imagenet_vitb16()
     return replace(base, size="large", method=base.method | {"predictor_depth": 12}, protocols=(*base.protocols, tuned))
 
@@ -118,7 +118,7 @@ def imagenet_vith16() -> Recipe:
     pretrain = replace(_BASE, epochs=300, base_lr=1e-3, min_lr=1e-6, warmup_epochs=40, freeze_epoch=250)
     large = imagenet_vitl16()
     # Configuration `vit_h16_no_cls`: LARS at .1 and .01 per 256 images.
-    linear = replace(_LINEAR, stage=VISSL_LARS, rates=(10.0, 1.0), decays=(5e-4, 0.0))
+    linear = replace(_LINEAR, stage=VISSL_LARS, lr_multipliers=(10.0, 1.0), decays=(5e-4, 0.0))
     protocols = (linear, *imagenet_vitb16().protocols[1:])
     return replace(large, size="huge", pretrain=pretrain, protocols=protocols, method=large.method | {"sigma": 0.2})
 
@@ -168,19 +168,19 @@ def transfer_cifar100() -> Recipe:
 
 def transfer_places205() -> Recipe:
     """Likewise on Places205: `DATA=/datasets/places205 RECIPE=transfer_places205`. Published: StoP 54.3, I-JEPA 53.4."""
-    return _transfer(replace(VISSL_SGD, epochs=14, drops=(4, 8, 12)))
+    return _transfer(replace(VISSL_SGD, epochs=14, milestones=(4, 8, 12)))
 
 
 def transfer_inat18() -> Recipe:
     """Likewise on iNaturalist 2018: `DATA=/datasets/inat18 RECIPE=transfer_inat18`. Published: StoP 44.7, I-JEPA 43.4."""
-    return _transfer(replace(VISSL_SGD, epochs=84, drops=(24, 48, 72)))
+    return _transfer(replace(VISSL_SGD, epochs=84, milestones=(24, 48, 72)))
 
 
 def transfer_clevr_count() -> Recipe:
     """Likewise on CLEVR/Count, 8 classes, whole images: `DATA=/datasets/clevr-count RECIPE=transfer_clevr_count`.
 
     Published: StoP 83.7, I-JEPA 82.2."""
-    return _transfer(replace(VISSL_SGD, epochs=50, drops=(), min_lr=1e-4, augmentation=_WHOLE), resize=0)
+    return _transfer(replace(VISSL_SGD, epochs=50, milestones=(), min_lr=1e-4, augmentation=_WHOLE), resize=0)
 
 
 def transfer_clevr_dist() -> Recipe:
@@ -188,15 +188,15 @@ def transfer_clevr_dist() -> Recipe:
     return _transfer(replace(transfer_clevr_count().protocols[0].stage, epochs=100), resize=0)
 
 
-def _transfer(stage: Stage, resize: int | None = None) -> Recipe:
+def _transfer(stage: TrainConfig, resize: int | None = None) -> Recipe:
     return replace(imagenet_vitb16(), protocols=(replace(_LINEAR, stage=stage, resize=resize),), arms={})
 
 
 _CROPS = Augmentation(scale=(0.3, 1.0), interpolation="bilinear", grey=0.2, blur=0.5)
-_WHOLE = Augmentation(crop="squeezed")
+_WHOLE = Augmentation(crop="squash")
 # Tables 10 and 11. Rates are absolute: the paper scales none with the batch. device_batch is a GPU's share of the paper, on which the
 # length of the released contexts depends.
-_BASE = Stage(
+_BASE = TrainConfig(
     epochs=600,
     batch_size=2048,
     base_lr=8e-4,
@@ -213,6 +213,6 @@ _RELEASED = {"mode": "released", "masks": "released"}
 _LINEAR = Protocol("linear", "linear", VISSL_SGD, layers=(1, 4), heads=("norm_affine", "linear"))
 _IMAGENET = (
     _LINEAR,
-    Protocol("logistic_1pct", "logistic", label_share=0.01, interpolation="bilinear"),
-    Protocol("logistic_1pct_released", "logistic", label_share=0.01, interpolation="bilinear", resize=224, statistics="own"),
+    Protocol("logistic_1pct", "logistic", label_fraction=0.01, interpolation="bilinear"),
+    Protocol("logistic_1pct_released", "logistic", label_fraction=0.01, interpolation="bilinear", resize=224, statistics="own"),
 )

@@ -133,14 +133,14 @@ def test_squeezed_images_are_whole_in_training_and_in_evaluation_whatever_their_
     image = Image.new("RGB", (60, 20))
     image.paste((255, 0, 0), (0, 0, 6, 20))
     data = replace(open_data("digits"), image_size=None)
-    for crop, side, kept in (("squeezed", 0, True), ("none", None, False)):
+    for crop, side, kept in (("squash", 0, True), ("none", None, False)):
         for augmentation in (Augmentation(crop=crop, flip=0.0), None):
             seen = worker_transform(augmentation, data, (20, 20), side)(image)
             assert seen.shape == (3, 20, 20) and (seen[0, :, 0] > 200).all().item() == kept
 
 
 @pytest.mark.parametrize(
-    "options", [{"crop": "none"}, {"crop": "none", "resize": 112}, {"crop": "none", "resize": 150}, {"crop": "squeezed"}]
+    "options", [{"crop": "none"}, {"crop": "none", "resize": 112}, {"crop": "none", "resize": 150}, {"crop": "squash"}]
 )
 @pytest.mark.parametrize("shape", [(300, 200), (201, 333)])
 def test_evaluation_can_show_what_training_shows_of_a_whole_image(options, shape):

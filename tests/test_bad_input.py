@@ -41,8 +41,8 @@ def test_epochs_that_are_no_number_from_1_up_are_refused_by_value(capsys, epochs
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["linear.label_share=2"], "label_share=2.0 makes no sense: give a share above 0, at most 1"),
-        (["linear.label_share=0.005"], "share of 0.005 is 7 of 1437 labels, for 10 classes"),
+        (["linear.label_fraction=2"], "label_fraction=2.0 makes no sense: give a fraction above 0, at most 1"),
+        (["linear.label_fraction=0.005"], "fraction of 0.005 is 7 of 1437 labels, for 10 classes"),
         (["finetune_5_per_class.labels_per_class=500"], "ask for at most"),
         (["knn.label_list={}"], "list.txt lists images by name, and these have none"),
         (["knn.resize=16"], "resized to 16 pixels, but these have one size"),
@@ -67,10 +67,10 @@ def test_sizes_and_ratios_that_leave_nothing_are_refused_with_their_values(capsy
     assert "image size 8 x 8 is not a multiple of the patch size 3" in refused(capsys, "droppos", "--set", "patch_size=3", *out)
     assert "mask_ratio=0.99 leaves none of the 16 tokens" in refused(capsys, "droppos", "--set", "method.mask_ratio=0.99", *out)
     assert "position_mask_ratio=0 drops no position" in refused(capsys, "droppos", "--set", "method.position_mask_ratio=0", *out)
-    assert "eta='half' is not a share between 0 and 1" in refused(capsys, "mp3", "--set", "method.eta=half", *out)
+    assert "eta='half' is not a fraction between 0 and 1" in refused(capsys, "mp3", "--set", "method.eta=half", *out)
     assert "eta=1.0 leaves none of the 16 tokens" in refused(capsys, "mp3", "--set", "method.eta=1.0", *out)
-    assert "eta=-0.5 is not a share between 0 and 1" in refused(capsys, "mp3", "--set", "method.eta=-0.5", *out)
-    assert "must not be told them: build it with position=" in refused(capsys, "mp3", "--set", "encoder.position=learned", *out)
+    assert "eta=-0.5 is not a fraction between 0 and 1" in refused(capsys, "mp3", "--set", "method.eta=-0.5", *out)
+    assert "must not receive them: build it with position=" in refused(capsys, "mp3", "--set", "encoder.position=learned", *out)
     too_large = refused(capsys, "droppos", "--set", "pretrain.batch_size=4096", *out)
     assert "1437" in too_large and "4096" in too_large
 

@@ -9,16 +9,16 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy, own_metrics, pool
+from common.evaluate import Classifier, LinearProbe, accuracy, features, knn_accuracy, own_metrics, pool_tokens
 from common.method import Output
 from common.optim import make_optimizer
-from common.recipe import Protocol, Stage
+from common.recipe import Protocol, TrainConfig
 from common.run import RunError
 from common.train import make_fabric
 from common.vit import ViT
 
 CPU = Fabric(accelerator="cpu", devices=1)
-STAGE = Stage(epochs=1, batch_size=6, base_lr=1.0)
+STAGE = TrainConfig(epochs=1, batch_size=6, base_lr=1.0)
 CLASSES = 7
 
 
@@ -119,11 +119,11 @@ def test_without_an_encoder_the_features_are_the_pixels():
 
 def test_pooling_takes_the_patches_mean_or_the_class_token():
     tokens = torch.randn(2, 5, 16)
-    assert torch.equal(pool(tokens, encoder(), "mean"), tokens[:, 1:].mean(1))
-    assert torch.equal(pool(tokens, encoder(), "class"), tokens[:, 0])
-    assert torch.equal(pool(tokens, encoder(class_token=False), "mean"), tokens.mean(1))
+    assert torch.equal(pool_tokens(tokens, encoder(), "mean"), tokens[:, 1:].mean(1))
+    assert torch.equal(pool_tokens(tokens, encoder(), "class"), tokens[:, 0])
+    assert torch.equal(pool_tokens(tokens, encoder(class_token=False), "mean"), tokens.mean(1))
     with pytest.raises(ValueError, match="pool='class' .*pool='mean'"):
-        pool(tokens, encoder(class_token=False), "class")
+        pool_tokens(tokens, encoder(class_token=False), "class")
 
 
 # ---- fine-tuning

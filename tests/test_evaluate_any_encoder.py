@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from common.data import open_data
 from common.evaluate import PROTOCOLS, evaluate, knn_accuracy
-from common.recipe import Protocol, RecipeError, Stage
+from common.recipe import Protocol, RecipeError, TrainConfig
 from common.train import make_fabric
 from common.vit import vit
 
-STAGE = Stage(epochs=1, batch_size=64, base_lr=0.01)
+STAGE = TrainConfig(epochs=1, batch_size=64, base_lr=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.data import Loader, open_data
-from common.evaluate import features, logistic_accuracy, pool
+from common.evaluate import features, logistic_accuracy, pool_tokens
 from common.evaluate.frozen import fingerprint, fit_logistic, standardise
 from common.run import RunError
 from common.vit import ViT
@@ -51,14 +51,14 @@ def test_more_blocks_than_there_are_or_none_are_refused(count):
         encoder().last_blocks(torch.randn(1, 1, 8, 8), count)
 
 
-@pytest.mark.parametrize("how", ["mean", "class"])
-def test_features_of_several_layers_lie_side_by_side_the_last_one_last(how):
+@pytest.mark.parametrize("pool", ["mean", "class"])
+def test_features_of_several_layers_lie_side_by_side_the_last_one_last(pool):
     model, batches = encoder(), loader()
-    found, _ = features(CPU, model, batches, how, 2)
+    found, _ = features(CPU, model, batches, pool, 2)
     images = torch.cat([images for images, _ in batches.epoch(0)])
-    expected = torch.cat([pool(tokens, model, how) for tokens in model.eval().last_blocks(images, 2)], 1)
+    expected = torch.cat([pool_tokens(tokens, model, pool) for tokens in model.eval().last_blocks(images, 2)], 1)
     torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
-    assert torch.allclose(found[:, 16:], features(CPU, model, batches, how)[0], atol=1e-6)
+    assert torch.allclose(found[:, 16:], features(CPU, model, batches, pool)[0], atol=1e-6)
 
 
 # ---- the cache
@@ -179,12 +179,12 @@ def problem(classes: int, count: int = 120, width: int = 6) -> tuple[Tensor, Ten
     return x @ torch.randn(width, width, generator=g), y
 
 
-def newton(x_ND: Tensor, y_N: Tensor, classes: int, strength: float) -> Tensor:
-    """The minimum of mean cross-entropy + strength / n |W|^2 / 2, by Newton's method on the whole Hessian, from autograd."""
+def newton(x_ND: Tensor, y_N: Tensor, classes: int, l2: float) -> Tensor:
+    """The minimum of mean cross-entropy + l2 / n |W|^2 / 2, by Newton's method on the whole Hessian, from autograd."""
     x, shape = x_ND.double(), (classes, x_ND.shape[1])
 
     def objective(w: Tensor) -> Tensor:
-        return F.cross_entropy(x @ w.view(shape).T, y_N) + strength / len(x) / 2 * w.square().sum()
+        return F.cross_entropy(x @ w.view(shape).T, y_N) + l2 / len(x) / 2 * w.square().sum()
 
     w = torch.zeros(shape, dtype=torch.float64).flatten()
     for _ in range(60):
@@ -198,12 +198,12 @@ def newton(x_ND: Tensor, y_N: Tensor, classes: int, strength: float) -> Tensor:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
-@pytest.mark.parametrize("strength", [0.0025, 1.0])
-def test_the_weights_are_those_of_the_papers_objective(classes, strength):
+@pytest.mark.parametrize("l2", [0.0025, 1.0])
+def test_the_weights_are_those_of_the_papers_objective(classes, l2):
     x, y = problem(classes)
-    found, converged = fit_logistic(x, y, classes, strength)
+    found, converged = fit_logistic(x, y, classes, l2)
     assert converged and found.shape == (classes, 6)
-    torch.testing.assert_close(found, newton(x, y, classes, strength), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, newton(x, y, classes, l2), atol=1e-4, rtol=0)
 
 
 def test_turning_the_features_changes_nothing():
@@ -231,8 +231,8 @@ def test_a_constant_feature_counts_for_nothing(value):
     for statistics in ("train", "own"):
         standard, seen = standardise(spoiled, spoiled[:7], statistics)
         assert (standard[:, -1].abs() < 1e-6).all() and (seen[:, -1].abs() < 1e-6).all()
-    plain = logistic_accuracy(x, y, x, y, classes=3, strength=0.0025)
-    assert logistic_accuracy(spoiled, y, spoiled, y, classes=3, strength=0.0025) == plain and 50 < plain["top1"] < 100
+    plain = logistic_accuracy(x, y, x, y, classes=3, l2=0.0025)
+    assert logistic_accuracy(spoiled, y, spoiled, y, classes=3, l2=0.0025) == plain and 50 < plain["top1"] < 100
 
 
 def test_a_feature_that_varies_by_rounding_alone_is_not_blown_up():
@@ -246,7 +246,7 @@ def test_a_feature_that_varies_by_rounding_alone_is_not_blown_up():
 def test_statistics_of_their_own_help_test_features_that_are_shifted_and_that_is_why_it_is_not_the_default():
     x, y = problem(7)
     shifted = 3 * x + 5
-    options = {"classes": 7, "strength": 0.0025}
+    options = {"classes": 7, "l2": 0.0025}
     plain, own = (logistic_accuracy(x, y, shifted, y, **options, statistics=how) for how in ("train", "own"))
     assert own == logistic_accuracy(x, y, x, y, **options) and own["top1"] > plain["top1"] + 10
     assert logistic_accuracy(x, y, shifted, y, **options) == plain
@@ -265,7 +265,7 @@ def test_a_regression_on_features_that_are_not_finite_is_no_number(part):
     given = [x.clone(), y, x.clone(), y]
     given[part][7, 2] = float("inf")
     with pytest.raises(RunError, match="features of 1 of 120 images are not finite, the first is number 7"):
-        logistic_accuracy(*given, classes=4, strength=0.0025)
+        logistic_accuracy(*given, classes=4, l2=0.0025)
     with pytest.raises(RunError, match="not finite"):
         fit_logistic(given[part], y, 4, 0.0025)
 
@@ -275,4 +275,4 @@ def test_a_fit_that_is_cut_short_says_so_and_warns_nobody_else(monkeypatch):
     x, y = problem(5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not logistic_accuracy(x, y, x, y, classes=5, strength=0.0025)["converged"]
+        assert not logistic_accuracy(x, y, x, y, classes=5, l2=0.0025)["converged"]

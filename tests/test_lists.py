@@ -39,7 +39,7 @@ def counts(split: Split) -> list[int]:
     return torch.bincount(split.labels, minlength=split.classes).tolist()
 
 
-# ---- shares
+# ---- fractions
 
 
 def test_one_percent_of_imagenets_labels_are_as_many_of_each_class_as_the_papers_lists_have():
@@ -62,7 +62,7 @@ def test_a_share_of_everything_is_everything():
 
 
 def test_a_share_that_leaves_a_class_without_a_label_or_asks_for_more_than_it_has_is_refused():
-    with pytest.raises(DataError, match="share of 0.1 is 2 of 20 labels, for 4 classes: .* 4 of 20"):
+    with pytest.raises(DataError, match="fraction of 0.1 is 2 of 20 labels, for 4 classes: .* 4 of 20"):
         split_of(5, 5, 5, 5).balanced(0.1, 0)
     with pytest.raises(DataError, match="class 1 has 2 images, fewer than 9: ask for at most 2"):
         split_of(30, 2).balanced(0.6, 0)

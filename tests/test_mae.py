@@ -58,7 +58,7 @@ def test_the_loss_is_over_the_hidden_patches_alone_normalised_one_by_one():
     ("options", "message"),
     [
         ({"mask_ratio": 0.95}, "mask_ratio=0.95 leaves none of the 16 tokens"),
-        ({"mask_ratio": 1.2}, "mask_ratio=1.2 is not a share"),
+        ({"mask_ratio": 1.2}, "mask_ratio=1.2 is not a fraction"),
         ({"mask_ratio": 0.0}, "mask_ratio=0.0 hides none of the 16 patches"),
         ({"decoder_heads": 3}, "decoder_width=32 is not a multiple of decoder_heads=3"),
     ],

@@ -10,7 +10,7 @@ from common.attention import Window, window_mask
 from common.data import open_data
 from common.heads import TokenHead
 from common.optim import make_optimizer
-from common.recipe import RecipeError, Stage, override
+from common.recipe import RecipeError, TrainConfig, override
 from common.vit import ViT
 from mapet.method import MaPeT, visibility
 from mapet.recipe import build, digits, imagenet_vitb16
@@ -303,7 +303,7 @@ def test_the_export_goes_into_timm_with_every_key():
 
 def test_positions_and_the_class_token_are_not_decayed_and_the_placeholder_is():
     model = mapet()
-    groups = make_optimizer(model, Stage(1, 1, 1e-3, weight_decay=0.05)).param_groups
+    groups = make_optimizer(model, TrainConfig(1, 1, 1e-3, weight_decay=0.05)).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     assert "placeholder" in names and "head.weight" in names

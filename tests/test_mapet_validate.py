@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import mapet.validate
 from common.convert import load_encoder, read_checkpoint
 from common.evaluate import Classifier, accuracy
-from common.recipe import Protocol, Stage
+from common.recipe import Protocol, TrainConfig
 from common.vit import SIZES, vit
 from mapet.validate import build_classifier, load_classifier, main
 
@@ -42,7 +42,7 @@ def official_state(size: str = "tiny", pool: str = "mean", *, scaled=True, side=
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     if device == "meta":
         return {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
-    # 0.02 is the official deviation; everything is drawn, so that nothing hides behind a zero
+    # 0.02 is the official std; everything is drawn, so that nothing hides behind a zero
     state = {name: 0.02 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
     return {name: tensor + ("norm" in name and name.endswith("weight")) for name, tensor in state.items()}
 
@@ -129,7 +129,7 @@ def test_a_classifier_of_200_tensors_is_taken_for_the_network_that_has_its_param
         model = build_classifier(state)
     assert len(state) == 200 and sum(tensor.numel() for tensor in state.values()) == parameters
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    assert (model.how, model.head.out_features, model.encoder.blocks[0].attn.heads) == ("mean", 1000, SIZES[size][2])
+    assert (model.pool, model.head.out_features, model.encoder.blocks[0].attn.heads) == ("mean", 1000, SIZES[size][2])
     assert (model.encoder.image_size, model.encoder.patch_size, model.encoder.prefix_tokens) == ((224, 224), 16, 1)
 
 
@@ -138,7 +138,7 @@ def test_a_classifier_of_200_tensors_is_taken_for_the_network_that_has_its_param
 def test_pooling_layer_scale_and_sizes_are_told_by_the_tensors(pool, scaled, tmp_path):
     state = official_state(pool=pool, scaled=scaled, side=3, patch=8, classes=5)
     model, coverage, held = load_classifier(saved(tmp_path / "some.tar", state))
-    assert (model.how, model.head.out_features, model.encoder.image_size, model.encoder.patch_size) == (pool, 5, (24, 24), 8)
+    assert (model.pool, model.head.out_features, model.encoder.image_size, model.encoder.patch_size) == (pool, 5, (24, 24), 8)
     assert hasattr(model.encoder.blocks[0].ls1, "gamma") == scaled
     assert held == len(state) and len(coverage.loaded) == held - 24 and coverage.missing == coverage.unexpected == coverage.reshaped == ()
 
@@ -279,7 +279,7 @@ def test_fine_tuning_starts_from_all_of_pre_training_but_the_head(pool, fresh, t
     encoder = vit("tiny", image_size=8, patch_size=4, position="learned", layer_scale=0.1)
     coverage = load_encoder(encoder, read_checkpoint(saved(tmp_path / "mapet_tiny.tar", state)))
     assert coverage.missing == () and coverage.unexpected == ("decoder.bias", "decoder.weight", "mask_positional_token")
-    ours = Classifier(encoder, CLASSES, Protocol("finetune", "finetune", Stage(1, 2, 1e-3), pool=pool)).state_dict()
+    ours = Classifier(encoder, CLASSES, Protocol("finetune", "finetune", TrainConfig(1, 2, 1e-3), pool=pool)).state_dict()
     found = {}
     for name, tensor in ours.items():
         name = name.removeprefix("encoder.")

@@ -465,7 +465,7 @@ def test_an_eta_that_leaves_no_context_is_refused_by_value(eta):
 
 @pytest.mark.parametrize("position", ["sincos", "learned", "relative"])
 def test_an_encoder_that_is_told_positions_is_refused(position):
-    with pytest.raises(ValueError, match="must not be told them: build it with position='none'"):
+    with pytest.raises(ValueError, match="must not receive them: build it with position='none'"):
         build(position=position)
 
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from common.evaluate import Classifier, LinearProbe
 from common.optim import Schedule, make_optimizer
-from common.recipe import Protocol, Stage
+from common.recipe import Protocol, TrainConfig
 from common.vit import ViT, vit
 from droppos.method import DropPos
 
-STAGE = Stage(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=10, betas=(0.9, 0.95))
-FINETUNE = Stage(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, layer_decay=0.65)
+STAGE = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=10, betas=(0.9, 0.95))
+FINETUNE = TrainConfig(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, layer_decay=0.65)
 PER_EPOCH = 10
 
 
@@ -33,7 +33,7 @@ def classifier(pool: str = "mean", **options) -> Classifier:
     return Classifier(encoder, 5, Protocol("finetune", "finetune", FINETUNE, pool=pool))
 
 
-def rates(stage: Stage, epochs: list[float]) -> list[float]:
+def rates(stage: TrainConfig, epochs: list[float]) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=stage.lr)
     schedule = Schedule(optimizer, stage, PER_EPOCH)
     found = []
@@ -134,7 +134,7 @@ def test_with_class_token_pooling_the_final_norm_learns_at_the_heads_rate():
 
 
 # I-JEPA's and StoP's schedules at 625 steps an epoch. Their counters advance before a step, so their step n is the one after our n.
-STOP = Stage(600, 2048, 8e-4, 2048, warmup_epochs=15, warmup_lr=2e-4, min_lr=1e-4, weight_decay=0.04, final_weight_decay=0.4)
+STOP = TrainConfig(600, 2048, 8e-4, 2048, warmup_epochs=15, warmup_lr=2e-4, min_lr=1e-4, weight_decay=0.04, final_weight_decay=0.4)
 STOP_HUGE = replace(STOP, epochs=300, base_lr=1e-3, warmup_epochs=40, min_lr=1e-6, freeze_epoch=250)
 IJEPA_HUGE = replace(STOP_HUGE, freeze_epoch=None)
 
@@ -166,13 +166,13 @@ def test_ijepa_and_stop_have_the_official_rates_and_weight_decays(stage, step, r
 
 
 def test_with_drops_the_rate_is_a_tenth_after_each_and_nothing_in_between():
-    vissl = Stage(28, 256, 0.01, drops=(8, 16, 24), optimizer="sgd")
+    vissl = TrainConfig(28, 256, 0.01, milestones=(8, 16, 24), optimizer="sgd")
     epochs = [0, 7.9, 8, 15.9, 16, 23.9, 24, 27.9]
     assert rates(vissl, epochs) == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
 
 
 # MaPeT's fine-tuning of ViT-B: the sheet's rates, which timm's scheduler gave in the official configuration, without layer decay.
-MAPET = Stage(
+MAPET = TrainConfig(
     100, 1024, 5e-4, 1024, warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-6, cooldown_epochs=10, cosine_from_start=True, final_weight_decay=0.4
 )
 
@@ -201,7 +201,7 @@ def test_in_the_cool_down_the_rate_and_the_weight_decay_stay_where_they_ended(co
     assert seen[1:] == [pytest.approx([1e-6, 0.4], rel=1e-12)] * 4
 
 
-@pytest.mark.parametrize("changes", [{}, {"cosine_from_start": False}, {"warmup_epochs": 0}, {"drops": (30, 60)}])
+@pytest.mark.parametrize("changes", [{}, {"cosine_from_start": False}, {"warmup_epochs": 0}, {"milestones": (30, 60)}])
 def test_a_cool_down_changes_nothing_before_it(changes):
     cooled = replace(MAPET, **changes)
     epochs = [epoch / 2 for epoch in range(201)]
@@ -225,7 +225,7 @@ def set_gradients(layer: nn.Linear, step: int) -> list[Tensor]:
 
 
 def test_adamw_steps_are_the_closed_form_with_decay_on_the_matrix_only():
-    stage = Stage(epochs=1, batch_size=256, base_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    stage = TrainConfig(epochs=1, batch_size=256, base_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     layer = small_layer()
     optimizer = make_optimizer(layer, stage)
     expected = [p.detach().double() for p in layer.parameters()]
@@ -243,7 +243,7 @@ def test_adamw_steps_are_the_closed_form_with_decay_on_the_matrix_only():
 
 def test_sgd_steps_are_nesterovs_with_decay_on_the_matrix_only():
     layer = small_layer()
-    optimizer = make_optimizer(layer, Stage(1, 256, 0.1, optimizer="sgd", weight_decay=5e-4))
+    optimizer = make_optimizer(layer, TrainConfig(1, 256, 0.1, optimizer="sgd", weight_decay=5e-4))
     expected, momenta = [p.detach().double() for p in layer.parameters()], [0.0, 0.0]
     for step in (1, 2, 3):
         gradients = set_gradients(layer, step)
@@ -257,7 +257,7 @@ def test_sgd_steps_are_nesterovs_with_decay_on_the_matrix_only():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_lars_scales_matrices_by_their_trust_ratio_and_biases_not_at_all(weight_decay):
-    stage = Stage(epochs=1, batch_size=256, base_lr=0.5, optimizer="lars", betas=(0.9, 0.0), weight_decay=weight_decay)
+    stage = TrainConfig(epochs=1, batch_size=256, base_lr=0.5, optimizer="lars", betas=(0.9, 0.0), weight_decay=weight_decay)
     layer = small_layer()
     optimizer = make_optimizer(layer, stage)
     weight, bias = (p.detach().double() for p in layer.parameters())

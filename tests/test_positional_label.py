@@ -394,7 +394,7 @@ def test_a_visible_token_keeps_the_label_of_its_cell_whatever_comes_before_it(la
         (0.9, "mask_ratio=0.9 leaves 1 of 16 patches; some must be left, and some hidden"),
         (0.0, "mask_ratio=0.0 leaves 16 of 16 patches"),
         (0.99, "mask_ratio=0.99 leaves none of the 16 tokens"),
-        (1.5, "mask_ratio=1.5 is not a share between 0 and 1"),
+        (1.5, "mask_ratio=1.5 is not a fraction between 0 and 1"),
     ],
 )
 def test_a_ratio_that_leaves_no_pair_to_see_or_nothing_to_paint_is_refused_with_its_value(ratio, message):

@@ -62,12 +62,12 @@ def test_two_protocols_and_a_pretraining_that_are_wrong_are_named_at_once_and_wh
     ("changes", "processes", "message"),
     [
         (["pretrain.batch_size=1042"], 1, "pretrain: a batch of 1042 on 1 devices is 521 micro-batches of 2 images"),
-        (["linear.stage.batch_size=101"], 2, "protocol linear: a batch of 101 cannot be shared out among 2 devices"),
+        (["linear.stage.batch_size=101"], 2, "protocol linear: a batch of 101 cannot be divided among 2 devices"),
         (["linear.stage.batch_size=2"], 2, "protocol linear: a batch of 2 on 2 devices makes micro-batches of 1 image"),
         (["linear.stage.device_batch=1"], 1, "micro-batches of 1 image"),
         (["finetune.mixup=0.8", "finetune.stage.device_batch=1"], 1, "protocol finetune: a batch of"),
         (["finetune_5_per_class.labels_per_class=500"], 1, "protocol finetune_5_per_class:"),
-        (["linear.label_share=0.005"], 1, "protocol linear: a share of 0.005"),
+        (["linear.label_fraction=0.005"], 1, "protocol linear: a fraction of 0.005"),
         (["pretrain.layer_decay=0.7"], 1, "pretrain: layer_decay=0.7, and DropPos does not say what its layers are"),
         (["linear.stage.layer_decay=0.7"], 1, "protocol linear: layer_decay=0.7, and LinearProbe does not say what its layers are"),
         (["linear.layers=[1,7]"], 1, "protocol linear: layers=(1, 7), and the encoder has 6"),
@@ -191,7 +191,7 @@ def test_all_values_that_make_no_sense_are_named_at_once_and_some_may_make_sense
 @pytest.mark.parametrize(
     "change",
     "epochs=0 cooldown_epochs=-1 device_batch=0 base_lr=-1 warmup_epochs=-1 weight_decay=-0.1 ema=1 layer_decay=0 clip_norm=0 "
-    "drops=[5,3] freeze_epoch=0 betas=[0.9,1] lr_batch=0 augmentation.randaugment=rand-m9-inc augmentation.erase=2".split(),
+    "milestones=[5,3] freeze_epoch=0 betas=[0.9,1] lr_batch=0 augmentation.randaugment=rand-m9-inc augmentation.erase=2".split(),
 )
 def test_a_value_that_no_stage_can_have_is_refused_by_path_and_value(change):
     recipe = choose_recipe(paper_module("droppos"), "digits", None)[1]

@@ -11,14 +11,16 @@ from common.data import Augmentation, Loader, open_data
 from common.evaluate import FeatureLoader, LinearProbe, accuracies, accuracy, can_cache, features, hold_out
 from common.method import Output
 from common.optim import Schedule, make_optimizer
-from common.recipe import VISSL_LARS, VISSL_SGD, Protocol, RecipeError, Stage
+from common.recipe import VISSL_LARS, VISSL_SGD, Protocol, RecipeError, TrainConfig
 from common.run import Run
 from common.train import device_batch, fit, make_fabric
 from common.vit import ViT
 
 STILL = Augmentation(crop="none", flip=0.0)
-STAGE = Stage(epochs=2, batch_size=100, base_lr=0.5, lr_batch=100, warmup_epochs=0.5, optimizer="sgd", weight_decay=0.1, augmentation=STILL)
-GRID = {"layers": (1, 3), "heads": ("norm", "norm_affine", "linear", "attentive"), "rates": (1.0, 0.2), "decays": (0.1, 0.0)}
+STAGE = TrainConfig(
+    epochs=2, batch_size=100, base_lr=0.5, lr_batch=100, warmup_epochs=0.5, optimizer="sgd", weight_decay=0.1, augmentation=STILL
+)
+GRID = {"layers": (1, 3), "heads": ("norm", "norm_affine", "linear", "attentive"), "lr_multipliers": (1.0, 0.2), "decays": (0.1, 0.0)}
 
 
 def encoder() -> ViT:
@@ -26,7 +28,7 @@ def encoder() -> ViT:
     return ViT(image_size=8, patch_size=4, channels=1, width=16, depth=3, heads=2)
 
 
-def probe(stage: Stage = STAGE, **options) -> LinearProbe:
+def probe(stage: TrainConfig = STAGE, **options) -> LinearProbe:
     model = encoder()
     torch.manual_seed(1)
     return LinearProbe(model, 10, Protocol("linear", "linear", stage, **options))
@@ -126,7 +128,7 @@ def test_a_classifier_in_a_grid_ends_where_it_ends_alone(optimizer, tmp_path):
 
 
 def test_all_start_from_the_same_draw_and_the_loss_is_their_sum():
-    model = probe(layers=(2,), heads=("norm", "linear"), rates=(1.0, 2.0))
+    model = probe(layers=(2,), heads=("norm", "linear"), lr_multipliers=(1.0, 2.0))
     assert all(torch.equal(head[-1].weight, model.heads[0][-1].weight) for head in model.heads)
     images, targets = torch.randn(6, 1, 8, 8), torch.arange(6)
     output = model.train()(images, targets)
@@ -243,7 +245,7 @@ def test_a_name_says_on_test_where_the_test_images_choose_among_several_and_nowh
 
 
 def grid_of(count: int, **options) -> Protocol:
-    return Protocol("linear", "linear", STAGE, rates=tuple(range(1, count + 1)), **options)
+    return Protocol("linear", "linear", STAGE, lr_multipliers=tuple(range(1, count + 1)), **options)
 
 
 def test_a_tenth_of_each_class_is_held_out_and_the_rest_is_trained_on():
@@ -291,11 +293,11 @@ def test_a_grid_that_has_no_second_image_of_any_class_to_choose_by_is_refused_wi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels_per_class": 5, "label_share": 0.1}, r"labels_per_class=5, label_share=0.1, label_list=None .*: at most one"),
-        ({"label_share": 0.1, "label_list": "a.txt"}, "at most one"),
+        ({"labels_per_class": 5, "label_fraction": 0.1}, r"labels_per_class=5, label_fraction=0.1, label_list=None .*: at most one"),
+        ({"label_fraction": 0.1, "label_list": "a.txt"}, "at most one"),
         ({"labels_per_class": 0}, "labels_per_class=0 .* from 1 up"),
-        ({"label_share": 0.0}, "label_share=0.0 .* above 0"),
-        ({"label_share": 1.5}, "label_share=1.5 .* at most 1"),
+        ({"label_fraction": 0.0}, "label_fraction=0.0 .* above 0"),
+        ({"label_fraction": 1.5}, "label_fraction=1.5 .* at most 1"),
         ({"layers": ()}, r"layers=\(\) .* from 1 up"),
         ({"layers": (1, 0)}, r"layers=\(1, 0\) .* from 1 up"),
         ({"layers": (4, 4)}, r"layers=\(4, 4\) .* each once"),
@@ -303,13 +305,13 @@ def test_a_grid_that_has_no_second_image_of_any_class_to_choose_by_is_refused_wi
         ({"kind": "finetune", "layers": (4,)}, "fine-tuning reads the last layer"),
         ({"stage": None}, "kind='linear', stage=None .* give it a stage"),
         ({"resize": -1}, "resize=-1 .* from the image size up"),
-        ({"strength": 0.0}, "strength=0.0 .* above 0"),
+        ({"l2": 0.0}, "l2=0.0 .* above 0"),
         ({"heads": ()}, r"heads=\(\) .* at least one"),
-        ({"rates": (1.0, -1.0)}, "rates=.* above 0"),
-        ({"rates": ()}, "rates=.* above 0"),
+        ({"lr_multipliers": (1.0, -1.0)}, "lr_multipliers=.* above 0"),
+        ({"lr_multipliers": ()}, "lr_multipliers=.* above 0"),
         ({"decays": (-0.1,)}, "decays=.* from 0 up"),
-        ({"rates": (1.0, 2.0), "stage": replace(STAGE, clip_norm=1.0)}, "stage=.* share no clip_norm"),
-        ({"decays": (1.0, 2.0), "stage": replace(STAGE, final_weight_decay=1.0)}, "no final_weight_decay"),
+        ({"lr_multipliers": (1.0, 2.0), "stage": replace(STAGE, clip_norm=1.0)}, "stage=.* go without clip_norm"),
+        ({"decays": (1.0, 2.0), "stage": replace(STAGE, final_weight_decay=1.0)}, "final_weight_decay"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_with_value_and_mend(options, message):
@@ -318,6 +320,6 @@ def test_values_that_make_no_sense_are_refused_with_value_and_mend(options, mess
 
 
 def test_the_recipes_of_vissl_are_the_papers():
-    assert (VISSL_SGD.lr, VISSL_SGD.epochs, VISSL_SGD.drops, VISSL_SGD.weight_decay) == (0.01, 28, (8, 16, 24), 5e-4)
-    assert (VISSL_LARS.lr, VISSL_LARS.batch_size, VISSL_LARS.epochs, VISSL_LARS.drops) == (0.64, 16384, 50, (15, 30, 45))
+    assert (VISSL_SGD.lr, VISSL_SGD.epochs, VISSL_SGD.milestones, VISSL_SGD.weight_decay) == (0.01, 28, (8, 16, 24), 5e-4)
+    assert (VISSL_LARS.lr, VISSL_LARS.batch_size, VISSL_LARS.epochs, VISSL_LARS.milestones) == (0.64, 16384, 50, (15, 30, 45))
     assert VISSL_SGD.betas[0] == VISSL_LARS.betas[0] == 0.9 and device_batch(VISSL_LARS, 64) == 256

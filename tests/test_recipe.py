@@ -12,13 +12,13 @@ from timm.layers import DropPath
 
 from benchmarks.papers import baselines, choose_recipe, paper_module, papers, recipes
 from common.data import Augmentation
-from common.recipe import Protocol, Recipe, RecipeError, Stage, as_json, base_arm, check_options, choose_arms, nearest, override
+from common.recipe import Protocol, Recipe, RecipeError, TrainConfig, as_json, base_arm, check_options, choose_arms, nearest, override
 from common.train import device_batch
 from common.vit import ViT
 from droppos.recipe import build
 from positional_label import recipe as positional_label
 
-STAGE = Stage(epochs=10, batch_size=64, base_lr=1e-3)
+STAGE = TrainConfig(epochs=10, batch_size=64, base_lr=1e-3)
 RECIPE = Recipe(
     data=("digits", "folder"),
     size="micro",
@@ -68,15 +68,15 @@ def test_an_assignment_changes_what_it_names_and_nothing_else(assignment, change
     ("assignment", "value"),
     [
         ("kind=linear", "linear"),
-        ("label_share=0.01", 0.01),
+        ("label_fraction=0.01", 0.01),
         ("label_list=lists/1percent.txt", "lists/1percent.txt"),
         ("layers=[4]", (4,)),
         ("resize=224", 224),
         ("interpolation=bilinear", "bilinear"),
         ("statistics=own", "own"),
-        ("strength=1", 1.0),
+        ("l2=1", 1.0),
         ('heads=["linear", "norm_affine"]', ("linear", "norm_affine")),
-        ("rates=[1, 0.1]", (1.0, 0.1)),
+        ("lr_multipliers=[1, 0.1]", (1.0, 0.1)),
         ("decays=[0]", (0.0,)),
         ("decays=[]", ()),
     ],
@@ -134,6 +134,26 @@ def test_a_value_of_another_type_is_refused_by_path(assignment):
     path = assignment.partition("=")[0]
     with pytest.raises(RecipeError, match=f"^{path}=.* does not fit; expected"):
         override(RECIPE, [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "now"),
+    [
+        ("pretrain.drops=[1]", "milestones"),
+        ("pretrain.augmentation.crop=squeezed", "squash"),
+        ("finetune.label_share=0.1", "label_fraction"),
+        ("finetune.rates=[1]", "lr_multipliers"),
+        ("finetune.strength=1", "l2"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(assignment, now):
+    with pytest.raises(RecipeError, match=f"it is now called '{now}'"):
+        override(RECIPE, [assignment])
+
+
+def test_an_old_option_of_the_encoder_is_refused_with_the_new_one():
+    with pytest.raises(RecipeError, match="no option 'recompute'; it is now called 'grad_checkpointing'"):
+        override(RECIPE, ["encoder.recompute=true"]).build_encoder(channels=1)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +359,7 @@ def test_accumulation_makes_up_the_effective_batch(batch, devices, expected):
 
 @pytest.mark.parametrize(("batch", "devices"), [(100, 8), (4, 8), (0, 1)])
 def test_a_batch_that_cannot_be_shared_out_is_refused(batch, devices):
-    with pytest.raises(RecipeError, match=f"a batch of {batch} cannot be shared out among {devices} devices"):
+    with pytest.raises(RecipeError, match=f"a batch of {batch} cannot be divided among {devices} devices"):
         device_batch(replace(STAGE, batch_size=batch), devices)
 
 
@@ -406,7 +426,7 @@ def test_every_recipe_builds_its_method_and_says_how_to_run_it(paper, name, monk
 
 
 def test_a_vit_of_another_depth_than_its_size_is_built_so_and_says_so():
-    own = Recipe(("digits",), "micro", 16, 4, Stage(1, 1, 1.0), ())
+    own = Recipe(("digits",), "micro", 16, 4, TrainConfig(1, 1, 1.0), ())
     deep = override(own, ["encoder.depth=12"])
     assert (len(own.build_encoder(3).blocks), len(deep.build_encoder(3).blocks)) == (6, 12)
     assert (own.backbone, deep.backbone) == ("vit_micro_patch4_16", "vit_micro_depth12_patch4_16")

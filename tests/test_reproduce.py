@@ -156,7 +156,7 @@ FROZEN = [
     "finetune_20_per_class.stage.augmentation.crop=none",
     "finetune_20_per_class.layers=[1, 4]",
     'finetune_20_per_class.heads=["norm_affine", "linear"]',
-    "finetune_20_per_class.rates=[1, 2]",
+    "finetune_20_per_class.lr_multipliers=[1, 2]",
     "finetune_5_per_class.kind=logistic",
     "finetune_5_per_class.layers=[4]",
     "finetune_5_per_class.statistics=own",
@@ -194,8 +194,8 @@ def test_every_row_says_how_its_number_came_about(frozen):
         r"layers=last4? head=(norm_affine|linear) lr=[\d.e-]+ decay=0.05 pool=mean held_out=20 labels=200",
         said["finetune_20_per_class_best"],
     )
-    assert said["finetune_5_per_class"] == "layers=last4 pool=mean statistics=own strength=0.0025 labels=50"
-    assert said["linear"] == "layers=last pool=mean statistics=train strength=0.0025"
+    assert said["finetune_5_per_class"] == "layers=last4 pool=mean statistics=own l2=0.0025 labels=50"
+    assert said["linear"] == "layers=last pool=mean statistics=train l2=0.0025"
     assert said["knn"] == "layers=last pool=mean neighbours=20 temperature=0.07"
     pixels = next(row.settings for row in frozen[1] if row.start == "pixels")
     assert pixels == "neighbours=20 temperature=0.07"
@@ -236,7 +236,7 @@ def test_a_row_says_on_test_where_the_test_images_chose_and_how_many_images_were
     _, rows = probe_of(tmp_path / "test", "linear.choose_on=test")
     assert [row.protocol for row in rows] == ["linear_last_on_test", "linear_last4_on_test", "linear_best_on_test"]
     assert all(row.settings.endswith("pool=mean labels=200") for row in rows)
-    _, rows = probe_of(tmp_path / "one", "linear.layers=[4]", 'linear.heads=["linear"]', "linear.rates=[0.3]")
+    _, rows = probe_of(tmp_path / "one", "linear.layers=[4]", 'linear.heads=["linear"]', "linear.lr_multipliers=[0.3]")
     assert [(row.protocol, row.settings) for row in rows] == [
         ("linear", "layers=last4 head=linear lr=0.3 decay=0.0005 pool=mean labels=200")
     ]

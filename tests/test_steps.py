@@ -12,7 +12,7 @@ from benchmarks.baselines.mae import MAE
 from common.evaluate import Classifier, LinearProbe
 from common.masking import MultiBlock
 from common.randomness import reseed
-from common.recipe import Protocol, Stage
+from common.recipe import Protocol, TrainConfig
 from common.vit import ViT
 from droppos.method import DropPos
 from mapet.method import MaPeT
@@ -23,7 +23,7 @@ from stop.method import StoP
 DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 PREDICTOR = {"predictor_width": 16, "predictor_depth": 2}
 LABELS = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
-GRID = {"layers": (1, 2), "heads": ("norm", "linear", "norm_affine", "attentive"), "rates": (1.0, 2.0)}
+GRID = {"layers": (1, 2), "heads": ("norm", "linear", "norm_affine", "attentive"), "lr_multipliers": (1.0, 2.0)}
 STEPS = 10
 
 
@@ -50,7 +50,7 @@ def stop(**options) -> StoP:
 
 
 def protocol(kind: str, **options) -> Protocol:
-    return Protocol(kind, kind, Stage(1, 8, 0.1), **options)
+    return Protocol(kind, kind, TrainConfig(1, 8, 0.1), **options)
 
 
 METHODS = {
@@ -60,7 +60,7 @@ METHODS = {
     "mp3": lambda: MP3(encoder(position="none", drop_path=0.1)),
     "stop uniform": lambda: stop(noise="both"),
     "stop released": lambda: stop(masks="released", mode="released", covariance="fixed", position="learned"),
-    "stop recomputed": lambda: StoP(encoder(class_token=False, recompute=True), **PREDICTOR),
+    "stop recomputed": lambda: StoP(encoder(class_token=False, grad_checkpointing=True), **PREDICTOR),
     "ijepa": lambda: stop(noise="none"),
     "mapet": lambda: MaPeT(encoder(drop_path=0.1), context=10, vocabulary=16),
     "positional label, absolute": lambda: PositionalLabel(vit(), 10, label="absolute"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.convert import ConversionError, load_encoder, load_method, read_checkpoint, rename
 from common.optim import make_optimizer
-from common.recipe import Stage
+from common.recipe import TrainConfig
 from common.train import Stopped
 from common.vit import ViT
 from stop.method import OFFICIAL_NAMES, UNUSED, StoP, spread
@@ -182,7 +182,7 @@ def test_the_target_encoder_starts_as_the_context_encoder_and_gets_no_gradient()
     model(images()).loss.backward()
     both = dict(model.encoder.named_parameters()), dict(model.context_encoder.named_parameters())
     assert all(torch.equal(both[0][name], both[1][name]) and both[0][name].grad is None for name in both[0])
-    groups = make_optimizer(model, Stage(1, 256, 1e-3)).param_groups
+    groups = make_optimizer(model, TrainConfig(1, 256, 1e-3)).param_groups
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     assert not trained & {id(parameter) for parameter in both[0].values()}
     assert trained >= {id(parameter) for parameter in [*both[1].values(), *model.predictor.parameters()]}
@@ -243,14 +243,14 @@ def test_at_step_decides_the_sizes_of_the_masks():
 
 
 def test_recomputed_activations_change_no_loss_and_no_gradient():
-    kept, recomputed = stop(), stop(vit={"recompute": True})
+    kept, recomputed = stop(), stop(vit={"grad_checkpointing": True})
     losses = [model(images(), cells=(CONTEXT, BLOCKS), noise=(None, torch.ones(2, 2, 4, 32))).loss for model in (kept, recomputed)]
     for loss in losses:
         loss.backward()
     assert torch.equal(*losses)
     for (name, one), other in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
         assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad), name
-    assert all(block.recompute for block in [*recomputed.context_encoder.blocks, *recomputed.predictor.blocks])
+    assert all(block.grad_checkpointing for block in [*recomputed.context_encoder.blocks, *recomputed.predictor.blocks])
 
 
 # ---- official checkpoints

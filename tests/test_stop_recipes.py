@@ -80,22 +80,22 @@ def test_every_arm_of_every_recipe_can_be_built():
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "drops", "crop"),
+    ("name", "epochs", "milestones", "crop"),
     [
         ("transfer_cifar100", 28, (8, 16, 24), "resized"),
         ("transfer_places205", 14, (4, 8, 12), "resized"),
         ("transfer_inat18", 84, (24, 48, 72), "resized"),
-        ("transfer_clevr_count", 50, (), "squeezed"),
-        ("transfer_clevr_dist", 100, (), "squeezed"),
+        ("transfer_clevr_count", 50, (), "squash"),
+        ("transfer_clevr_dist", 100, (), "squash"),
     ],
 )
-def test_transfer_recipes_are_the_sheets(name, epochs, drops, crop):
+def test_transfer_recipes_are_the_sheets(name, epochs, milestones, crop):
     (probe,) = STOP[name]().protocols
     stage = probe.stage
-    assert (stage.epochs, stage.drops, stage.augmentation.crop, stage.augmentation.flip) == (epochs, drops, crop, 0.5)
+    assert (stage.epochs, stage.milestones, stage.augmentation.crop, stage.augmentation.flip) == (epochs, milestones, crop, 0.5)
     assert (stage.optimizer, stage.betas[0], stage.lr, stage.batch_size, stage.weight_decay) == ("sgd", 0.9, 0.01, 256, 5e-4)
-    assert stage.min_lr == (0 if drops else 1e-4)
-    assert (probe.layers, probe.heads, probe.resize) == ((1, 4), ("norm_affine", "linear"), None if drops else 0)
+    assert stage.min_lr == (0 if milestones else 1e-4)
+    assert (probe.layers, probe.heads, probe.resize) == ((1, 4), ("norm_affine", "linear"), None if milestones else 0)
 
 
 def test_numbers_in_docstrings_are_published_ones():

@@ -46,7 +46,7 @@ def draw_places(folder: Path) -> Data:
     return open_data(str(folder))
 
 
-@pytest.mark.parametrize("view", [{"resize": None}, {"resize": 112}, {"resize": 150}, {"crop": "squeezed"}], ids=str)
+@pytest.mark.parametrize("view", [{"resize": None}, {"resize": 112}, {"resize": 150}, {"crop": "squash"}], ids=str)
 @pytest.mark.parametrize("zoom", [1, 2])
 def test_the_tokenizer_sees_the_part_of_an_image_that_the_model_sees(tmp_path, monkeypatch, view, zoom):
     """In training and in validation; a tokenizer of larger images likewise."""
@@ -66,7 +66,7 @@ def test_the_tokenizer_sees_the_part_of_an_image_that_the_model_sees(tmp_path, m
     trained = trained[loader.indices(0)[0].argsort()]
     assert torch.equal(trained, validated) and len(trained[:, 2, 0, 0].unique()) == 4
     across = trained[0, 1, 50].max() - trained[0, 1, 50].min()  # of an image that is half as wide again as it is high
-    assert (across > 0.9 / data.std[1]) == (view == {"crop": "squeezed"})
+    assert (across > 0.9 / data.std[1]) == (view == {"crop": "squash"})
     for part in ("train", "val"):
         if zoom == 1:
             assert torch.equal(seen[part], trained)
@@ -87,8 +87,8 @@ def test_images_in_memory_are_seen_whole_by_all_whatever_resize_says(tmp_path, m
     ("change", "message"),
     [
         ({"flip": 0.5}, "pretrain.augmentation.flip=0.5: .* set it to 0"),
-        ({"crop": "resized"}, "pretrain.augmentation.crop=resized: .* set it to none or squeezed"),
-        ({"crop": "padding"}, "pretrain.augmentation.crop=padding: .* set it to none or squeezed"),
+        ({"crop": "resized"}, "pretrain.augmentation.crop=resized: .* set it to none or squash"),
+        ({"crop": "padding"}, "pretrain.augmentation.crop=padding: .* set it to none or squash"),
         ({"randaugment": "rand-m9"}, "pretrain.augmentation.randaugment=rand-m9: .* set it to null"),
     ],
 )
@@ -212,7 +212,7 @@ def test_every_option_that_changes_tokens_has_a_store_of_its_own_and_no_other_ha
     changes += [clip, *(clip | more for more in ({"model": "RN50"}, {"weights": None}, {"layer": 3}, {"size": 224}, {"redos": 2}))]
     changes += [checkpoint, run, run | {"size": 32}]
     options = [{"vocabulary": 9}, {"image_size": 32}, {"image_size": 32, "patch_size": 8}]
-    options += [{"augmentation": replace(STILL, **view)} for view in ({"resize": 20}, {"crop": "squeezed"})]
+    options += [{"augmentation": replace(STILL, **view)} for view in ({"resize": 20}, {"crop": "squash"})]
     names = [place_name(tmp_path, data, change) for change in changes] + [place_name(tmp_path, data, **option) for option in options]
     assert len(set(names)) == len(names)
     assert place_name(tmp_path, replace(data, name="others")) not in names

@@ -292,7 +292,7 @@ def test_a_store_of_another_view_is_refused(folder, tmp_path):
     data = open_data(str(folder))
     prepare(data, tmp_path / "tokens")
     targets = {"store": str(made(tmp_path / "tokens"))}
-    for augmentation, wanted in ((replace(STILL, crop="squeezed"), 0.0), (replace(STILL, resize=20), 1.25)):
+    for augmentation, wanted in ((replace(STILL, crop="squash"), 0.0), (replace(STILL, resize=20), 1.25)):
         with pytest.raises(DataError, match=f"made with short_side=1.0, and the recipe wants short_side={wanted}"):
             prepare(data, tmp_path / "tokens", targets, augmentation=augmentation)
     prepare(data, tmp_path / "tokens", targets, augmentation=replace(STILL, resize=SIZE, color_jitter=0.4))

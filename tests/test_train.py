@@ -125,7 +125,7 @@ def test_two_processes_train_on_the_same_effective_batches_as_one(tmp_path):
     """Fine-tuning without mixup and drop path draws nothing in a step, so what two devices log is what one logs."""
     changes = [
         "finetune.drop_path=0",
-        "linear.rates=[1, 0.5]",
+        "linear.lr_multipliers=[1, 0.5]",
         *(f"{name}.stage.epochs=1" for name in ("finetune", "finetune_5_per_class", "finetune_20_per_class", "linear")),
     ]
     options = ["droppos", "--device", "cpu", "--precision", "32-true", "--epochs", "1", *(word for c in changes for word in ("--set", c))]

@@ -8,12 +8,12 @@ from torch import nn
 
 from common.data import Augmentation, Loader, open_data
 from common.method import Output
-from common.recipe import Stage
+from common.recipe import TrainConfig
 from common.run import Run
 from common.train import device_batch, fit, make_fabric
 
 # 1,437 images: three steps an epoch
-STAGE = Stage(epochs=2, batch_size=400, base_lr=1e-3, augmentation=Augmentation(crop="none", flip=0.0))
+STAGE = TrainConfig(epochs=2, batch_size=400, base_lr=1e-3, augmentation=Augmentation(crop="none", flip=0.0))
 
 
 class Tiny(nn.Module):
@@ -33,7 +33,7 @@ class Tiny(nn.Module):
         return Output(loss * float("nan") if self.at[-1][0] == self.spoiled_step else loss)
 
 
-def train(directory: Path, model: nn.Module, stage: Stage = STAGE, **options) -> tuple[Run, nn.Module]:
+def train(directory: Path, model: nn.Module, stage: TrainConfig = STAGE, **options) -> tuple[Run, nn.Module]:
     """Train in a run directory whose settings are the number of epochs."""
     data, fabric, batch = open_data("digits"), make_fabric("cpu", "32-true"), device_batch(stage, 1)
     batches = Loader(

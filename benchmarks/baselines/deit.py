@@ -14,7 +14,7 @@ from benchmarks.baselines.distillation import load_teacher
 from common.data import Augmentation
 from common.evaluate import Supervision, position_parameters
 from common.method import Output
-from common.recipe import DEIT, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 
 VARIANTS = {}  # benchmarks.speed has timm's supervised step already
@@ -100,8 +100,8 @@ class DeiT(nn.Module):
         """Cross-entropy with the teacher's decision (equation 3), or tau^2 KL(teacher || student) at temperature tau (equation 2)."""
         if self.distillation == "hard":
             return F.cross_entropy(student_BK, teacher_BK.argmax(1))
-        told, truth = ((logits_BK / self.temperature).log_softmax(1) for logits_BK in (student_BK, teacher_BK))
-        return self.temperature**2 * F.kl_div(told, truth, reduction="batchmean", log_target=True)
+        pred, target = ((logits_BK / self.temperature).log_softmax(1) for logits_BK in (student_BK, teacher_BK))
+        return self.temperature**2 * F.kl_div(pred, target, reduction="batchmean", log_target=True)
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> DeiT:
@@ -116,7 +116,7 @@ def digits() -> Recipe:
     Encoder, batches and augmentation of DropPos' digits recipe. Hardware: two CPU cores, three minutes a seed. Expected top-1: 97.4.
     """
     shifts = Augmentation(crop="padding", padding=1, flip=0.0)
-    stage = Stage(epochs=200, batch_size=128, base_lr=2e-3, warmup_epochs=10, augmentation=shifts)
+    stage = TrainConfig(epochs=200, batch_size=128, base_lr=2e-3, warmup_epochs=10, augmentation=shifts)
     return _recipe(("digits",), "micro", 8, 2, stage, {"smoothing": 0.1}, Protocol("knn", "knn", pool="class"))
 
 
@@ -145,6 +145,6 @@ def imagenet_vitb16_distilled() -> Recipe:
     return replace(imagenet_vitb16(), method={**DEIT_LABELS, "distillation": "hard", "teacher": "regnety_160.deit_in1k"})
 
 
-def _recipe(data: tuple[str, ...], size: str, pixels: int, patch: int, stage: Stage, labels: dict, *protocols: Protocol) -> Recipe:
+def _recipe(data: tuple[str, ...], size: str, pixels: int, patch: int, stage: TrainConfig, labels: dict, *protocols: Protocol) -> Recipe:
     encoder = {"position": "learned", "drop_path": DEIT_DROP_PATH}
     return Recipe(data, size, pixels, patch, stage, protocols, method=dict(labels), encoder=encoder, supervised=True)

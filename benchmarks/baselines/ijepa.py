@@ -64,6 +64,6 @@ _LINEAR = Protocol(
     VISSL_LARS,
     layers=(1, 4),
     heads=("norm_affine", "linear"),
-    rates=(1.0, 5.0, 0.1),
+    lr_multipliers=(1.0, 5.0, 0.1),
     decays=(5e-4, 0.0),
 )

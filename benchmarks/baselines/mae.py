@@ -14,7 +14,7 @@ from common.data import Augmentation, Data
 from common.heads import PixelDecoder
 from common.masking import kept_tokens, permutation_ranks, random_order
 from common.method import Output
-from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, Stage, check_options
+from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT, patchify
 
 # What benchmarks.speed times: MAE beside each eta of MP3's Table 2. Pre-training is at .75.
@@ -35,7 +35,8 @@ OFFICIAL_NAMES = {
 class MAE(nn.Module):
     """MAE around an encoder with a class token and a position embedding; the loss is on pixels normalised patch by patch.
 
-    mask_ratio: share of the patches hidden. Raises ValueError for one that leaves nothing to see or nothing to paint, and as PixelDecoder.
+    mask_ratio: fraction of the patches that is hidden. Raises ValueError where it leaves nothing visible or nothing hidden, and as
+    PixelDecoder.
     """
 
     def __init__(self, encoder: ViT, *, mask_ratio: float = 0.75, decoder_width=512, decoder_depth=8, decoder_heads=16):
@@ -64,18 +65,18 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> MAE:
 def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directory: Path) -> None:
     """reconstruction.png in the directory: a few images (B, C, H, W), what the model saw of them, and what it painted around that.
 
-    The model knows a patch only up to its mean and deviation. Here each painted patch is given the true ones.
+    The model knows a patch only up to its mean and std. Here each painted patch is given the true ones.
     """
     named, patch, (rows, columns) = method.eval()(images).named, method.encoder.patch_size, method.encoder.grid
     painted_BNPC = method.decoder(named["encoded"], named["order"]).float().unflatten(-1, (patch * patch, -1))
     true_BNPC = patchify(images.float(), patch).unflatten(-1, (-1, patch * patch)).transpose(-1, -2)
-    deviation = true_BNPC.var((-1, -2), keepdim=True).sqrt()
-    painted_BNPC = painted_BNPC * deviation + true_BNPC.mean((-1, -2), keepdim=True)
+    std = true_BNPC.var((-1, -2), keepdim=True).sqrt()
+    painted_BNPC = painted_BNPC * std + true_BNPC.mean((-1, -2), keepdim=True)
     mean_C, std_C = (torch.tensor(values, device=images.device) for values in (data.mean, data.std))
     true_BNPC, painted_BNPC = ((x * std_C + mean_C).clamp(0, 1) for x in (true_BNPC, painted_BNPC))
     visible = (permutation_ranks(named["order"]) < method.visible)[..., None, None]
     shown = true_BNPC, true_BNPC.where(visible, 0.45), true_BNPC.where(visible, painted_BNPC)
-    titles = "image", f"{method.visible} of {method.cells} patches visible", "painted, given the true mean\nand deviation of each patch"
+    titles = "image", f"{method.visible} of {method.cells} patches visible", "painted, given the true mean\nand std of each patch"
     figure = Figure(figsize=(8.4, 2.6 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), 3, squeeze=False)
     for column, (title, x_BNPC) in enumerate(zip(titles, shown, strict=True)):
@@ -134,12 +135,12 @@ def imagenet_vitb16_1600() -> Recipe:
     return replace(imagenet_vitb16_800(), pretrain=replace(_PRETRAIN, epochs=1600))
 
 
-def _protocols(tune: Stage, linear: Stage) -> tuple[Protocol, ...]:
+def _protocols(tune: TrainConfig, linear: TrainConfig) -> tuple[Protocol, ...]:
     """Tables 9 and 10: fine-tuning on the mean of the patch tokens with positions that learn, and a probe of the class token."""
     whole = Protocol("finetune", "finetune", tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
     return whole, Protocol("linear_last", "linear", linear, pool="class")
 
 
-_PRETRAIN = Stage(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
+_PRETRAIN = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
 _FINETUNE = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
-_LINEAR = Stage(90, 16384, 0.1, warmup_epochs=10, optimizer="lars", weight_decay=0.0, augmentation=Augmentation(scale=(0.08, 1.0)))
+_LINEAR = TrainConfig(90, 16384, 0.1, warmup_epochs=10, optimizer="lars", weight_decay=0.0, augmentation=Augmentation(scale=(0.08, 1.0)))

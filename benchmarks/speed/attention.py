@@ -66,18 +66,18 @@ class Case:
 
 def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """MP3 at ViT-B/16 and on CIFAR, MaPeT's two streams; on a CPU with a thirty-second of the images."""
-    share = 1 if device.type == "cuda" else 32
+    fewer = 1 if device.type == "cuda" else 32
     made = []
     for shape, images, H, N, M in (
         ("MP3 ViT-B/16, eta .5", 256, 12, 197, 99),
         ("MP3 ViT-B/16, eta .75", 256, 12, 197, 50),
         ("MP3 ViT-S/4 at 32 px, eta .5", 1024, 6, 65, 33),
     ):
-        B = images // share
+        B = images // fewer
         rank_BN = _ranks(B, N)
         until_BK = torch.where(rank_BN < M, N, 0)
         made.append(_case(shape, (B, H, N, N), {"visible_until": until_BK}, device, dtype, rank_BN.argsort(1)[:, :M]))
-    B, N, M = 128 // share, 197, 50
+    B, N, M = 128 // fewer, 197, 50
     for order, rank_BN in (("raster", _ranks(B, N)), ("visiting", torch.arange(N).expand(B, N))):
         # Keys are all tokens, then a placeholder of each target; `entry` is the time from which a token is visible, e in mapet/method.py.
         target_BT = (rank_BN < M).int().argsort(dim=1, stable=True)[:, : N - M]

@@ -36,7 +36,7 @@ from benchmarks.speed.measure import check_kept, facts, gemm_rate, keep, show, w
 from common import keep_freed_memory
 from common.optim import make_optimizer
 from common.randomness import generator
-from common.recipe import Stage, override
+from common.recipe import TrainConfig, override
 from common.run import console
 from common.train import has_fast_bf16
 from common.vit import SIZES
@@ -47,7 +47,7 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
 }
 SAME = ["device", "backbone", "batch", "step", "precision"]  # what a new measurement of replaces an old one
-STAGE = Stage(epochs=1, batch_size=256, base_lr=1e-4)  # a step costs the same at any rate
+STAGE = TrainConfig(epochs=1, batch_size=256, base_lr=1e-4)  # a step costs the same at any rate
 
 
 @dataclass

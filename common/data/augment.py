@@ -28,7 +28,7 @@ BOX = 2 * TRIES + 2  # uniform numbers that a random box takes
 # uniform numbers per image: crop box | erased box | flip, brightness, contrast, saturation, grey, blur, its radius, erase or not, noise
 DRAWS = 2 * BOX + 9
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's
-BLUR_RADIUS = (0.1, 2.0)  # smallest and largest deviation of the Gaussian, in pixels
+BLUR_RADIUS = (0.1, 2.0)  # smallest and largest std of the Gaussian, in pixels
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Augmentation:
     """What happens to a training image, in this order, and how often. Raises ValueError where an option makes no sense."""
 
     # whole image, its middle where it has another shape | pressed into the shape | shifted inside a black border | random part, resized
-    crop: Literal["none", "squeezed", "padding", "resized"] = "resized"
+    crop: Literal["none", "squash", "padding", "resized"] = "resized"
     padding: int = 4  # width of that border in pixels, for crop="padding"
-    scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, for crop="resized"
+    scale: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area, for crop="resized"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for crop="resized"
     # images from files, with "none" and "padding": resize the short side to this many pixels before the center crop; see view_size
     resize: int | None = None
@@ -52,14 +52,14 @@ class Augmentation:
     repeats: int = 1  # times an image is drawn in an epoch, each augmented differently (repeated augmentation); the epoch keeps its length
 
     def __post_init__(self) -> None:
-        if self.crop not in ("none", "squeezed", "padding", "resized"):
-            raise ValueError(f"crop={self.crop!r}: it is none, squeezed, padding or resized")
+        if self.crop not in ("none", "squash", "padding", "resized"):
+            raise ValueError(f"crop={self.crop!r}: it is none, squash, padding or resized")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area share at most 1")
+            raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area fraction at most 1")
         if self.randaugment is not None:
             _check_randaugment(self.randaugment)
         if self.resize is not None and self.resize < 1:
-            raise ValueError(f"resize={self.resize}: give pixels of the short side; the whole image is pressed into shape by crop=squeezed")
+            raise ValueError(f"resize={self.resize}: give pixels of the short side; the whole image is pressed into shape by crop=squash")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation={self.interpolation!r}: it is bilinear or bicubic")
         for name, probability in {"flip": self.flip, "grey": self.grey, "blur": self.blur, "erase": self.erase}.items():
@@ -73,8 +73,8 @@ class Augmentation:
 
     @property
     def evaluation_resize(self) -> int | None:
-        """The `resize` by which evaluation shows, of images from files, what training does with "none" and "squeezed"."""
-        return {"squeezed": 0, "resized": None}.get(self.crop, self.resize)
+        """The `resize` by which evaluation shows, of images from files, what training does with "none" and "squash"."""
+        return {"squash": 0, "resized": None}.get(self.crop, self.resize)
 
 
 def _check_randaugment(policy: str) -> None:
@@ -120,7 +120,7 @@ def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, i
 def random_boxes(draws_BK: Tensor, area: tuple[float, float], ratio: tuple[float, float], height: int, width: int) -> Tensor:
     """A box inside a height x width image per row of BOX draws: (B, 4) of top, left, height, width in pixels, not rounded.
 
-    Area share uniform, width / height log-uniform; the first of TRIES that fits, or the first of all cut to the image.
+    Area fraction uniform, width / height log-uniform; the first of TRIES that fits, or the first of all cut to the image.
     """
     area_BT = height * width * (area[0] + (area[1] - area[0]) * draws_BK[:, :TRIES])
     ratio_BT = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws_BK[:, TRIES : 2 * TRIES])
@@ -204,13 +204,13 @@ def _grey(images_BCHW: Tensor) -> Tensor:
 
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """From 0..255, of any dtype, to float32 with the data set's mean 0 and deviation 1 per channel."""
+    """From 0..255, of any dtype, to float32 with the data set's mean 0 and std 1 per channel."""
     mean_C11, std_C11 = (images_BCHW.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
     return (images_BCHW.float() / 255 - mean_C11) / std_C11
 
 
 def erase(images_BCHW: Tensor, draws_BK: Tensor, probability: float) -> Tensor:
-    """Fill a box with standard normal noise, in place, in the share `probability` of the normalised images."""
+    """Fill a box with standard normal noise, in place, in the fraction `probability` of the normalised images."""
     if probability == 0:
         return images_BCHW
     boxes_B4 = random_boxes(draws_BK[:, BOX : 2 * BOX], ERASED_AREA, ERASED_RATIO, *images_BCHW.shape[-2:]).round().long()
@@ -233,13 +233,13 @@ def view_size(data: Data, image_size: tuple[int, int], resize: int | None = None
         return image_size
     if resize is not None:
         return round(resize * image_size[0] / min(image_size)), round(resize * image_size[1] / min(image_size))
-    share = 1.0 if data.image_size is not None or min(image_size) <= 64 else 224 / 256
-    return int(image_size[0] / share), int(image_size[1] / share)
+    fraction = 1.0 if data.image_size is not None or min(image_size) <= 64 else 224 / 256
+    return int(image_size[0] / fraction), int(image_size[1] / fraction)
 
 
 def view_name(data: Data, image_size: tuple[int, int], resize: int | None = None) -> str:
-    """How view_size is called in results and files: the short side in pixels, or squeezed."""
-    return "squeezed" if resize == 0 else f"{min(view_size(data, image_size, resize))}"
+    """How view_size is called in results and files: the short side in pixels, or squash."""
+    return "squash" if resize == 0 else f"{min(view_size(data, image_size, resize))}"
 
 
 def worker_transform(
@@ -259,8 +259,8 @@ def worker_transform(
     # torchvision drops a fraction of the long side, as DeiT, timm and MaPeT evaluate; timm, which knows other shapes, rounds it.
     resized = transforms.Resize(size[0], mode) if size[0] == size[1] else ResizeKeepRatio(size, interpolation=interpolation)
     whole = [resized, transforms.CenterCrop(image_size)]
-    squeezed = resize == 0 if augmentation is None else augmentation.crop == "squeezed"
-    if squeezed:
+    squash = resize == 0 if augmentation is None else augmentation.crop == "squash"
+    if squash:
         whole = [transforms.Resize(image_size, mode)]
     steps: list[Callable] = whole
     if augmentation is not None:

@@ -78,16 +78,16 @@ class Split:
         """
         return self._draw([n] * self.classes, seed)
 
-    def balanced(self, share: float, seed: int) -> "Split":
-        """The `share` of all labels, as many of each class as can be, drawn with `seed`; which classes give one more is drawn too.
+    def balanced(self, fraction: float, seed: int) -> "Split":
+        """The `fraction` of all labels, as many of each class as can be, drawn with `seed`; which classes give one more is drawn too.
 
         On ImageNet 0.01 gives 12,811 images: 13 of 811 classes and 12 of 189, as in the lists that papers use.
         Raises DataError where that is less than one label per class, or a class has too few.
         """
-        total = int(share * len(self))
+        total = int(fraction * len(self))
         if total < self.classes:
             least = f"{self.classes} of {len(self)} are the least"
-            raise DataError(f"a share of {share} is {total} of {len(self)} labels, for {self.classes} classes: ask for more, {least}")
+            raise DataError(f"a fraction of {fraction} is {total} of {len(self)} labels, for {self.classes} classes: ask for more, {least}")
         each, rest = divmod(total, self.classes)
         order = torch.randperm(self.classes, generator=generator(seed, self.classes)).tolist()
         return self._draw([each + (place < rest) for place in order], seed)
@@ -320,9 +320,9 @@ def _in_memory(name: str, train: Split, val: Split) -> Data:
     assert images is not None
     levels = torch.arange(256, dtype=torch.float64) / 255
     # counting grey levels is exact and needs no float copy of the set
-    shares = [torch.bincount(channel.flatten(), minlength=256) / channel.numel() for channel in images.unbind(1)]
-    mean = [float((share * levels).sum()) for share in shares]
-    std = [float((share * (levels - m) ** 2).sum().sqrt()) for share, m in zip(shares, mean, strict=True)]
+    frequencies = [torch.bincount(channel.flatten(), minlength=256) / channel.numel() for channel in images.unbind(1)]
+    mean = [float((frequency * levels).sum()) for frequency in frequencies]
+    std = [float((frequency * (levels - m) ** 2).sum().sqrt()) for frequency, m in zip(frequencies, mean, strict=True)]
     size = (images.shape[2], images.shape[3])
     return Data(name, len(train.class_names), images.shape[1], size, tuple(mean), tuple(std), train, val)
 

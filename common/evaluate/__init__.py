@@ -1,7 +1,7 @@
 """How an encoder is judged: full fine-tuning, linear probes, logistic regression, k-NN. From scratch is fine-tuning too."""
 
 from common.evaluate.encoder import TokenEncoder, as_encoder
-from common.evaluate.finetune import Classifier, Supervision, accuracies, accuracy, best_five, own_metrics, pool, position_parameters
+from common.evaluate.finetune import Classifier, Supervision, accuracies, accuracy, best_five, own_metrics, pool_tokens, position_parameters
 from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
 from common.evaluate.probe import ON_TEST, FeatureLoader, LinearProbe, can_cache, hold_out
 from common.evaluate.protocols import PROTOCOLS, Result, evaluate, labelled_images
@@ -28,6 +28,6 @@ __all__ = [
     "layers_name",
     "logistic_accuracy",
     "own_metrics",
-    "pool",
+    "pool_tokens",
     "position_parameters",
 ]

@@ -20,12 +20,12 @@ from common.run import RunError
 from common.vit import ViT
 
 
-def pool(tokens_BTD: Tensor, encoder: ViT, how: str) -> Tensor:
+def pool_tokens(tokens_BTD: Tensor, encoder: ViT, pool: str) -> Tensor:
     """The feature of an image (B, D): the mean of its patch tokens, or its class token.
 
     Raises ValueError for the class token of an encoder that has none.
     """
-    if how == "mean":
+    if pool == "mean":
         return tokens_BTD[:, encoder.prefix_tokens :].mean(1)
     if not encoder.prefix_tokens:
         raise ValueError("pool='class' needs an encoder with a class token; use pool='mean'")
@@ -88,7 +88,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
         super().__init__()
-        self.encoder, self.how = encoder, protocol.pool
+        self.encoder, self.pool = encoder, protocol.pool
         if protocol.pool == "mean":
             getattr(encoder, "module", encoder).norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6) if protocol.pool == "mean" else nn.Identity()
@@ -101,7 +101,7 @@ class Classifier(nn.Module):
         """images (B, C, H, W) and, in training, class indices (B,). `named["logits"]` is (B, K)."""
         if self.training:
             images, targets = self.supervision.blend(images, targets)
-        logits_BK = self.head(self.fc_norm(pool(self.encoder(images), self.encoder, self.how))).float()
+        logits_BK = self.head(self.fc_norm(pool_tokens(self.encoder(images), self.encoder, self.pool))).float()
         if self.training:
             return Output(self.supervision.loss(logits_BK, targets), named={"logits": logits_BK})
         loss = logits_BK.new_zeros(()) if targets is None else F.cross_entropy(logits_BK, targets)

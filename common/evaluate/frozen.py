@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.data import Loader
-from common.evaluate.finetune import best_five, pool, tokens
+from common.evaluate.finetune import best_five, pool_tokens, tokens
 from common.files import replacing
 from common.processes import gather_rows, once
 from common.run import RunError
@@ -30,7 +30,7 @@ SOLVER = {"solver": "newton-cg", "tol": 1e-9, "max_iter": 100}
 
 @torch.no_grad()
 def features(
-    fabric: Fabric, encoder: ViT | None, loader: Loader, how: str, layers: int = 1, cache: Path | None = None
+    fabric: Fabric, encoder: ViT | None, loader: Loader, pool: str, layers: int = 1, cache: Path | None = None
 ) -> tuple[Tensor, Tensor]:
     """Pooled features (N, D) after the last blocks of an encoder, and the classes (N,), of every image; raw pixels where it is None.
 
@@ -40,18 +40,18 @@ def features(
     features that are not finite.
     """
     if encoder is None:
-        return _extract(fabric, None, loader, how, layers)
+        return _extract(fabric, None, loader, pool, layers)
     encoder = copy.deepcopy(encoder).to(fabric.device).eval()
     if cache is None:
-        return _extract(fabric, encoder, loader, how, layers)
-    options = {"layers": str(layers), "pool": how, "precision": str(fabric._precision.precision)}
+        return _extract(fabric, encoder, loader, pool, layers)
+    options = {"layers": str(layers), "pool": pool, "precision": str(fabric._precision.precision)}
     images = once(fabric, loader.split.digest)
     key = {"encoder": fingerprint(encoder), "data": loader.data.name, "images": images, **loader.view, **options}
-    seen = f"{layers_name(layers)}-{how}-{key['resize']}-{key['interpolation']}-{key['images'][:8]}"
+    seen = f"{layers_name(layers)}-{pool}-{key['resize']}-{key['interpolation']}-{key['images'][:8]}"
     file = cache.with_name(f"{cache.name}-{seen}.safetensors")
     if once(fabric, file.exists):
         return _read(file, key, fabric.device)
-    feature_ND, target_N = _extract(fabric, encoder, loader, how, layers)
+    feature_ND, target_N = _extract(fabric, encoder, loader, pool, layers)
     if fabric.is_global_zero:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
@@ -59,11 +59,11 @@ def features(
     return feature_ND, target_N
 
 
-def _extract(fabric: Fabric, encoder: ViT | None, loader: Loader, how: str, layers: int) -> tuple[Tensor, Tensor]:
+def _extract(fabric: Fabric, encoder: ViT | None, loader: Loader, pool: str, layers: int) -> tuple[Tensor, Tensor]:
     found = []
     for images, targets in loader.epoch(0):
         with fabric.autocast():
-            feature = images.flatten(1) if encoder is None else pool(tokens(encoder, images, layers), encoder, how)
+            feature = images.flatten(1) if encoder is None else pool_tokens(tokens(encoder, images, layers), encoder, pool)
         found.append((feature.float(), targets))
     feature, target = (torch.cat(part) for part in zip(*found, strict=True)) if found else (None, None)
     if fabric.world_size > 1 and loader.world_size > 1:
@@ -108,24 +108,24 @@ def layers_name(layers: int) -> str:
 
 
 def standardise(train_ND: Tensor, test_MD: Tensor, statistics: str = "train") -> tuple[Tensor, Tensor]:
-    """Both with mean 0 and (unbiased) deviation 1 by the train features; the test features by their own where statistics="own".
+    """Both with mean 0 and (unbiased) std 1 by the train features; the test features by their own where statistics="own".
 
     That is how StoP was released; it lets an answer depend on the other test images. A feature that is constant becomes 0.
     """
 
     def moments(feature_ND: Tensor) -> tuple[Tensor, Tensor]:
-        deviation_D, mean_D = torch.std_mean(feature_ND.double(), 0)
-        return mean_D, deviation_D.where(deviation_D > 1e-6 * mean_D.abs(), 1.0)  # less is rounding
+        std_D, mean_D = torch.std_mean(feature_ND.double(), 0)
+        return mean_D, std_D.where(std_D > 1e-6 * mean_D.abs(), 1.0)  # less is rounding
 
-    mean_D, deviation_D = moments(train_ND)
-    other_mean_D, other_deviation_D = moments(test_MD) if statistics == "own" else (mean_D, deviation_D)
-    return ((train_ND - mean_D) / deviation_D).float(), ((test_MD - other_mean_D) / other_deviation_D).float()
+    mean_D, std_D = moments(train_ND)
+    other_mean_D, other_std_D = moments(test_MD) if statistics == "own" else (mean_D, std_D)
+    return ((train_ND - mean_D) / std_D).float(), ((test_MD - other_mean_D) / other_std_D).float()
 
 
-def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, strength: float) -> tuple[Tensor, bool]:
+def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, l2: float) -> tuple[Tensor, bool]:
     """Weights (K, D), without bias, of multinomial logistic regression, and whether the solver has reached the optimum.
 
-    They minimise the mean cross-entropy + strength / N * |W|^2 / 2, as cyanure does for StoP. StoP turns the features to their principal
+    They minimise the mean cross-entropy + l2 / N * |W|^2 / 2, as cyanure does for StoP. StoP turns the features to their principal
     axes before; the penalty is the same in all directions, so that changes nothing and is left out.
     Raises ValueError where a class has no label, RunError for features that are not finite.
     """
@@ -139,7 +139,7 @@ def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, strength: floa
         raise ValueError(f"{len(absent)} of {classes} classes have no label to learn from, the first is class {absent[0]}: add one of each")
     # of two classes scikit-learn fits the difference w: the halves of it have the penalty |w|^2 / 4
     scale = 2 if classes == 2 else 1
-    model = LogisticRegression(C=scale / strength, fit_intercept=False, **SOLVER)
+    model = LogisticRegression(C=scale / l2, fit_intercept=False, **SOLVER)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(train_ND.double().cpu().numpy(), train_N.cpu().numpy())
@@ -148,7 +148,7 @@ def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, strength: floa
 
 
 def logistic_accuracy(
-    train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, strength: float, statistics: str = "train"
+    train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, l2: float, statistics: str = "train"
 ) -> dict[str, float]:
     """top1 and top5 in percent of logistic regression on standardised features, and whether it has `converged`.
 
@@ -157,7 +157,7 @@ def logistic_accuracy(
     for feature_ND in (train_ND, test_MD):
         check_finite(feature_ND)
     train_ND, test_MD = standardise(train_ND, test_MD, statistics)
-    weights_KD, converged = fit_logistic(train_ND, train_N, classes, strength)
+    weights_KD, converged = fit_logistic(train_ND, train_N, classes, l2)
     logits_MK = test_MD @ weights_KD.float().to(test_MD.device).T
     right_M5 = best_five(logits_MK, test_M)
     top1, top5 = (100 * right.double().mean().item() for right in (right_M5[:, 0], right_M5.any(1)))

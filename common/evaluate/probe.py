@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.data import Augmentation, Loader
 from common.evaluate.encoder import TokenEncoder
-from common.evaluate.finetune import pool, tokens
+from common.evaluate.finetune import pool_tokens, tokens
 from common.evaluate.frozen import layers_name
 from common.method import Output
 from common.randomness import generator
@@ -25,7 +25,7 @@ HELD_OUT = 2**32  # in the key of the draw of `hold_out`; the draws of labels ha
 
 
 class LinearProbe(nn.Module):
-    """A classifier for each of the protocol's layers x heads x rates x decays, as `grid` lists them; each learns as if it were alone.
+    """A classifier for each of layers x heads x lr_multipliers x decays, as `grid` lists them; each trains independently.
 
     They share the forward pass of the encoder, and start from the same weights. The heads before the linear layer: "norm", a batch norm
     without parameters (MAE, appendix A.1); "norm_affine", one with (VISSL's eval_mlp); "linear", none; "attentive", a query that is
@@ -34,13 +34,13 @@ class LinearProbe(nn.Module):
 
     def __init__(self, encoder: ViT | TokenEncoder, classes: int, protocol: Protocol):
         super().__init__()
-        self.encoder, self.how, self.width = encoder.requires_grad_(False), protocol.pool, encoder.width
+        self.encoder, self.pool, self.width = encoder.requires_grad_(False), protocol.pool, encoder.width
         self.layers, self.stage, self.choose_on = max(protocol.layers), protocol.stage, protocol.choose_on
         depth = max(1, len(encoder.blocks))
         if self.layers > depth:
             raise ValueError(f"layers={protocol.layers}: the encoder has {depth}, so ask for that many at most")
         decays = protocol.decays or (protocol.stage.weight_decay,)
-        self.grid = list(product(protocol.layers, protocol.heads, protocol.rates, decays))
+        self.grid = list(product(protocol.layers, protocol.heads, protocol.lr_multipliers, decays))
         self.heads = nn.ModuleList()
         for layers, head, *_ in self.grid:
             with torch.random.fork_rng(devices=[]):  # what one draws does not depend on the others
@@ -53,7 +53,7 @@ class LinearProbe(nn.Module):
         """
         with torch.no_grad():
             token_BTD = tokens(self.encoder, images, self.layers) if images.ndim == 4 else None
-            feature_BD = images if token_BTD is None else pool(token_BTD, self.encoder, self.how).float()
+            feature_BD = images if token_BTD is None else pool_tokens(token_BTD, self.encoder, self.pool).float()
         logits = []
         for (layers, head, *_), classifier in zip(self.grid, self.heads, strict=True):
             seen = token_BTD if head == "attentive" else feature_BD

@@ -27,7 +27,7 @@ from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic
 from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache, hold_out
 from common.method import Output
 from common.processes import once
-from common.recipe import DEIT_CROPS, VISSL_SGD, Protocol, RecipeError, Stage, nearest
+from common.recipe import DEIT_CROPS, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
 from common.run import Run
 from common.train import fit, make_fabric, make_loader
 from common.vit import ViT
@@ -44,7 +44,7 @@ PROTOCOLS = {
         Protocol(
             name="finetune",
             kind="finetune",
-            stage=Stage(
+            stage=TrainConfig(
                 epochs=100,
                 batch_size=1024,
                 base_lr=5e-4,
@@ -133,8 +133,8 @@ def labelled_images(protocol: Protocol, train: Split, seed: int) -> Split:
     """The training images whose labels a protocol may use. Raises DataError where there are too few, or a list names others."""
     if protocol.labels_per_class is not None:
         return train.per_class(protocol.labels_per_class, seed)
-    if protocol.label_share is not None:
-        return train.balanced(protocol.label_share, seed)
+    if protocol.label_fraction is not None:
+        return train.balanced(protocol.label_fraction, seed)
     if protocol.label_list is not None:
         return train.listed(Path(protocol.label_list))
     return train
@@ -199,7 +199,7 @@ class _Evaluation:
         return [*chosen[:-1], replace(chosen[-1], grid=tuple(results))]
 
     def logistic(self, encoder: ViT | TokenEncoder | None) -> list[Result]:
-        options = {"statistics": self.protocol.statistics, "strength": self.protocol.strength}
+        options = {"statistics": self.protocol.statistics, "l2": self.protocol.l2}
         train, test = self.features(encoder)
         found = once(self.fabric, lambda: logistic_accuracy(*train, *test, classes=self.data.classes, **options))
         if not found["converged"]:
@@ -225,9 +225,11 @@ class _Evaluation:
             found.append(features(self.fabric, encoder, self.loader(split), self.protocol.pool, max(self.protocol.layers), cache))
         return found
 
-    def loader(self, split: Split, stage: Stage | None = None, augmentation: Augmentation | None = None) -> Loader:
+    def loader(self, split: Split, stage: TrainConfig | None = None, augmentation: Augmentation | None = None) -> Loader:
         """Batches for this process, in those of a training stage, or of `batch_size` images."""
-        stage = stage or Stage(epochs=1, batch_size=self.batch_size * self.fabric.world_size, base_lr=0.0, device_batch=self.batch_size)
+        stage = stage or TrainConfig(
+            epochs=1, batch_size=self.batch_size * self.fabric.world_size, base_lr=0.0, device_batch=self.batch_size
+        )
         view = {"resize": self.protocol.resize, "interpolation": self.protocol.interpolation}
         options = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
         return make_loader(self.fabric, split, stage, augmentation, **options, **view)

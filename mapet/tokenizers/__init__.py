@@ -111,8 +111,8 @@ def prepare_tokens(
         place = Path(folder) / f"{data.name}-{tokenization.tokenizer}-{digest}"
         if not place.exists():
             if not make:
-                told = "run `make tokens PAPER=mapet` with the same DATA, RECIPE and ARGS first"
-                raise RecipeError(f"there are no tokens in {place}, and several processes do not make them: {told}")
+                fix = "run `make tokens PAPER=mapet` with the same DATA, RECIPE and ARGS first"
+                raise RecipeError(f"there are no tokens in {place}, and several processes do not make them: {fix}")
             if check:
                 _tokenizer(tokenization, data, manifest, image_size, patch_size)
                 return data
@@ -137,13 +137,13 @@ def _short_side(data: Data, augmentation: Augmentation, image_size: int) -> floa
     images; 0: all, pressed into shape. Raises RecipeError where it is another part each time."""
     cut = augmentation.crop in ("resized", "padding")
     randomly = augmentation.randaugment is not None
-    for name, moves, fit in (("crop", cut, "none or squeezed"), ("flip", augmentation.flip > 0, "0"), ("randaugment", randomly, "null")):
+    for name, moves, fit in (("crop", cut, "none or squash"), ("flip", augmentation.flip > 0, "0"), ("randaugment", randomly, "null")):
         if moves:
             raise RecipeError(
                 f"pretrain.augmentation.{name}={getattr(augmentation, name)}: tokens are made once, of images as they are, and would not "
                 f"be those of the patches that the model sees; set it to {fit}"
             )
-    if data.train.paths is None or augmentation.crop == "squeezed":
+    if data.train.paths is None or augmentation.crop == "squash":
         return 0.0
     return view_size(data, (image_size, image_size), augmentation.resize)[0] / image_size
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.convert import load_encoder, load_method, read_checkpoint
 from common.positions import Grid
-from common.recipe import Recipe, RecipeError, Stage, nearest
+from common.recipe import Recipe, RecipeError, TrainConfig, nearest
 from common.vit import ViT, patchify
 
 Channels = tuple[float, ...]
@@ -53,7 +53,7 @@ class Features(nn.Module):
 
 
 class Pixels(Features):
-    """The pixels of each patch, with `per_patch` of mean 0 and deviation 1 like MAE's targets. Raises ValueError where none fit."""
+    """The pixels of each patch, with `per_patch` of mean 0 and std 1 like MAE's targets. Raises ValueError where none fit."""
 
     def __init__(self, patch_size: int, size: Grid, mean: Channels, std: Channels, per_patch: bool = False):
         super().__init__()
@@ -143,11 +143,11 @@ def _open_run(path: Path, size: int | None, channels: int) -> tuple[str, nn.Modu
     """An encoder as the recipe.json beside it builds it: its timm name, itself, and the size of its images."""
     state, beside = read_checkpoint(path), path.with_name("recipe.json")
     try:
-        told = json.loads(beside.read_text())["recipe"]
-        sizes = {name: told[name] for name in ("size", "image_size", "patch_size", "encoder")} | ({"image_size": size} if size else {})
+        recipe = json.loads(beside.read_text())["recipe"]
+        sizes = {name: recipe[name] for name in ("size", "image_size", "patch_size", "encoder")} | ({"image_size": size} if size else {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{beside} does not say what {path.name} is ({error!r}): name the file in its run's directory") from error
-    recipe = Recipe(data=(), pretrain=Stage(epochs=1, batch_size=1, base_lr=0.0), protocols=(), **sizes)
+    recipe = Recipe(data=(), pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=0.0), protocols=(), **sizes)
     network = recipe.build_encoder(channels)
     load_encoder(network, state, allow_unused=()) if isinstance(network, ViT) else load_method(network, state, {})
     return recipe.backbone, network, {"size": network.image_size}

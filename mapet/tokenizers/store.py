@@ -43,8 +43,8 @@ class TokenStore:
             self.manifest = json.loads((self.folder / "manifest.json").read_text())
             version, unfinished = self.manifest["version"], "done" in self.manifest
         except FileNotFoundError:
-            told = "make it with `make tokens PAPER=mapet`, or name the folder that holds one"
-            raise DataError(f"there is no token store in {folder}: {told}") from None
+            fix = "make it with `make tokens PAPER=mapet`, or name the folder that holds one"
+            raise DataError(f"there is no token store in {folder}: {fix}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._fault(f"its manifest.json cannot be read ({type(error).__name__}: {error})") from error
         if version != VERSION or unfinished:
@@ -196,16 +196,16 @@ def progress_bar(title: str, begun: int = 0) -> Iterator[Callable[[int, int], No
 
     begun: images that were done before, which tell nothing of the time that the others take.
     """
-    start = told = time.monotonic()
+    start = shown = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
 
         def show(done: int, total: int) -> None:
-            nonlocal told
+            nonlocal shown
             bar.update(task, completed=done, total=total)
             now = time.monotonic()
-            if done == total or now - told >= SAVE_SECONDS:
-                told, left = now, (total - done) * (now - start) / max(1, done - begun)
+            if done == total or now - shown >= SAVE_SECONDS:
+                shown, left = now, (total - done) * (now - start) / max(1, done - begun)
                 console.print(f"{title}: {done} of {total} images, {left:.0f} s left", markup=False)
 
         yield show
