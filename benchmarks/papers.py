@@ -47,9 +47,9 @@ def recipes(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
 
 
 def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str, Recipe]:
-    """The named recipe, or the first that is meant for the data set (any folder counts as "folder").
+    """Return the named recipe, or the default one of the data set, which the paper declares in DEFAULTS ("folder" is any ImageFolder).
 
-    Raises RecipeError for an unknown name, data that no recipe is meant for, and a paper without recipes.
+    Raises RecipeError for an unknown name, for data without a default recipe, and for a paper without recipes.
     """
     known = recipes(module)
     if not known:
@@ -60,12 +60,12 @@ def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str,
             raise RecipeError(f"RECIPE={name!r} is not known for {paper_name(module)}; {nearest(name, known)}")
         return name, known[name]()
     wanted = "folder" if Path(data).is_dir() else data
-    made = {name: function() for name, function in known.items()}
-    for name, recipe in made.items():
-        if wanted in recipe.data:
-            return name, recipe
-    datasets = sorted({d for recipe in made.values() for d in recipe.data})
-    raise RecipeError(f"DATA={data!r} is no folder and has no recipe in {paper_name(module)}; {nearest(data, datasets)}")
+    defaults = getattr(module, "DEFAULTS", {})
+    if wanted not in defaults:
+        fault = f"DATA={data!r} is no folder and has no default recipe in {paper_name(module)}"
+        raise RecipeError(f"{fault}; name one with RECIPE=, or use other data: {nearest(data, defaults)}")
+    function = defaults[wanted]
+    return function.__name__, function()
 
 
 def _makes_recipe(value: object, module: ModuleType) -> bool:

@@ -38,7 +38,7 @@ def _refuse_unless(node: Any, whose: str, *checks: tuple[bool, str, str]) -> Non
         raise RecipeError(whose + "; ".join(faults))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training: how long, on what batches, with which optimizer. Raises RecipeError for a value that makes no sense by itself.
 
@@ -121,7 +121,7 @@ VISSL_SGD = TrainConfig(
 VISSL_LARS = dataclasses.replace(VISSL_SGD, epochs=50, batch_size=16384, milestones=(15, 30, 45), optimizer="lars")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """One way to judge an encoder; its name stands in the results. Raises RecipeError for values that make no sense, alone or together.
 
@@ -201,11 +201,10 @@ class Protocol:
         return len(self.layers) * len(self.heads) * len(self.lr_multipliers) * max(1, len(self.decays))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A method on a data set: encoder, pre-training, evaluations."""
 
-    data: tuple[str, ...]  # data sets it is meant for, the first by default; "folder" is any ImageFolder path
     size: str  # of the encoder: a name of common.vit.SIZES; or any timm model by name, or a class of timm.models for one of another size
     image_size: int  # pixels
     patch_size: int | None  # pixels; None for a timm model as it is

@@ -30,6 +30,18 @@ def illustrate(method: DropPos, images: torch.Tensor, targets: torch.Tensor, dat
     draw_positions(images, method.encoder.patch_size, *placed, caption, data, directory / "positions.png")
 
 
+# The official code has no linear probe; this is MAE's (its appendix A.1), on the mean of the patch tokens.
+_LINEAR = TrainConfig(
+    epochs=90,
+    batch_size=16384,
+    base_lr=0.1,
+    warmup_epochs=10,
+    optimizer="lars",
+    weight_decay=0.0,
+    augmentation=Augmentation(crop="resized", scale=(0.08, 1.0)),
+)
+
+
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=droppos`. Ours; no paper has it.
 
@@ -47,18 +59,17 @@ def digits() -> Recipe:
     finetune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
     common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     return Recipe(
-        data=("digits",),
         size="micro",
         image_size=8,
         patch_size=2,
         pretrain=pretrain,
         method={"mask_ratio": 0.25, "decoder_width": 96, "decoder_heads": 3, "attentive": False},
         protocols=(
-            Protocol("finetune", stage=finetune, **common),
-            Protocol("finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **common),
-            Protocol("finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **common),
-            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune", stage=finetune, **common),
+            Protocol(name="finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **common),
+            Protocol(name="finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **common),
+            Protocol(name="linear", kind="linear", stage=replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -89,16 +100,15 @@ def cifar10() -> Recipe:
     )
     linear = replace(_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
     return Recipe(
-        data=("cifar10", "cifar100"),
         size="small",
         image_size=32,
         patch_size=4,
         pretrain=pretrain,
         method={"mask_ratio": 0.5},
         protocols=(
-            Protocol("finetune", "finetune", finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
-            Protocol("linear", "linear", linear),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune", kind="finetune", stage=finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
+            Protocol(name="linear", kind="linear", stage=linear),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -109,7 +119,7 @@ def tiny_imagenet() -> Recipe:
     crop = Augmentation(crop="resized", scale=(0.2, 1.0))
     finetune = replace(small.protocols[0], stage=replace(small.protocols[0].stage, augmentation=DEIT_CROPS))
     linear = replace(small.protocols[1], stage=replace(small.protocols[1].stage, augmentation=crop))
-    return replace(small, data=("tiny-imagenet",), image_size=64, patch_size=8, protocols=(finetune, linear, small.protocols[2]))
+    return replace(small, image_size=64, patch_size=8, protocols=(finetune, linear, small.protocols[2]))
 
 
 def imagenet_vitb16_200() -> Recipe:
@@ -141,15 +151,14 @@ def imagenet_vitb16_200() -> Recipe:
         augmentation=DEIT_CROPS,
     )
     return Recipe(
-        data=("folder",),
         size="base",
         image_size=224,
         patch_size=16,
         pretrain=pretrain,
         protocols=(
-            Protocol("finetune", "finetune", finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
-            Protocol("linear", "linear", _LINEAR),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune", kind="finetune", stage=finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
+            Protocol(name="linear", kind="linear", stage=_LINEAR),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -176,13 +185,4 @@ def imagenet_vitl16_800() -> Recipe:
     return replace(recipe, size="large", pretrain=pretrain, protocols=(finetune, *frozen))
 
 
-# The official code has no linear probe; this is MAE's (its appendix A.1), on the mean of the patch tokens.
-_LINEAR = TrainConfig(
-    epochs=90,
-    batch_size=16384,
-    base_lr=0.1,
-    warmup_epochs=10,
-    optimizer="lars",
-    weight_decay=0.0,
-    augmentation=Augmentation(crop="resized", scale=(0.08, 1.0)),
-)
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "tiny-imagenet": tiny_imagenet, "folder": imagenet_vitb16_200}

@@ -59,6 +59,38 @@ def example_targets(method: MaPeT, images: torch.Tensor) -> torch.Tensor:
     return (torch.arange(len(images) * cells, device=images.device) % method.vocabulary).view(len(images), cells)
 
 
+# The official configurations. Tokens are of whole images, so images are neither cut nor mirrored.
+_PRETRAIN = TrainConfig(
+    epochs=300,
+    batch_size=2048,
+    base_lr=1.5e-3,
+    lr_batch=2048,
+    warmup_epochs=10,
+    warmup_lr=1e-6,
+    min_lr=1e-5,
+    cosine_from_start=True,
+    cooldown_epochs=10,
+    clip_norm=3.0,
+    device_batch=128,
+    augmentation=Augmentation(crop="none", resize=224, flip=0.0, color_jitter=0.4),
+)
+_FINETUNE = TrainConfig(
+    epochs=100,
+    batch_size=512,
+    base_lr=5e-4,
+    lr_batch=512,
+    warmup_epochs=20,
+    warmup_lr=1e-6,
+    min_lr=1e-6,
+    cosine_from_start=True,
+    cooldown_epochs=10,
+    device_batch=128,
+    augmentation=Augmentation(scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5", erase=0.25),
+)
+_ENCODER = {"position": "learned", "layer_scale": 0.1, "drop_path": 0.1}
+_LABELS = {"pool": "mean", "drop_path": 0.1, **DEIT_LABELS}
+
+
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=mapet`. Ours; no paper has it.
 
@@ -73,7 +105,6 @@ def digits() -> Recipe:
     finetune = TrainConfig(epochs=60, batch_size=128, base_lr=2e-3, warmup_epochs=5, augmentation=shifts)
     common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     return Recipe(
-        data=("digits",),
         size="micro",
         image_size=8,
         patch_size=2,
@@ -82,11 +113,11 @@ def digits() -> Recipe:
         method={"context": 5, "vocabulary": 64, "initialise": "mae"},
         encoder={"position": "learned"},
         protocols=(
-            Protocol("finetune", stage=finetune, **common),
-            Protocol("finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **common),
-            Protocol("finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **common),
-            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune", stage=finetune, **common),
+            Protocol(name="finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **common),
+            Protocol(name="finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **common),
+            Protocol(name="linear", kind="linear", stage=replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -108,7 +139,6 @@ def cifar10() -> Recipe:
         augmentation=replace(_FINETUNE.augmentation, crop="padding", padding=4),
     )
     return Recipe(
-        data=("cifar10", "cifar100"),
         size="small",
         image_size=32,
         patch_size=4,
@@ -116,7 +146,20 @@ def cifar10() -> Recipe:
         targets={"features": "pixels"},
         method={"context": 17, "vocabulary": 1024},
         encoder=_ENCODER,
-        protocols=(Protocol("finetune", "finetune", finetune, **_LABELS), Protocol("knn", "knn")),
+        protocols=(Protocol(name="finetune", kind="finetune", stage=finetune, **_LABELS), Protocol(name="knn", kind="knn")),
+    )
+
+
+def _imagenet(size: str, **finetune) -> Recipe:
+    return Recipe(
+        size=size,
+        image_size=224,
+        patch_size=16,
+        pretrain=_PRETRAIN,
+        targets={"tokenizer": "kclip", "model": "RN50x64", "weights": "openai", "layer": 4, "size": 448},
+        method={"context": 50, "vocabulary": 8192},
+        encoder=_ENCODER,
+        protocols=(Protocol(name="finetune", kind="finetune", stage=replace(_FINETUNE, **finetune), resize=248, **_LABELS),),
     )
 
 
@@ -160,51 +203,8 @@ def imagenette() -> Recipe:
     pretrain = replace(base.pretrain, epochs=800, batch_size=256, base_lr=5e-4, lr_batch=256, warmup_epochs=40, device_batch=128)
     finetune = replace(base.protocols[0].stage, batch_size=256, lr_batch=256)
     method = {"context": 50, "vocabulary": 1024}
-    protocols = (Protocol("finetune", "finetune", finetune, **_LABELS), Protocol("knn", "knn"))
+    protocols = (Protocol(name="finetune", kind="finetune", stage=finetune, **_LABELS), Protocol(name="knn", kind="knn"))
     return replace(base, size="small", pretrain=pretrain, targets={"features": "pixels"}, method=method, protocols=protocols)
 
 
-def _imagenet(size: str, **finetune) -> Recipe:
-    return Recipe(
-        data=("folder",),
-        size=size,
-        image_size=224,
-        patch_size=16,
-        pretrain=_PRETRAIN,
-        targets={"tokenizer": "kclip", "model": "RN50x64", "weights": "openai", "layer": 4, "size": 448},
-        method={"context": 50, "vocabulary": 8192},
-        encoder=_ENCODER,
-        protocols=(Protocol("finetune", "finetune", replace(_FINETUNE, **finetune), resize=248, **_LABELS),),
-    )
-
-
-# The official configurations. Tokens are of whole images, so images are neither cut nor mirrored.
-_PRETRAIN = TrainConfig(
-    epochs=300,
-    batch_size=2048,
-    base_lr=1.5e-3,
-    lr_batch=2048,
-    warmup_epochs=10,
-    warmup_lr=1e-6,
-    min_lr=1e-5,
-    cosine_from_start=True,
-    cooldown_epochs=10,
-    clip_norm=3.0,
-    device_batch=128,
-    augmentation=Augmentation(crop="none", resize=224, flip=0.0, color_jitter=0.4),
-)
-_FINETUNE = TrainConfig(
-    epochs=100,
-    batch_size=512,
-    base_lr=5e-4,
-    lr_batch=512,
-    warmup_epochs=20,
-    warmup_lr=1e-6,
-    min_lr=1e-6,
-    cosine_from_start=True,
-    cooldown_epochs=10,
-    device_batch=128,
-    augmentation=Augmentation(scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5", erase=0.25),
-)
-_ENCODER = {"position": "learned", "layer_scale": 0.1, "drop_path": 0.1}
-_LABELS = {"pool": "mean", "drop_path": 0.1, **DEIT_LABELS}
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16}

@@ -76,7 +76,9 @@ def build_classifier(state: State) -> Classifier:
         raise ConversionError(f"{fault}; the released ones have width 192 (tiny), 384 (small) or 768 (base), 3 channels, 14 x 14 patches")
     scale = 0.1 if "blocks.0.ls1.gamma" in state else None  # the file has the value
     encoder = vit(RELEASED[width], image_size=isqrt(cells) * patch, patch_size=patch, position="learned", layer_scale=scale)
-    return Classifier(encoder, len(state["head.weight"]), Protocol("validate", "knn", pool=pools[0]))  # a kind that trains nothing
+    return Classifier(
+        encoder, len(state["head.weight"]), Protocol(name="validate", kind="knn", pool=pools[0])
+    )  # a kind that trains nothing
 
 
 def load_classifier(path: Path) -> tuple[Classifier, Coverage, int]:

@@ -37,6 +37,16 @@ def illustrate(method: MP3, images: torch.Tensor, targets: torch.Tensor, data: D
     draw_positions(images, method.encoder.patch_size, *placed, caption, data, directory / "positions.png")
 
 
+# The class token is what DeiT classifies.
+_DEIT = {"pool": "class", "drop_path": DEIT_DROP_PATH, **DEIT_LABELS}
+
+
+def _table3(stage: TrainConfig, **options: Any) -> tuple[Protocol, ...]:
+    """Fine-tuning with each of Table 3's positions, which pre-training did without."""
+    positions = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
+    return tuple(Protocol(name=f"finetune_{name}", kind="finetune", stage=stage, position=p, **options) for name, p in positions.items())
+
+
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=mp3`. Ours; the paper does not have it.
 
@@ -56,7 +66,6 @@ def digits() -> Recipe:
     options = {"pool": "mean", "drop_path": 0.1, "smoothing": 0.1}
     few = {"kind": "finetune", "position": "learned", **options}
     return Recipe(
-        data=("digits",),
         size="micro",
         image_size=8,
         patch_size=2,
@@ -65,10 +74,10 @@ def digits() -> Recipe:
         encoder={"position": "none"},
         protocols=(
             *_table3(finetune, **options),
-            Protocol("finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **few),
-            Protocol("finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **few),
-            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **few),
+            Protocol(name="finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **few),
+            Protocol(name="linear", kind="linear", stage=replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -92,14 +101,13 @@ def cifar10() -> Recipe:
     # RandomCrop instead of RandomResizedCrop is what DeiT's code does at 32 px.
     finetune = replace(DEIT, device_batch=512, augmentation=replace(DEIT.augmentation, crop="padding", padding=4))
     return Recipe(
-        data=("cifar100", "cifar10"),
         size="small",
         image_size=32,
         patch_size=4,
         pretrain=pretrain,
         method={"eta": 0.5},
         encoder={"position": "none"},
-        protocols=(*_table3(finetune, **_DEIT), Protocol("knn", "knn")),
+        protocols=(*_table3(finetune, **_DEIT), Protocol(name="knn", kind="knn")),
     )
 
 
@@ -122,8 +130,8 @@ def tiny_imagenet() -> Recipe:
     small = cifar10()
     finetune = _table3(replace(DEIT, device_batch=512), **_DEIT)
     pretrain = replace(small.pretrain, augmentation=Augmentation(scale=(0.2, 1.0)))
-    protocols = (*finetune, Protocol("knn", "knn"))
-    return replace(small, data=("tiny-imagenet",), image_size=64, patch_size=8, pretrain=pretrain, protocols=protocols)
+    protocols = (*finetune, Protocol(name="knn", kind="knn"))
+    return replace(small, image_size=64, patch_size=8, pretrain=pretrain, protocols=protocols)
 
 
 def imagenet_vitb16() -> Recipe:
@@ -144,22 +152,14 @@ def imagenet_vitb16() -> Recipe:
     )
     finetune = _table3(DEIT, **_DEIT)
     return Recipe(
-        data=("folder",),
         size="base",
         image_size=224,
         patch_size=16,
         pretrain=pretrain,
         method={"eta": 0.75},
         encoder={"position": "none"},
-        protocols=(*finetune, Protocol("knn", "knn")),
+        protocols=(*finetune, Protocol(name="knn", kind="knn")),
     )
 
 
-def _table3(stage: TrainConfig, **options: Any) -> tuple[Protocol, ...]:
-    """Fine-tuning with each of Table 3's positions, which pre-training did without."""
-    positions = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
-    return tuple(Protocol(f"finetune_{name}", "finetune", stage, position=p, **options) for name, p in positions.items())
-
-
-# The class token is what DeiT classifies.
-_DEIT = {"pool": "class", "drop_path": DEIT_DROP_PATH, **DEIT_LABELS}
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "tiny-imagenet": tiny_imagenet, "folder": imagenet_vitb16}

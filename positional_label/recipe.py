@@ -39,6 +39,42 @@ def build(recipe: Recipe, encoder: nn.Module, classes: int) -> PositionalLabel |
     return PositionalMAE(encoder, **recipe.method)
 
 
+# Both releases train for 150 epochs, half of Swin's, and clip gradients. Their colour jitter is not in effect beside RandAugment.
+_RELEASED = TrainConfig(
+    epochs=150,
+    batch_size=512,
+    base_lr=5e-4,
+    lr_batch=512,
+    warmup_epochs=10,
+    min_lr=5e-6,
+    clip_norm=5.0,
+    device_batch=128,
+    augmentation=DEIT_CROPS,
+)
+_RELEASED_SWIN = replace(_RELEASED, batch_size=640, warmup_epochs=20, min_lr=6.25e-6)
+_SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
+_DEPTHS = ("encoder.depths=[2, 4]", "encoder.num_heads=[2, 4]")
+# As released with ViT: no class token, and the mean of the tokens after the final norm is classified.
+_MEAN_POOLED = ("encoder.class_token=false", "encoder.global_pool=avg", "encoder.fc_norm=false")
+
+
+def _arms(name: str, *changes: str) -> dict[str, tuple[str, ...]]:
+    labels = {name: "none", f"{name}+apl": "absolute", f"{name}+rpl": "relative"}
+    return {arm: (*changes, f"method.label={label}") for arm, label in labels.items()}
+
+
+def _swin_arms(*changes: str) -> dict[str, tuple[str, ...]]:
+    """Swin as it is, and the authors' change of it: the controls without which a gain of the labels could be the convolutions'."""
+    return _arms("swin", *changes) | _arms("swin_released", *changes, "method.swin=released")
+
+
+def _recipe(pixels: int, stage: TrainConfig, arms: dict[str, tuple[str, ...]], labels: dict, drop_path: float) -> Recipe:
+    """Supervised training of the arms; the size stands in each of them."""
+    own = {"method": dict(labels), "encoder": {"drop_path_rate": drop_path}, "supervised": True}
+    size = next(iter(arms.values()))[0].partition("=")[2]
+    return Recipe(size=size, image_size=pixels, patch_size=None, pretrain=stage, protocols=(), arms=arms, **own)
+
+
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8, all four families: `make reproduce PAPER=positional_label`. Ours; not in the paper.
 
@@ -51,7 +87,7 @@ def digits() -> Recipe:
     nest = ("size=Nest", "patch_size=1", "encoder.embed_dims=[48, 96]", *_DEPTHS, "encoder.num_levels=2")
     arms = _arms("vit", *vit, *_MEAN_POOLED) | _arms("deit", *vit) | _swin_arms(*swin) | _arms("nest", *nest)
     stage = TrainConfig(epochs=60, batch_size=64, base_lr=6e-3, warmup_epochs=5, clip_norm=5.0, augmentation=_SHIFTS)
-    return _recipe("digits", 8, stage, arms, {"smoothing": 0.1}, drop_path=0.1)
+    return _recipe(8, stage, arms, {"smoothing": 0.1}, drop_path=0.1)
 
 
 def cifar10() -> Recipe:
@@ -67,7 +103,7 @@ def cifar10() -> Recipe:
     arms = _arms("vit", *vit, *_MEAN_POOLED) | _arms("deit", *vit) | _swin_arms(*swin) | _arms("nest", *nest)
     # At 32 px DeiT's code shifts images, and does not cut parts out of them.
     stage = replace(_RELEASED, device_batch=512, augmentation=replace(DEIT_CROPS, crop="padding", padding=4))
-    return replace(_recipe("cifar10", 32, stage, arms, DEIT_LABELS, drop_path=0.1), data=("cifar10", "cifar100"))
+    return _recipe(32, stage, arms, DEIT_LABELS, drop_path=0.1)
 
 
 def imagenet_vit() -> Recipe:
@@ -77,7 +113,7 @@ def imagenet_vit() -> Recipe:
     79.11 +apl, 79.07 +rpl. Expected of ours: not measured yet.
     """
     arms = _arms("vit", "size=vit_base_patch16_224", *_MEAN_POOLED)
-    return _recipe("folder", 224, _RELEASED, arms, DEIT_LABELS | {"cutmix": 0.0}, drop_path=0.0)
+    return _recipe(224, _RELEASED, arms, DEIT_LABELS | {"cutmix": 0.0}, drop_path=0.0)
 
 
 def imagenet_deit() -> Recipe:
@@ -87,7 +123,7 @@ def imagenet_deit() -> Recipe:
     released. `--set size=deit_base_distilled_patch16_224` adds the distillation token, taught by the labels. Published top-1: 81.87
     alone, 82.49 +apl, 82.85 +rpl. Expected of ours: not measured yet.
     """
-    return _recipe("folder", 224, DEIT, _arms("deit", "size=deit_base_patch16_224"), DEIT_LABELS, DEIT_DROP_PATH)
+    return _recipe(224, DEIT, _arms("deit", "size=deit_base_patch16_224"), DEIT_LABELS, DEIT_DROP_PATH)
 
 
 def imagenet_swin() -> Recipe:
@@ -97,7 +133,7 @@ def imagenet_swin() -> Recipe:
     release for Swin-T; drop path .5 is Swin-B's own (not verified). Published top-1: 83.35 alone, 83.76 +apl, 84.09 +rpl, of which Swin is
     not known. Expected of ours: not measured yet.
     """
-    return _recipe("folder", 224, _RELEASED_SWIN, _swin_arms("size=swin_base_patch4_window7_224"), DEIT_LABELS, drop_path=0.5)
+    return _recipe(224, _RELEASED_SWIN, _swin_arms("size=swin_base_patch4_window7_224"), DEIT_LABELS, drop_path=0.5)
 
 
 def imagenet_swin_tiny() -> Recipe:
@@ -105,7 +141,7 @@ def imagenet_swin_tiny() -> Recipe:
 
     The paper prints no number of it. Expected of ours: not measured yet.
     """
-    return _recipe("folder", 224, _RELEASED_SWIN, _swin_arms("size=swin_tiny_patch4_window7_224"), DEIT_LABELS, drop_path=0.2)
+    return _recipe(224, _RELEASED_SWIN, _swin_arms("size=swin_tiny_patch4_window7_224"), DEIT_LABELS, drop_path=0.2)
 
 
 def imagenet_nest() -> Recipe:
@@ -114,7 +150,11 @@ def imagenet_nest() -> Recipe:
     Settings of the release for Swin-T, chosen, as nothing of it was released; drop path .5 is timm's for it. Published top-1: 83.67 alone,
     84.13 +apl, 83.93 +rpl. Expected of ours: not measured yet.
     """
-    return _recipe("folder", 224, _RELEASED_SWIN, _arms("nest", "size=nest_base"), DEIT_LABELS, drop_path=0.5)
+    return _recipe(224, _RELEASED_SWIN, _arms("nest", "size=nest_base"), DEIT_LABELS, drop_path=0.5)
+
+
+def _mini(recipe: Recipe) -> Recipe:
+    return replace(recipe, pretrain=replace(recipe.pretrain, epochs=300, warmup_epochs=20))
 
 
 def mini_imagenet_vit() -> Recipe:
@@ -148,12 +188,12 @@ def digits_mae() -> Recipe:
     tune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
     common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     protocols = (
-        Protocol("finetune", stage=tune, **common),
-        Protocol("finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),
-        Protocol("knn", "knn"),
+        Protocol(name="finetune", stage=tune, **common),
+        Protocol(name="finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),
+        Protocol(name="knn", kind="knn"),
     )
     method = {"mask_ratio": 0.5, "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 3}
-    return Recipe(("digits",), "micro", 8, 2, pretrain, protocols, method, arms=_arms("mae"))
+    return Recipe(size="micro", image_size=8, patch_size=2, pretrain=pretrain, protocols=protocols, method=method, arms=_arms("mae"))
 
 
 def imagenet_mae() -> Recipe:
@@ -163,45 +203,14 @@ def imagenet_mae() -> Recipe:
     """
     pretrain = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
     tune = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
-    finetune = Protocol("finetune", "finetune", tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
-    return Recipe(("folder",), "base", 224, 16, pretrain, (finetune,), arms=_arms("mae"))
+    finetune = Protocol(name="finetune", kind="finetune", stage=tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
+    return Recipe(size="base", image_size=224, patch_size=16, pretrain=pretrain, protocols=(finetune,), arms=_arms("mae"))
 
 
-def _arms(name: str, *changes: str) -> dict[str, tuple[str, ...]]:
-    labels = {name: "none", f"{name}+apl": "absolute", f"{name}+rpl": "relative"}
-    return {arm: (*changes, f"method.label={label}") for arm, label in labels.items()}
-
-
-def _swin_arms(*changes: str) -> dict[str, tuple[str, ...]]:
-    """Swin as it is, and the authors' change of it: the controls without which a gain of the labels could be the convolutions'."""
-    return _arms("swin", *changes) | _arms("swin_released", *changes, "method.swin=released")
-
-
-def _recipe(data: str, pixels: int, stage: TrainConfig, arms: dict[str, tuple[str, ...]], labels: dict, drop_path: float) -> Recipe:
-    """Supervised training of the arms; the size stands in each of them."""
-    own = {"method": dict(labels), "encoder": {"drop_path_rate": drop_path}, "supervised": True}
-    size = next(iter(arms.values()))[0].partition("=")[2]
-    return Recipe((data,), size, pixels, None, stage, (), arms=arms, **own)
-
-
-def _mini(recipe: Recipe) -> Recipe:
-    return replace(recipe, data=("mini-imagenet",), pretrain=replace(recipe.pretrain, epochs=300, warmup_epochs=20))
-
-
-# Both releases train for 150 epochs, half of Swin's, and clip gradients. Their colour jitter is not in effect beside RandAugment.
-_RELEASED = TrainConfig(
-    epochs=150,
-    batch_size=512,
-    base_lr=5e-4,
-    lr_batch=512,
-    warmup_epochs=10,
-    min_lr=5e-6,
-    clip_norm=5.0,
-    device_batch=128,
-    augmentation=DEIT_CROPS,
-)
-_RELEASED_SWIN = replace(_RELEASED, batch_size=640, warmup_epochs=20, min_lr=6.25e-6)
-_SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
-_DEPTHS = ("encoder.depths=[2, 4]", "encoder.num_heads=[2, 4]")
-# As released with ViT: no class token, and the mean of the tokens after the final norm is classified.
-_MEAN_POOLED = ("encoder.class_token=false", "encoder.global_pool=avg", "encoder.fc_norm=false")
+DEFAULTS = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar10,
+    "mini-imagenet": mini_imagenet_vit,
+    "folder": imagenet_vit,
+}

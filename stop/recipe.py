@@ -24,7 +24,6 @@ VARIANTS = {
     "paper": ("method.mode=paper",),
     "released, recomputed": ("encoder.grad_checkpointing=true",),
 }
-_ARMS = {"ijepa": ("method.mode=paper", "method.noise=none"), "ijepa+stop": ()}
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> StoP:
@@ -39,6 +38,33 @@ def illustrate(method: StoP, images: torch.Tensor, targets: torch.Tensor, data: 
     named = method.eval()(images).named
     similarity = torch.nn.functional.cosine_similarity(named["pred"], named["target"], dim=-1)
     draw_blocks(images, method.encoder.patch_size, named["context"], named["cells"], similarity, data, directory / "blocks.png")
+
+
+_ARMS = {"ijepa": ("method.mode=paper", "method.noise=none"), "ijepa+stop": ()}
+_CROPS = Augmentation(scale=(0.3, 1.0), interpolation="bilinear", grey=0.2, blur=0.5)
+_WHOLE = Augmentation(crop="squash")
+# Tables 10 and 11. Rates are absolute: the paper scales none with the batch. device_batch is a GPU's share of the paper, on which the
+# length of the released contexts depends.
+_BASE = TrainConfig(
+    epochs=600,
+    batch_size=2048,
+    base_lr=8e-4,
+    lr_batch=2048,
+    warmup_epochs=15,
+    warmup_lr=2e-4,
+    min_lr=1e-4,
+    weight_decay=0.04,
+    final_weight_decay=0.4,
+    device_batch=64,
+    augmentation=_CROPS,
+)
+_RELEASED = {"mode": "released", "masks": "released"}
+_LINEAR = Protocol(name="linear", kind="linear", stage=VISSL_SGD, layers=(1, 4), heads=("norm_affine", "linear"))
+_IMAGENET = (
+    _LINEAR,
+    Protocol(name="logistic_1pct", kind="logistic", label_fraction=0.01, interpolation="bilinear"),
+    Protocol(name="logistic_1pct_released", kind="logistic", label_fraction=0.01, interpolation="bilinear", resize=224, statistics="own"),
+)
 
 
 def digits() -> Recipe:
@@ -59,16 +85,29 @@ def digits() -> Recipe:
         augmentation=Augmentation(scale=(0.4, 1.0), flip=0.0),
     )
     still = Augmentation(crop="none", flip=0.0)
-    linear = TrainConfig(50, 128, 1.0, 128, milestones=(20, 40), optimizer="sgd", weight_decay=5e-4, augmentation=still)
+    linear = TrainConfig(
+        epochs=50, batch_size=128, base_lr=1.0, lr_batch=128, milestones=(20, 40), optimizer="sgd", weight_decay=5e-4, augmentation=still
+    )
     protocols = (
-        Protocol("linear", "linear", linear, layers=(1, 4), heads=("norm_affine", "linear"), lr_multipliers=(1.0, 0.3, 0.1)),
-        Protocol("logistic_20_per_class", "logistic", labels_per_class=20),
-        Protocol("knn", "knn"),
+        Protocol(
+            name="linear", kind="linear", stage=linear, layers=(1, 4), heads=("norm_affine", "linear"), lr_multipliers=(1.0, 0.3, 0.1)
+        ),
+        Protocol(name="logistic_20_per_class", kind="logistic", labels_per_class=20),
+        Protocol(name="knn", kind="knn"),
     )
     method = {"context_ratio": 0.3, "momentum": 0.998, "predictor_width": 96, "predictor_depth": 3}
     # The stds keep what comes out as large as the papers' .02 does at 768 channels and patches of 768 numbers.
     method |= {"init_std": 0.057, "patch_std": 0.28}
-    return Recipe(("digits",), "micro", 12, 2, pretrain, protocols, method, {"class_token": False}, arms=_ARMS)
+    return Recipe(
+        size="micro",
+        image_size=12,
+        patch_size=2,
+        pretrain=pretrain,
+        protocols=protocols,
+        method=method,
+        encoder={"class_token": False},
+        arms=_ARMS,
+    )
 
 
 def cifar10() -> Recipe:
@@ -79,10 +118,19 @@ def cifar10() -> Recipe:
     pretrain = replace(_BASE, epochs=400, batch_size=512, base_lr=4e-4, lr_batch=512, warmup_lr=1e-4, min_lr=5e-5, device_batch=512)
     pretrain = replace(pretrain, augmentation=Augmentation(scale=(0.3, 1.0), interpolation="bilinear"))
     linear = replace(_LINEAR, stage=replace(VISSL_SGD, augmentation=Augmentation(crop="padding", padding=4)))
-    logistic = Protocol("logistic_1pct", "logistic", label_fraction=0.01)
+    logistic = Protocol(name="logistic_1pct", kind="logistic", label_fraction=0.01)
     method = {"init_std": 0.028, "patch_std": 0.08, "predictor_width": 192}
-    data, protocols = ("cifar10", "cifar100"), (linear, logistic, Protocol("knn", "knn"))
-    return Recipe(data, "small", 32, 4, pretrain, protocols, method, {"class_token": False}, arms=_ARMS)
+    protocols = (linear, logistic, Protocol(name="knn", kind="knn"))
+    return Recipe(
+        size="small",
+        image_size=32,
+        patch_size=4,
+        pretrain=pretrain,
+        protocols=protocols,
+        method=method,
+        encoder={"class_token": False},
+        arms=_ARMS,
+    )
 
 
 def imagenet_vitb16() -> Recipe:
@@ -92,7 +140,16 @@ def imagenet_vitb16() -> Recipe:
     authors' I-JEPA has less augmentation; here it has the same. Hardware of the paper: 32 V100; hours not published. Expected of ours: not
     measured yet.
     """
-    return Recipe(("folder",), "base", 224, 16, _BASE, _IMAGENET, dict(_RELEASED), {"class_token": False}, arms=_ARMS)
+    return Recipe(
+        size="base",
+        image_size=224,
+        patch_size=16,
+        pretrain=_BASE,
+        protocols=_IMAGENET,
+        method=dict(_RELEASED),
+        encoder={"class_token": False},
+        arms=_ARMS,
+    )
 
 
 def imagenet_vitl16() -> Recipe:
@@ -103,8 +160,10 @@ def imagenet_vitl16() -> Recipe:
     """
     # StoP gives no recipe for fine-tuning on 1 %; this is I-JEPA's for its ViT-L/16 (appendix A.2).
     crops = replace(DEIT_CROPS, erase=0.0)
-    stage = TrainConfig(50, 512, 3e-5, 512, weight_decay=0.05, layer_decay=0.75, device_batch=64, augmentation=crops)
-    tuned = Protocol("finetune_1pct", "finetune", stage, label_fraction=0.01, smoothing=0.1)
+    stage = TrainConfig(
+        epochs=50, batch_size=512, base_lr=3e-5, lr_batch=512, weight_decay=0.05, layer_decay=0.75, device_batch=64, augmentation=crops
+    )
+    tuned = Protocol(name="finetune_1pct", kind="finetune", stage=stage, label_fraction=0.01, smoothing=0.1)
     base = imagenet_vitb16()
     return replace(base, size="large", method=base.method | {"predictor_depth": 12}, protocols=(*base.protocols, tuned))
 
@@ -156,8 +215,17 @@ def imagenette() -> Recipe:
     small = imagenet_vitb16()
     method = {"predictor_width": 192}
     return replace(
-        small, size="small", image_size=160, pretrain=pretrain, method=method, protocols=(*small.protocols[:2], Protocol("knn", "knn"))
+        small,
+        size="small",
+        image_size=160,
+        pretrain=pretrain,
+        method=method,
+        protocols=(*small.protocols[:2], Protocol(name="knn", kind="knn")),
     )
+
+
+def _transfer(stage: TrainConfig, resize: int | None = None) -> Recipe:
+    return replace(imagenet_vitb16(), protocols=(replace(_LINEAR, stage=stage, resize=resize),), arms={})
 
 
 def transfer_cifar100() -> Recipe:
@@ -188,31 +256,4 @@ def transfer_clevr_dist() -> Recipe:
     return _transfer(replace(transfer_clevr_count().protocols[0].stage, epochs=100), resize=0)
 
 
-def _transfer(stage: TrainConfig, resize: int | None = None) -> Recipe:
-    return replace(imagenet_vitb16(), protocols=(replace(_LINEAR, stage=stage, resize=resize),), arms={})
-
-
-_CROPS = Augmentation(scale=(0.3, 1.0), interpolation="bilinear", grey=0.2, blur=0.5)
-_WHOLE = Augmentation(crop="squash")
-# Tables 10 and 11. Rates are absolute: the paper scales none with the batch. device_batch is a GPU's share of the paper, on which the
-# length of the released contexts depends.
-_BASE = TrainConfig(
-    epochs=600,
-    batch_size=2048,
-    base_lr=8e-4,
-    lr_batch=2048,
-    warmup_epochs=15,
-    warmup_lr=2e-4,
-    min_lr=1e-4,
-    weight_decay=0.04,
-    final_weight_decay=0.4,
-    device_batch=64,
-    augmentation=_CROPS,
-)
-_RELEASED = {"mode": "released", "masks": "released"}
-_LINEAR = Protocol("linear", "linear", VISSL_SGD, layers=(1, 4), heads=("norm_affine", "linear"))
-_IMAGENET = (
-    _LINEAR,
-    Protocol("logistic_1pct", "logistic", label_fraction=0.01, interpolation="bilinear"),
-    Protocol("logistic_1pct_released", "logistic", label_fraction=0.01, interpolation="bilinear", resize=224, statistics="own"),
-)
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16}

@@ -102,7 +102,7 @@ def test_the_soft_loss_adds_tau_squared_times_the_divergence_of_the_softened_ans
 @pytest.mark.parametrize("labels", [{}, {"smoothing": 0.1}, {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}])
 def test_without_distillation_the_loss_is_that_of_fine_tuning_the_class_token(labels):
     model, (images, targets) = deit(**labels), batch()
-    classifier = Classifier(model.encoder, CLASSES, Protocol("finetune", "finetune", DEIT, pool="class", **labels))
+    classifier = Classifier(model.encoder, CLASSES, Protocol(name="finetune", kind="finetune", stage=DEIT, pool="class", **labels))
     classifier.head.load_state_dict(model.head.state_dict())
     for mode in (True, False):
         losses = []

@@ -397,7 +397,14 @@ def test_what_the_files_encoder_has_and_ours_has_not_is_refused_by_name(state, n
     ],
 )
 def test_an_encoder_that_can_be_built_is_refused_with_the_set_that_builds_it(source, setting):
-    recipe = Recipe(("digits",), "micro", 16, 4, TrainConfig(1, 1, 1.0), (), encoder={"position": "learned"})
+    recipe = Recipe(
+        size="micro",
+        image_size=16,
+        patch_size=4,
+        pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=1.0),
+        protocols=(),
+        encoder={"position": "learned"},
+    )
     state = ViT(**{"image_size": 16, "patch_size": 4, "width": 96, "depth": 6, "heads": 3, "position": "learned", **source}).state_dict()
     said = refusal(recipe.build_encoder(3), state)
     assert said.startswith("the checkpoint is of another architecture: ") and f"; --set {setting} would fit" in said and len(said) < 300

@@ -28,7 +28,7 @@ def encoder(**options) -> ViT:
 
 
 def protocol(kind: str = "finetune", **options) -> Protocol:
-    return Protocol(kind, kind, STAGE, **options)
+    return Protocol(name=kind, kind=kind, stage=STAGE, **options)
 
 
 def batch(count: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:

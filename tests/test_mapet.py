@@ -303,7 +303,7 @@ def test_the_export_goes_into_timm_with_every_key():
 
 def test_positions_and_the_class_token_are_not_decayed_and_the_placeholder_is():
     model = mapet()
-    groups = make_optimizer(model, TrainConfig(1, 1, 1e-3, weight_decay=0.05)).param_groups
+    groups = make_optimizer(model, TrainConfig(epochs=1, batch_size=1, base_lr=1e-3, weight_decay=0.05)).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     assert "placeholder" in names and "head.weight" in names

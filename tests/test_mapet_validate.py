@@ -279,7 +279,9 @@ def test_fine_tuning_starts_from_all_of_pre_training_but_the_head(pool, fresh, t
     encoder = vit("tiny", image_size=8, patch_size=4, position="learned", layer_scale=0.1)
     coverage = load_encoder(encoder, read_checkpoint(saved(tmp_path / "mapet_tiny.tar", state)))
     assert coverage.missing == () and coverage.unexpected == ("decoder.bias", "decoder.weight", "mask_positional_token")
-    ours = Classifier(encoder, CLASSES, Protocol("finetune", "finetune", TrainConfig(1, 2, 1e-3), pool=pool)).state_dict()
+    ours = Classifier(
+        encoder, CLASSES, Protocol(name="finetune", kind="finetune", stage=TrainConfig(epochs=1, batch_size=2, base_lr=1e-3), pool=pool)
+    ).state_dict()
     found = {}
     for name, tensor in ours.items():
         name = name.removeprefix("encoder.")

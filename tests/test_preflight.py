@@ -94,7 +94,7 @@ def test_a_class_token_that_the_encoder_does_not_have_is_refused(tmp_path):
 
 def test_logistic_regression_needs_a_label_of_every_class(tmp_path):
     run = run_of(tmp_path)
-    run.recipe = replace(run.recipe, protocols=(Protocol("logistic", "logistic"),))
+    run.recipe = replace(run.recipe, protocols=(Protocol(name="logistic", kind="logistic"),))
     run.data = replace(run.data, train=run.data.train.subset((run.data.train.labels != 3).nonzero()[:, 0]))
     assert any("1 of 10 classes have no label" in line for line in refused(run))
 

@@ -19,7 +19,6 @@ from common.vit import ViT, patchify
 
 # What benchmarks.speed times: MAE beside each eta of MP3's Table 2. Pre-training is at .75.
 VARIANTS = {f"eta {eta}": (f"method.mask_ratio={eta}",) for eta in (0.75, 0.3, 0.5, 0.9)}
-
 # Where the tensors of the official checkpoints stand here; the longest matching prefix counts.
 OFFICIAL_NAMES = {
     "": "encoder.",
@@ -88,6 +87,25 @@ def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directo
     figure.savefig(directory / "reconstruction.png", dpi=100)
 
 
+_PRETRAIN = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
+_FINETUNE = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
+_LINEAR = TrainConfig(
+    epochs=90,
+    batch_size=16384,
+    base_lr=0.1,
+    warmup_epochs=10,
+    optimizer="lars",
+    weight_decay=0.0,
+    augmentation=Augmentation(scale=(0.08, 1.0)),
+)
+
+
+def _protocols(tune: TrainConfig, linear: TrainConfig) -> tuple[Protocol, ...]:
+    """Tables 9 and 10: fine-tuning on the mean of the patch tokens with positions that learn, and a probe of the class token."""
+    whole = Protocol(name="finetune", kind="finetune", stage=tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
+    return whole, Protocol(name="linear_last", kind="linear", stage=linear, pool="class")
+
+
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=mae`. Ours; the paper does not have it.
 
@@ -100,14 +118,14 @@ def digits() -> Recipe:
     tune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
     common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     protocols = (
-        Protocol("finetune", stage=tune, **common),
-        Protocol("finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),
-        Protocol("finetune_5_per_class", stage=replace(tune, batch_size=50, epochs=200), labels_per_class=5, **common),
-        Protocol("linear", "linear", replace(tune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
-        Protocol("knn", "knn"),
+        Protocol(name="finetune", stage=tune, **common),
+        Protocol(name="finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),
+        Protocol(name="finetune_5_per_class", stage=replace(tune, batch_size=50, epochs=200), labels_per_class=5, **common),
+        Protocol(name="linear", kind="linear", stage=replace(tune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
+        Protocol(name="knn", kind="knn"),
     )
     method = {"mask_ratio": 0.5, "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 3}
-    return Recipe(("digits",), "micro", 8, 2, pretrain, protocols, method)
+    return Recipe(size="micro", image_size=8, patch_size=2, pretrain=pretrain, protocols=protocols, method=method)
 
 
 def cifar10() -> Recipe:
@@ -116,7 +134,13 @@ def cifar10() -> Recipe:
     pretrain = replace(_PRETRAIN, epochs=400, batch_size=512, base_lr=7.5e-4, warmup_epochs=20, device_batch=512)
     tune = replace(_FINETUNE, batch_size=512, device_batch=512, augmentation=crops)
     linear = replace(_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
-    return Recipe(("cifar10", "cifar100"), "small", 32, 4, pretrain, (*_protocols(tune, linear), Protocol("knn", "knn")))
+    return Recipe(
+        size="small",
+        image_size=32,
+        patch_size=4,
+        pretrain=pretrain,
+        protocols=(*_protocols(tune, linear), Protocol(name="knn", kind="knn")),
+    )
 
 
 def imagenet_vitb16_800() -> Recipe:
@@ -124,7 +148,7 @@ def imagenet_vitb16_800() -> Recipe:
 
     The paper prints no number of this; users report a fine-tuned top-1 of 83.3 (issue 30 of the official repository).
     """
-    return Recipe(("folder",), "base", 224, 16, _PRETRAIN, _protocols(_FINETUNE, _LINEAR))
+    return Recipe(size="base", image_size=224, patch_size=16, pretrain=_PRETRAIN, protocols=_protocols(_FINETUNE, _LINEAR))
 
 
 def imagenet_vitb16_1600() -> Recipe:
@@ -135,12 +159,4 @@ def imagenet_vitb16_1600() -> Recipe:
     return replace(imagenet_vitb16_800(), pretrain=replace(_PRETRAIN, epochs=1600))
 
 
-def _protocols(tune: TrainConfig, linear: TrainConfig) -> tuple[Protocol, ...]:
-    """Tables 9 and 10: fine-tuning on the mean of the patch tokens with positions that learn, and a probe of the class token."""
-    whole = Protocol("finetune", "finetune", tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
-    return whole, Protocol("linear_last", "linear", linear, pool="class")
-
-
-_PRETRAIN = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
-_FINETUNE = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
-_LINEAR = TrainConfig(90, 16384, 0.1, warmup_epochs=10, optimizer="lars", weight_decay=0.0, augmentation=Augmentation(scale=(0.08, 1.0)))
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16_800}

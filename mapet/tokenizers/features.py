@@ -147,7 +147,7 @@ def _open_run(path: Path, size: int | None, channels: int) -> tuple[str, nn.Modu
         sizes = {name: recipe[name] for name in ("size", "image_size", "patch_size", "encoder")} | ({"image_size": size} if size else {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{beside} does not say what {path.name} is ({error!r}): name the file in its run's directory") from error
-    recipe = Recipe(data=(), pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=0.0), protocols=(), **sizes)
+    recipe = Recipe(pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=0.0), protocols=(), **sizes)
     network = recipe.build_encoder(channels)
     load_encoder(network, state, allow_unused=()) if isinstance(network, ViT) else load_method(network, state, {})
     return recipe.backbone, network, {"size": network.image_size}
