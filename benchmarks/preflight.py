@@ -231,13 +231,9 @@ def _images(run: Stages, fix: str, split: Split, augmentation: Augmentation | No
     """Whether images are read and augmented as the stage says. The batch is checked elsewhere."""
     world = run.fabric.world_size
     stage = replace(run.recipe.pretrain, batch_size=world, augmentation=augmentation or run.recipe.pretrain.augmentation)
-    options = {"data": run.data, "image_size": run.image_size, "seed": run.seed, "workers": run.workers}
-    if protocol is not None:
-        options |= {"resize": protocol.resize, "interpolation": protocol.interpolation}
-    elif split.paths is not None:
-        options |= {"resize": stage.augmentation.evaluation_resize}
+    view = {"resize": protocol.resize, "interpolation": protocol.interpolation} if protocol else run.view(split)
     if len(split) >= world:
-        for _, text in _said("", lambda: make_loader(run.fabric, split, stage, augmentation, **options)):
+        for _, text in _said("", lambda: make_loader(run.fabric, split, stage, augmentation, **run.loading, **view)):
             yield f"{text}: --set {fix}" if "resize" in text else text
 
 

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks.ledger.rows import Row
-from benchmarks.ledger.screen import show
+from benchmarks.ledger.rows import Row, record
+from benchmarks.ledger.tables import show
 from benchmarks.papers import ROOT, choose_recipe, paper_module
 from benchmarks.preflight import check
 from benchmarks.stages import Stages
@@ -128,7 +128,7 @@ def reproduce(options: Options) -> list[Row]:
             continue
         made = run.run(baselines=run.arm == runs[0].arm)  # arms differ in pre-training, which a baseline goes without
         if options.record and fabric.is_global_zero:
-            run.record(made, ROOT)
+            record(made, run.root, ROOT)
         rows += made
     if rows and fabric.is_global_zero:
         show(options.paper, rows)

@@ -12,19 +12,18 @@ from lightning.fabric import Fabric
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.ledger.rows import Row, append
+from benchmarks.ledger.rows import Row
 from benchmarks.papers import folder, paper_name
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split
 from common.data.loaders import default_workers
-from common.environment import ROOT
 from common.evaluate import evaluate, own_metrics
 from common.files import digest
 from common.processes import once
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, as_json
-from common.run import Run, console
+from common.run import Run
 from common.stopping import stop_if_requested
 from common.train import device_batch, fit, make_loader
 
@@ -172,10 +171,15 @@ class Stages:
 
     def loader(self, split: Split, augmentation: Augmentation | None = None, alone: bool = False) -> Loader:
         """Batches of the pre-training for this process; without augmentation in order, as evaluation sees them."""
-        stage = self.recipe.pretrain
-        resize = None if split.paths is None else stage.augmentation.evaluation_resize
-        options = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
-        return make_loader(self.fabric, split, stage, augmentation, resize=resize, alone=alone, **options)
+        return make_loader(self.fabric, split, self.recipe.pretrain, augmentation, alone=alone, **self.loading, **self.view(split))
+
+    @property
+    def loading(self) -> dict:
+        return {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
+
+    def view(self, split: Split) -> dict:
+        """The resize by which evaluation during pre-training sees the images of a split."""
+        return {} if split.paths is None else {"resize": self.recipe.pretrain.augmentation.evaluation_resize}
 
     @contextmanager
     def open(self, stage: str, protocol: Protocol | None = None, start: str = "") -> Iterator[tuple[Run, dict | None]]:
@@ -233,13 +237,3 @@ class Stages:
             settings=settings,
             log=(home / "logs" / f"{'' if home.name == self.paper else self.paper + '-'}{self.root.name}.txt").as_posix(),
         )
-
-    def record(self, rows: list[Row], root: Path = ROOT) -> None:
-        """Put the rows into the paper's ledger, and the logs of all stages, as one file, beside it."""
-        log = root / rows[0].log
-        log.parent.mkdir(exist_ok=True)
-        stages = sorted(self.root.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
-        text = "".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in stages)
-        log.write_text(text, encoding="utf-8")
-        append(root / folder(self.paper) / "results.csv", rows)
-        console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` brings the READMEs up to date")

@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas
 
-from benchmarks.ledger.cells import NOT_YET, counted, markdown, number, protocol, run_name
 from benchmarks.ledger.published import claims, matches, measured, title, with_baselines
 from benchmarks.ledger.rows import GIVEN
+from benchmarks.ledger.tables import NOT_YET, counted, markdown, number, protocol, run_name
 from benchmarks.papers import baselines, papers
 
 TASKS = ["classification", "low_shot", "linear_probe", "transfer"]
