@@ -457,7 +457,11 @@ def test_runs_of_one_recipe_on_two_devices_are_told_apart_and_one_device_is_said
     record(root, replace(IMAGENET, device="H100", value=82.9), replace(IMAGENET, device="H100", precision="32-true", value=83.1))
     expected = [(DEVICE, "82.75"), ("H100, 32-true", "83.10"), ("H100, bf16-mixed", "82.90")]
     assert [(line["Device"], line["Ours"]) for line in lines_of(root, "results")] == expected
-    assert [(line["Device"], line["All labels"]) for line in lines_of(root, "together")] == expected
+    assert [(line["Device"], line["All labels"]) for line in lines_of(root, "together")] == [
+        (str(number), value) for number, (_, value) in enumerate(expected, 1)
+    ]
+    above = "; ".join(f"({number}) {device}" for number, (device, _) in enumerate(expected, 1))
+    assert f"\n\nDevices: {above}.\n\n| Data |" in (root / "RESULTS.md").read_text()
 
 
 def test_protocols_stand_in_one_line_per_run_and_those_of_a_kind_in_one_cell(root: Path) -> None:
@@ -562,6 +566,20 @@ def test_supervised_methods_are_marked_and_their_frozen_features_stand_in_the_sa
 
 
 # ---- the root README
+
+
+def test_side_by_side_shows_the_newest_of_two_devices(added: Path) -> None:
+    new = [replace(row, device="H100", date="2026-11-25", value=row.value + 1) for row in arms(SWIN)]
+    both, alone = (tables.side_by_side("droppos", summary(frame(rows)), added) for rows in ([*new, *arms(SWIN)], new))
+    assert both.equals(alone)
+
+
+def test_the_readme_has_one_row_a_method_with_its_newest_numbers(root: Path) -> None:
+    old = replace(ROW, data="digits", protocol="knn", start="pretrained", metric="top1", date="2026-11-20")
+    record(root, old, replace(old, device="H100", commit="new", date="2026-11-25", value=old.value - 1))
+    (line,) = lines_of(root, "digits", "README.md")
+    assert line["k-NN (random)"] == f"{old.value - 1:.2f}"
+    assert "\n\nDevice: H100, bf16-mixed.\n\n" in (root / "README.md").read_text()
 
 
 def test_the_readme_has_few_labels_and_knn_on_digits_of_recipes_as_they_stand_without_the_arms_that_something_is_added_to(

@@ -52,16 +52,17 @@ def printed(row: Any) -> dict[str, str]:
 
 def together_table(root: Path) -> str:
     """Measured numbers side by side: a row per run over its seeds, a column per kind of protocol."""
-    return by_run(measured_lines(root), RUN[:-1], [*dict.fromkeys(HEADINGS.values())])
+    return by_run(measured_lines(root), RUN, [*dict.fromkeys(HEADINGS.values())])
 
 
 def digits_table(root: Path) -> str:
-    """The smoke test: few labels and k-NN on digits, of recipes as they stand; arms only with what the paper adds."""
+    """The smoke test: few labels and k-NN on digits, of unchanged recipes, the newest numbers; of arms only those of the paper's own."""
     lines = measured_lines(root)
     base = pandas.MultiIndex.from_frame(lines.query("base_arm != ''")[["paper", "recipe", "base_arm"]])
     added_to = pandas.MultiIndex.from_frame(lines[["paper", "recipe", "arm"]]).isin(base)
     lines = lines[~added_to | (lines["Method"] == PIXELS)].query("data == 'digits' and heading in @DIGITS")
     lines = lines[(lines[["overrides", "encoder_file", "split"]] == "").all(axis=1)]
+    lines = lines[lines["date"] == lines.groupby(["paper", "Method", "heading"])["date"].transform("max")]
     return by_run(lines.replace({"heading": DIGITS}), ["Method", "Epochs"], [*DIGITS.values()])
 
 
@@ -97,18 +98,20 @@ def measured_lines(root: Path) -> pandas.DataFrame:
 
 
 def by_run(lines: pandas.DataFrame, columns: list[str], headings: list[str]) -> str:
-    """A table of `measured_lines`: a row per run, with these of its columns, a column per heading. One device is said once above it."""
+    """A table of `measured_lines`: a row for each value of these columns, a column per heading. Devices are named above it."""
     if lines.empty:
         return markdown(lines)
-    runs = lines.groupby(RUN, sort=False).agg(fewest=("seeds", "min"), most=("seeds", "max"), log=("log", "first"))
-    cells = lines.groupby([*RUN, "heading"], sort=False)["cell"].agg(lambda cells: "<br>".join(dict.fromkeys(cells))).unstack("heading")
+    devices = {device: str(number) for number, device in enumerate(lines["Device"].unique(), 1)}
+    columns = [name for name in columns if name != "Device" or len(devices) > 1]
+    above = "; ".join(f"({number}) " * ("Device" in columns) + device for device, number in devices.items())
+    lines = lines.replace({"Device": devices})
+    runs = lines.groupby(columns, sort=False).agg(fewest=("seeds", "min"), most=("seeds", "max"), log=("log", "first"))
+    cells = lines.groupby([*columns, "heading"], sort=False)["cell"].agg(lambda cells: "<br>".join(dict.fromkeys(cells))).unstack("heading")
     table = runs.join(cells.fillna("")).reset_index()
     table["Seeds"] = [str(low) if low == high else f"{low} to {high}" for low, high in zip(table["fewest"], table["most"], strict=True)]
     table["Logs"] = table["log"].map(logs_link)
-    devices = table["Device"].unique()
-    columns = [*columns, *(["Device"] if len(devices) > 1 else []), "Seeds"]
     headings = [name for name in dict.fromkeys([*headings, *cells]) if name in cells]
-    return f"Device: {devices[0]}.\n\n" * (len(devices) == 1) + markdown(table[[*columns, *headings, "Logs"]])
+    return f"Device{'s' * (len(devices) > 1)}: {above}.\n\n" + markdown(table[[*columns, "Seeds", *headings, "Logs"]])
 
 
 def heading(protocol: str) -> tuple[str, str]:

@@ -95,11 +95,17 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 
 def record(rows: Sequence[Row], directory: Path, root: Path) -> None:
-    """Append the rows of a run to its paper's ledger, and join the logs of all stages under `directory` into the log that the rows name."""
+    """Append the rows of a run to its paper's ledger, and join the logs of all stages under `directory` into the log that the rows name.
+
+    The log of an earlier run of the same name stays above: its rows stay in the ledger too.
+    """
     log = root / rows[0].log
     log.parent.mkdir(exist_ok=True)
     logs = sorted(directory.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
-    log.write_text("".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in logs), encoding="utf-8")
+    text = "".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in logs)
+    earlier = log.read_text(encoding="utf-8") if log.exists() else ""
+    if text not in earlier:
+        log.write_text(text if text.startswith(earlier) else earlier + text, encoding="utf-8")
     append(log.parent.parent / "results.csv", rows)
     console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` updates the READMEs")
 

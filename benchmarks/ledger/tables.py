@@ -99,6 +99,8 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
     ours = with_baselines(lines)
     theirs = published(paper, root).query("confidence == 'first_hand' and metric in ('top1', 'top5')")
     ours["group"], theirs["group"] = (part.groupby(by, sort=False).ngroup() for part, by in ((ours, FAMILY), (theirs, PRINTED)))
+    day = ours.groupby("group")["date"].transform("max")  # of several devices the newest counts
+    ours = ours[day == day.groupby([ours[name] for name in FAMILY if name != "device"]).transform("max")]
     theirs = theirs[theirs["group"].isin(theirs.query("added != ''")["group"])]
     pairs = matches(theirs, ours).query("same_data")
     ours = ours[(ours["metric"] == "top1") | ours["group"].isin(pairs["group"])]
