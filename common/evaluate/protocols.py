@@ -27,11 +27,12 @@ from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic
 from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache, hold_out
 from common.method import Output
 from common.processes import once
-from common.recipe import DEIT_CROPS, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
+from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
 from common.run import Run
 from common.train import fit, make_fabric, make_loader
 from common.vit import ViT
 
+_MAE = replace(DEIT, epochs=100, lr_batch=256, min_lr=1e-6, layer_decay=0.65, augmentation=DEIT_CROPS)
 # Protocols by name, for encoders without a recipe. A recipe has its paper's own.
 PROTOCOLS = {
     protocol.name: protocol
@@ -41,24 +42,7 @@ PROTOCOLS = {
         # VISSL's, on the last layer, without a choice between classifiers
         Protocol(name="linear", kind="linear", stage=VISSL_SGD, heads=("norm_affine",)),
         # MAE's fine-tuning of ViT-B (He et al. 2022, Table 9)
-        Protocol(
-            name="finetune",
-            kind="finetune",
-            stage=TrainConfig(
-                epochs=100,
-                batch_size=1024,
-                base_lr=5e-4,
-                min_lr=1e-6,
-                warmup_epochs=5,
-                layer_decay=0.65,
-                device_batch=128,
-                augmentation=DEIT_CROPS,
-            ),
-            drop_path=0.1,
-            mixup=0.8,
-            cutmix=1.0,
-            smoothing=0.1,
-        ),
+        Protocol(name="finetune", kind="finetune", stage=_MAE, drop_path=DEIT_DROP_PATH, **DEIT_LABELS),
         Protocol(name="classify", kind="classify"),
     )
 }
