@@ -24,12 +24,12 @@ def baselines(root: Path = ROOT) -> list[str]:
 
 
 def folder(name: str, root: Path = ROOT) -> Path:
-    """Where the README, the published and the measured numbers of a paper or a baseline are, relative to the root."""
+    """The folder of the README, published.csv and results.csv of a paper or baseline, relative to the root."""
     return BASELINES if name in baselines(root) else Path(name)
 
 
 def paper_module(name: str) -> ModuleType:
-    """The module with the recipes of a paper or a baseline. Raises RecipeError for a name that is none, offering the nearest."""
+    """Import the module with the recipes of a paper or baseline. Raises RecipeError for an unknown name, with the nearest known one."""
     known = [*papers(), *baselines()]
     if name not in known:
         raise RecipeError(f"PAPER={name!r} is not known; {nearest(name, known)}")
@@ -42,7 +42,7 @@ def paper_name(module: ModuleType) -> str:
 
 
 def recipes(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
-    """The recipes of a paper by name, in the order of its file: its public functions of no arguments that return a Recipe."""
+    """The recipes of a paper by name, in the order of its file: its public functions without parameters that return a Recipe."""
     return {name: value for name, value in vars(module).items() if _makes_recipe(value, module) and not name.startswith("_")}
 
 
@@ -69,13 +69,13 @@ def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str,
 
 
 def _makes_recipe(value: object, module: ModuleType) -> bool:
-    """Whether a value of a module is one of its own functions, decorated or not, without parameters, that returns a Recipe."""
+    """Whether a value is a function of this module, decorated or not, without parameters, that returns a Recipe."""
     function = inspect.unwrap(value) if callable(value) else value
     if not inspect.isfunction(function) or function.__module__ != module.__name__ or inspect.signature(function).parameters:
         return False
     annotation = function.__annotations__.get("return")
     try:
-        annotation = typing.get_type_hints(function).get("return")  # also of annotations that are text
-    except Exception:  # whatever evaluating the text ends in, such as a name that is imported for type checkers only
+        annotation = typing.get_type_hints(function).get("return")  # also resolves annotations that are strings
+    except Exception:  # e.g. a name that is imported for type checkers only
         return str(annotation).strip("\"'").rpartition(".")[2] == Recipe.__name__
     return isinstance(annotation, type) and issubclass(annotation, Recipe)

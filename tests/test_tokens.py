@@ -512,7 +512,7 @@ def test_preparing_makes_the_store_and_stops_and_a_second_call_says_where_it_is(
     said = capsys.readouterr().out
     assert f"tokens: {place}" in said and "of 1797 images" not in said and contents(place) == before
     assert main(["droppos", *arguments[1:], "--prepare"]) == 2
-    assert "droppos learns from nothing that is made before" in capsys.readouterr().out
+    assert "droppos has no targets to compute before training" in capsys.readouterr().out
 
 
 def test_several_processes_refuse_to_make_a_store_and_say_who_makes_it(tmp_path):

@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md and of the root README: published numbers beside ours, and what was measured here; top-1 of classification."""
+"""The tables of RESULTS.md and of the root README: our top-1 beside published numbers, and all our runs."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,7 +26,7 @@ RUN = ["Data", "Method", "Backbone", "Epochs", "Device"]  # what tells one run f
 
 
 def results_table(root: Path) -> str:
-    """Published numbers with ours beside them, a row each; those not measured yet folded by paper. Of baselines what we measured."""
+    """One row per published number that we measured too. The others are folded by paper; of baselines they are left out."""
     table, folds = [], ""
     for paper in [*papers(root), *baselines(root)]:
         rows = claims(paper, root).query("task in @TASKS and metric == 'top1'")
@@ -51,12 +51,12 @@ def printed(row: Any) -> dict[str, str]:
 
 
 def together_table(root: Path) -> str:
-    """Measured numbers side by side: a row per run over its seeds, a column per kind of protocol."""
+    """All our numbers: a row per run (mean over seeds), a column per kind of protocol."""
     return by_run(measured_lines(root), RUN, [*dict.fromkeys(HEADINGS.values())])
 
 
 def digits_table(root: Path) -> str:
-    """The smoke test: few labels and k-NN on digits, of unchanged recipes, the newest numbers; of arms only those of the paper's own."""
+    """The smoke test: the newest numbers with few labels and of k-NN on digits, of unchanged recipes, without the base arms."""
     lines = measured_lines(root)
     base = pandas.MultiIndex.from_frame(lines.query("base_arm != ''")[["paper", "recipe", "base_arm"]])
     added_to = pandas.MultiIndex.from_frame(lines[["paper", "recipe", "arm"]]).isin(base)
@@ -67,7 +67,7 @@ def digits_table(root: Path) -> str:
 
 
 def measured_lines(root: Path) -> pandas.DataFrame:
-    """The summary lines of top-1, of methods and of raw pixels, with what a table by run needs: the columns RUN, `heading` and `cell`.
+    """The summary lines of top-1, of methods and of raw pixels, with the columns of `by_run`: RUN, `heading` and `cell`.
 
     A cell has the number in percent, in brackets that without pre-training, and before it what sets protocols of one heading apart.
     """
@@ -98,7 +98,7 @@ def measured_lines(root: Path) -> pandas.DataFrame:
 
 
 def by_run(lines: pandas.DataFrame, columns: list[str], headings: list[str]) -> str:
-    """A table of `measured_lines`: a row for each value of these columns, a column per heading. Devices are named above it."""
+    """A table of `measured_lines`: a row per combination of these columns, a column per heading. The devices are named above it."""
     if lines.empty:
         return markdown(lines)
     devices = {device: str(number) for number, device in enumerate(lines["Device"].unique(), 1)}
@@ -115,7 +115,7 @@ def by_run(lines: pandas.DataFrame, columns: list[str], headings: list[str]) -> 
 
 
 def heading(protocol: str) -> tuple[str, str]:
-    """Where a protocol's numbers stand: the heading, and what is said in the cell. Of finetune_none these are All labels and none."""
+    """The column of a protocol and its note in the cell: ("All labels", "none") for finetune_none."""
     known = max((known for known in HEADINGS if f"{protocol}_".startswith(f"{known}_")), key=len, default=protocol)
     return HEADINGS.get(known, known.replace("_", " ")), protocol.removeprefix(known).replace("_", " ").strip()
 

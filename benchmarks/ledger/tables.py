@@ -47,7 +47,7 @@ def show(paper: str, rows: Sequence[Row], root: Path = ROOT) -> None:
 
 
 def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
-    """Each protocol's number beside its baseline's and a published one of the same data and protocol; raw pixels in rows of their own.
+    """One row per protocol: our number, its baseline, and a published number on the same data. Raw pixels have their own rows.
 
     `rows` is a ledger. The published number is the nearest (same backbone, then same epochs), in a column that is absent where there is
     none. The difference is between our own two numbers.
@@ -72,13 +72,13 @@ def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.
 
 
 def printed(pair: pandas.Series) -> str:
-    """A published number of `matches` with what it is of: 83.0 (ImageNet-1K, ViT-B/16, 200 ep)."""
+    """A published number of `matches` with its setting: 83.0 (ImageNet-1K, ViT-B/16, 200 ep)."""
     epochs = pair["pretrain_epochs_published"] or "?"
     return f"{pair['value']} ({title(pair['data_published'])}, {title(pair['backbone_published'])}, {epochs} ep)"
 
 
 def reported(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> str:
-    """A sentence on what the paper reports, on whatever data: of a protocol of ours where it has one, else its first number."""
+    """A sentence with a published number on other data: of one of our protocols if there is one, else the first of the paper."""
     own = claims(paper, root).query("metric == 'top1'")
     if own.empty:
         return f"No published number of {paper} is known."
@@ -91,7 +91,7 @@ def reported(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> str:
 
 
 def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
-    """A method alone and with what is added to it in one row: the arms of a family in a summary, published methods "A" and "A + B".
+    """One row for a method alone and with additions: the arms of a family in a summary, and published methods "A" and "A + B".
 
     In brackets is the difference to the method alone, ours to ours and theirs to theirs. What was published of the same data and backbone
     stands beside ours; what nobody measured follows, without a log. Any metric but top-1 needs a published one of its data.
@@ -131,13 +131,13 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
 
 
 def against(numbers: Mapping[str, tuple[str, float]], added: str, missing: str = "") -> str:
-    """The number with something added to the method, in brackets the difference to the method alone."""
+    """The number of a method with an addition, and in brackets the difference from the method alone."""
     text, value = numbers.get(added, (missing, 0.0))
     return f"{text} ({value - numbers[''][1]:+.2f})" if added in numbers and "" in numbers and added else text
 
 
 def published_table(paper: str, root: Path) -> str:
-    """A paper's published numbers, second-hand and third-party ones marked as such."""
+    """All published numbers of a paper; numbers from other sources than the paper are marked."""
     frame = published(paper, root).rename(columns={"pretrain_epochs": "epochs"})
     frame = frame[["method", "backbone", "data", "epochs", "setting", "protocol", "metric", "value", "source", "confidence"]]
     frame = frame.assign(data=frame["data"].map(title)).replace(dict.fromkeys(["confidence", "protocol", "metric"], "_"), " ", regex=True)
@@ -145,7 +145,7 @@ def published_table(paper: str, root: Path) -> str:
 
 
 def measured_table(paper: str, root: Path) -> str:
-    """A paper's measured numbers, baselines included, with what is needed to repeat them."""
+    """All measured numbers of a paper and their baselines, with device, commit and log."""
     table = [
         {
             "Data": title(line.data),
@@ -167,25 +167,25 @@ def measured_table(paper: str, root: Path) -> str:
 
 
 def run_name(line: Any) -> str:
-    """What was run: the recipe, its arm and all that was asked besides."""
+    """The name of a run: the recipe, the arm, and the overrides and files that were given."""
     given = [f"encoder={line.encoder_file}" * bool(line.encoder_file), f"split={line.split}" * bool(line.split)]
     return " ".join(filter(None, [line.recipe, line.arm, line.overrides, *given]))
 
 
 def protocol(line: Any) -> str:
-    """The protocol in words, with the metric where it is not the usual one."""
+    """The protocol in words, with the metric if it is not top-1."""
     return (line.protocol if line.metric == "top1" else f"{line.protocol} ({line.metric})").replace("_", " ")
 
 
 def number(mean: float, sd: float) -> str:
-    """A mean with its standard deviation, both with two decimals; the mean alone of one seed, nothing where there is no number."""
+    """Mean and standard deviation with two decimals; only the mean for one seed; empty without a number."""
     if pandas.isna(mean):
         return ""
     return f"{mean:.2f}" if pandas.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
 def counted(many: int, what: str) -> str:
-    """How many: "1 seed", "3 seeds"."""
+    """A count with its noun: "1 seed", "3 seeds"."""
     return f"{many} {what}{'' if many == 1 else 's'}"
 
 
@@ -197,7 +197,7 @@ def baseline_text(line: Any) -> str:
 
 
 def log_link(logs: Iterable[str], root: Path, folder: Path) -> str:
-    """A link to the first of the logs, as seen from a README in `folder`; it says how many there are. Empty without a log.
+    """A link to the first of the logs, relative to a README in `folder`, with the number of logs. Empty without a log.
 
     `logs` are those of several summary lines, each with spaces between its own.
     """
@@ -207,7 +207,7 @@ def log_link(logs: Iterable[str], root: Path, folder: Path) -> str:
 
 
 def markdown(frame: pandas.DataFrame, nothing: str = NOT_YET) -> str:
-    """A data frame of text and whole numbers as a Markdown table, an empty cell as a dash; `nothing` where there is no row."""
+    """A data frame of text and integers as a Markdown table. An empty cell is a dash; a table without rows is `nothing`."""
     if frame.empty:
         return f"{nothing}\n"
     rows = [frame.columns, ["---"] * len(frame.columns), *frame.replace("", "-").itertuples(index=False)]
