@@ -16,7 +16,7 @@ VARIANTS = {"attentive": (), "without attentive reconstruction": ("method.attent
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> DropPos:
-    """The method as the recipe wants it, without the labels. Raises RecipeError for an option that DropPos does not have."""
+    """Build the method; it needs no labels. Raises RecipeError for an option that DropPos does not have."""
     check_options(DropPos, recipe.method, taken=("encoder", "sigma_epochs"))
     return DropPos(encoder, sigma_epochs=recipe.pretrain.epochs, **recipe.method)
 
@@ -77,7 +77,7 @@ def digits() -> Recipe:
 def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=droppos DATA=cifar10`, one GPU. Ours; no paper has it.
 
-    The paper's pre-training on a grid of 8 x 8, half of it visible: a quarter would leave 16 patches, 12 without position.
+    The paper's pre-training on a grid of 8 x 8 with half of the patches visible: a quarter would be 16 patches, 12 without position.
     Expected: not measured yet.
     """
     pretrain = TrainConfig(

@@ -1,8 +1,8 @@
 """MaPeT's recipes. Each docstring is a claim: where the settings come from, the command, the hardware, what to expect.
 
-No table of the paper could be read, so every setting is from the official code, and no number is expected. Its traps, and what is done
-about them: the batch of its configurations is per GPU, and is taken as that of all; timm trains ten epochs more at the lowest rate, which
-cooldown_epochs does here; ViT-S is fine-tuned at 5e-3, ten times the rates beside it, which is taken for a slip of the pen. See README.md.
+We had no access to the paper's tables, so all settings are from the official code, and no number is expected. Three settings need care:
+the batch size of the configurations is per GPU, and we use it as the total; timm trains ten more epochs at the lowest rate, which is
+cooldown_epochs here; ViT-S is fine-tuned at 5e-3, ten times the other rates, which we take for a typing error. See README.md.
 """
 
 from dataclasses import replace
@@ -22,13 +22,13 @@ VARIANTS = {"two streams": (), "recomputed": ("encoder.grad_checkpointing=true",
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> MaPeT:
-    """The method as the recipe wants it, without the labels. Raises RecipeError for an option that MaPeT does not have."""
+    """Build the method; it needs no labels. Raises RecipeError for an option that MaPeT does not have."""
     check_options(MaPeT, recipe.method, taken=("encoder",))
     return MaPeT(encoder, **recipe.method)
 
 
 def prepare(recipe: Recipe, data: Data, folder: Path, device: torch.device, workers: int, make: bool, check: bool = False) -> Data:
-    """The data with tokens in the place of labels, from `recipe.targets`; see mapet.tokenizers. Raises what Tokenization raises."""
+    """Return the data with tokens instead of labels, by `recipe.targets`; see mapet.tokenizers. Raises the errors of Tokenization."""
     check_options(Tokenization, recipe.targets)
     return prepare_tokens(
         Tokenization(**recipe.targets),
@@ -54,12 +54,12 @@ def illustrate(method: MaPeT, images: torch.Tensor, targets: torch.Tensor, data:
 
 
 def example_targets(method: MaPeT, images: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, N) for benchmarks.speed, where the loss means nothing."""
+    """Arbitrary tokens (B, N) for benchmarks.speed."""
     cells = method.encoder.grid[0] * method.encoder.grid[1]
     return (torch.arange(len(images) * cells, device=images.device) % method.vocabulary).view(len(images), cells)
 
 
-# The official configurations. Tokens are of whole images, so images are neither cut nor mirrored.
+# The official configurations. Tokens are computed on whole images, so there is no crop and no flip.
 _PRETRAIN = TrainConfig(
     epochs=300,
     batch_size=2048,
@@ -125,10 +125,10 @@ def digits() -> Recipe:
 def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=mapet DATA=cifar10`, one GPU. Ours; no paper has it.
 
-    The official pre-training on a grid of 8 x 8, a quarter of it seen; 1,024 tokens by k-means on patches. Expected: not measured yet.
+    The official pre-training on a grid of 8 x 8, a quarter of it visible; 1,024 tokens by k-means on patches. Expected: not measured yet.
     """
     pretrain = replace(_PRETRAIN, epochs=400, batch_size=512, base_lr=7.5e-4, lr_batch=512, warmup_epochs=20, device_batch=256)
-    pretrain = replace(pretrain, augmentation=replace(pretrain.augmentation, resize=None))  # these have one size
+    pretrain = replace(pretrain, augmentation=replace(pretrain.augmentation, resize=None))  # these images have one size
     finetune = replace(
         _FINETUNE,
         epochs=100,
@@ -165,15 +165,15 @@ def _imagenet(size: str, **finetune) -> Recipe:
 
 def imagenet_vitb16() -> Recipe:
     """MaPeT-B/16 with k-CLIP's tokens: `make tokens PAPER=mapet DATA=/datasets/imagenet`, then `make reproduce PAPER=mapet
-    DATA=/datasets/imagenet`. The tokenizer is open_clip's RN50x64, which it downloads. GPUs and hours are not published, accuracy could
-    not be read. Expected of ours: not measured yet."""
+    DATA=/datasets/imagenet`. The tokenizer is open_clip's RN50x64, which is downloaded. GPUs and hours are not published; we had no
+    access to the accuracy. Expected of ours: not measured yet."""
     return _imagenet("base", epochs=100, base_lr=5e-4, layer_decay=0.65)
 
 
 def imagenet_vits16() -> Recipe:
     """MaPeT-S/16, likewise: `make reproduce PAPER=mapet DATA=/datasets/imagenet RECIPE=imagenet_vits16`.
 
-    Fine-tuned at 5e-4, where the configuration says 5e-3: `--set finetune.stage.base_lr=5e-3` is that. Expected: not measured yet.
+    Fine-tuned at 5e-4; the configuration has 5e-3 (`--set finetune.stage.base_lr=5e-3`). Expected: not measured yet.
     """
     return _imagenet("small", epochs=200, base_lr=5e-4, layer_decay=0.65)
 
@@ -184,7 +184,7 @@ def imagenet_vitt16() -> Recipe:
 
 
 def imagenet_vitb16_vqkd() -> Recipe:
-    """MaPeT-B/16 with VQ-KD's tokens, of the file that BEiT v2 released: `make reproduce PAPER=mapet DATA=/datasets/imagenet
+    """MaPeT-B/16 with VQ-KD's tokens, from the file that BEiT v2 released: `make reproduce PAPER=mapet DATA=/datasets/imagenet
     RECIPE=imagenet_vitb16_vqkd ARGS="--set targets.checkpoint=vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth"`.
 
     Expected: not measured yet.

@@ -1,7 +1,7 @@
 """MP3's recipes. Each docstring is a claim: where the settings come from, the command, the hardware, what to expect.
 
-We had no access to the paper's text; what is known of its settings is its Tables 2 and 3 and a reproducibility record. What each
-recipe chooses for itself is listed in README.md, section Deviations.
+We had no access to the paper's text; its settings are known only from Tables 2 and 3 and a reproducibility record. Our own choices are
+listed in README.md, section Deviations.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ VARIANTS = {f"eta {eta}": (f"method.eta={eta}",) for eta in (0.75, 0.3, 0.5, 0.9
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> MP3:
-    """The method as the recipe wants it, without the labels. Raises RecipeError for an option that MP3 does not have."""
+    """Build the method; it needs no labels. Raises RecipeError for an option that MP3 does not have."""
     check_options(MP3, recipe.method, taken=("encoder",))
     return MP3(encoder, **recipe.method)
 
@@ -37,12 +37,12 @@ def illustrate(method: MP3, images: torch.Tensor, targets: torch.Tensor, data: D
     draw_positions(images, method.encoder.patch_size, *placed, caption, data, directory / "positions.png")
 
 
-# The class token is what DeiT classifies.
+# DeiT's classifier reads the class token.
 _DEIT = {"pool": "class", "drop_path": DEIT_DROP_PATH, **DEIT_LABELS}
 
 
 def _table3(stage: TrainConfig, **options: Any) -> tuple[Protocol, ...]:
-    """Fine-tuning with each of Table 3's positions, which pre-training did without."""
+    """Fine-tuning with each position embedding of Table 3; pre-training has none."""
     positions = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
     return tuple(Protocol(name=f"finetune_{name}", kind="finetune", stage=stage, position=p, **options) for name, p in positions.items())
 
@@ -50,7 +50,7 @@ def _table3(stage: TrainConfig, **options: Any) -> tuple[Protocol, ...]:
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=mp3`. Ours; the paper does not have it.
 
-    Encoder, batches and budget are those of DropPos' digits recipe, so that the two can be held side by side; the rest was chosen by the
+    Encoder, batches and budget are those of DropPos' digits recipe, so that the two can be compared; the rest was chosen by the
     experiments in README.md's log. Hardware: two CPU cores, nine minutes a seed. Expected, over three seeds: position top-1 about 45
     (chance 6.25); with all labels and no, absolute, 2-D relative positions 80, 96, 91 (scratch 38, 84, 50); 20 per class 69 (46).
     """
@@ -86,7 +86,7 @@ def cifar10() -> Recipe:
     """CIFAR-100 (or 10) with a ViT-S/4, the paper's Table 3: `make reproduce PAPER=mp3 DATA=cifar100`, one GPU.
 
     Published after 2,000 epochs and DeiT's fine-tuning, CIFAR-100: no position 82.6, absolute 84.0, 2-D relative 84.2; from scratch 64.6,
-    73.4, 75.0. Patch 4 is the unofficial fork's; eta, learning rate, batch, augmentation and the epochs of fine-tuning are chosen.
+    73.4, 75.0. Patch 4 is the unofficial fork's; eta, learning rate, batch, augmentation and the epochs of fine-tuning are our choice.
     Expected of ours: not measured yet.
     """
     pretrain = TrainConfig(
@@ -98,7 +98,7 @@ def cifar10() -> Recipe:
         min_lr=1e-5,
         augmentation=Augmentation(crop="padding", padding=4),
     )
-    # RandomCrop instead of RandomResizedCrop is what DeiT's code does at 32 px.
+    # At 32 px DeiT's code uses RandomCrop with padding instead of RandomResizedCrop.
     finetune = replace(DEIT, device_batch=512, augmentation=replace(DEIT.augmentation, crop="padding", padding=4))
     return Recipe(
         size="small",
@@ -112,7 +112,7 @@ def cifar10() -> Recipe:
 
 
 def cifar10_short() -> Recipe:
-    """The same in 100 epochs, and as many of fine-tuning, to try things: `make reproduce PAPER=mp3 DATA=cifar10 RECIPE=cifar10_short`.
+    """The same with 100 epochs each, for experiments: `make reproduce PAPER=mp3 DATA=cifar10 RECIPE=cifar10_short`.
 
     Ours. Expected: not measured yet.
     """
@@ -125,7 +125,7 @@ def tiny_imagenet() -> Recipe:
     """Tiny ImageNet with a ViT-S/8, the paper's Table 3: `make reproduce PAPER=mp3 DATA=tiny-imagenet`, one GPU.
 
     Published after 2,000 epochs: no position 68.2, absolute 72.8, 2-D relative 73.2; from scratch 60.0, 57.6, 59.4. 64 px and patch 8
-    are not verified; the rest is chosen as for CIFAR. Expected of ours: not measured yet.
+    are not verified; the rest is as for CIFAR. Expected of ours: not measured yet.
     """
     small = cifar10()
     finetune = _table3(replace(DEIT, device_batch=512), **_DEIT)
@@ -138,8 +138,8 @@ def imagenet_vitb16() -> Recipe:
     """ImageNet-1k with a ViT-B/16: `make reproduce PAPER=mp3 DATA=/datasets/imagenet`, eight GPUs.
 
     100 epochs of pre-training (a reading note); fine-tuned by DeiT's recipe without positions, with absolute and with 2-D relative
-    ones. We had no access to the paper's table, so there is no published number to meet. eta is the one of Table 2 at which MP3 and MAE
-    cost the same; learning rate, batch and augmentation are chosen. Expected of ours: not measured yet.
+    ones. We had no access to the paper's table, so there is no published number. eta is the one of Table 2 at which MP3 and MAE cost the
+    same; learning rate, batch and augmentation are our choice. Expected of ours: not measured yet.
     """
     pretrain = TrainConfig(
         epochs=100,

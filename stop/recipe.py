@@ -1,9 +1,9 @@
 """StoP's recipes. Each docstring is a claim: where the settings come from, the command, the hardware, what to expect.
 
-A recipe runs I-JEPA (`ijepa`: the same method without noise) and StoP (`ijepa+stop`) side by side, on the same masks, augmentation and
-budget. Published linear probes are the best of a grid on the test images; `--set linear.choose_on=test` is that protocol, its rows end in
-`_on_test`, and without it the best is chosen on held-out training images. What the paper, the release and this code do differently is
-listed in README.md, section Deviations.
+A recipe runs I-JEPA (`ijepa`: the same method without noise) and StoP (`ijepa+stop`) with the same masks, augmentation and budget.
+Published linear probes report the best of a grid on the test images. By default the best is chosen on held-out training images;
+`--set linear.choose_on=test` is the published protocol, and its rows end in `_on_test`. README.md, section Deviations, lists all
+differences between the paper, the release and this code.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> StoP:
-    """The method as the recipe wants it, without the labels. Raises RecipeError for an option that StoP does not have."""
+    """Build the method; it needs no labels. Raises RecipeError for an option that StoP does not have."""
     check_options(StoP, recipe.method, taken=("encoder",))
     return StoP(encoder, **recipe.method)
 
@@ -43,8 +43,8 @@ def illustrate(method: StoP, images: torch.Tensor, targets: torch.Tensor, data: 
 _ARMS = {"ijepa": ("method.mode=paper", "method.noise=none"), "ijepa+stop": ()}
 _CROPS = Augmentation(scale=(0.3, 1.0), interpolation="bilinear", grey=0.2, blur=0.5)
 _WHOLE = Augmentation(crop="squash")
-# Tables 10 and 11. Rates are absolute: the paper scales none with the batch. device_batch is a GPU's share of the paper, on which the
-# length of the released contexts depends.
+# Tables 10 and 11. Learning rates are absolute: the paper does not scale them with the batch. device_batch is the paper's batch per GPU,
+# on which the length of the released contexts depends.
 _BASE = TrainConfig(
     epochs=600,
     batch_size=2048,
@@ -70,7 +70,7 @@ _IMAGENET = (
 def digits() -> Recipe:
     """scikit-learn's handwritten digits: `make reproduce PAPER=stop`. Ours; no paper has it.
 
-    Enlarged to 12 px, for a grid of 6 x 6 cells: the smallest that has blocks of the papers' fractions. Chosen by the experiments in
+    Enlarged to 12 px, for a grid of 6 x 6 cells, the smallest on which blocks of the papers' sizes exist. Chosen by the experiments in
     README.md's log. Hardware: two CPU cores, five minutes an arm. Expected, over three seeds, of I-JEPA, StoP and a random encoder:
     k-NN 87, 86, 78; logistic regression with 20 labels per class 92, 91, 85; linear probe of the last layer, the best on held-out
     images, 97, 97, 93, and the best on the test images (`--set linear.choose_on=test`) 97, 97, 94.
@@ -96,7 +96,7 @@ def digits() -> Recipe:
         Protocol(name="knn", kind="knn"),
     )
     method = {"context_ratio": 0.3, "momentum": 0.998, "predictor_width": 96, "predictor_depth": 3}
-    # The stds keep what comes out as large as the papers' .02 does at 768 channels and patches of 768 numbers.
+    # These stds give outputs as large as the papers' .02 does with 768 channels and patches of 768 numbers.
     method |= {"init_std": 0.057, "patch_std": 0.28}
     return Recipe(
         size="micro",
@@ -113,7 +113,7 @@ def digits() -> Recipe:
 def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=stop DATA=cifar10`, one GPU. Ours. Expected: not measured yet.
 
-    The paper's settings at a quarter of its batch and a half of its rate. First weights as for digits.
+    The paper's settings with a quarter of the batch size and half of the learning rate. Initialised as for digits.
     """
     pretrain = replace(_BASE, epochs=400, batch_size=512, base_lr=4e-4, lr_batch=512, warmup_lr=1e-4, min_lr=5e-5, device_batch=512)
     pretrain = replace(pretrain, augmentation=Augmentation(scale=(0.3, 1.0), interpolation="bilinear"))
@@ -137,8 +137,8 @@ def imagenet_vitb16() -> Recipe:
     """StoP's ViT-B/16 (Table 10, `vit-b16.yaml`): `make reproduce PAPER=stop DATA=/datasets/imagenet ARGS="--data-name imagenet1k"`.
 
     Published top-1: 1 % of the labels 60.3 (I-JEPA 57.1), linear probe 72.6 (70.9) on the last layer, 74.5 (72.9) on the last four. The
-    authors' I-JEPA has less augmentation; here it has the same. Hardware of the paper: 32 V100; hours not published. Expected of ours: not
-    measured yet.
+    authors' I-JEPA has less augmentation; ours has the same as StoP. Hardware of the paper: 32 V100; hours not published. Expected of ours:
+    not measured yet.
     """
     return Recipe(
         size="base",
@@ -171,7 +171,7 @@ def imagenet_vitl16() -> Recipe:
 def imagenet_vith16() -> Recipe:
     """ViT-H/16, 300 epochs, as released (`vit-h16.yaml`): `make reproduce PAPER=stop DATA=/datasets/imagenet RECIPE=imagenet_vith16`.
 
-    Rate and weight decay stand still after epoch 250, as the authors' README says and the paper does not. The paper's numbers for
+    Learning rate and weight decay are constant after epoch 250, according to the authors' README (not the paper). The paper's numbers for
     "ViT-H/14" are expected: 1 % 65.4, linear probe 79.0 and 79.6. 32 V100. Expected of ours: not measured yet.
     """
     pretrain = replace(_BASE, epochs=300, base_lr=1e-3, min_lr=1e-6, warmup_epochs=40, freeze_epoch=250)
@@ -185,7 +185,7 @@ def imagenet_vith16() -> Recipe:
 def imagenet_vith14() -> Recipe:
     """ViT-H/14 as the paper has it (Table 12): `make reproduce PAPER=stop DATA=/datasets/imagenet RECIPE=imagenet_vith14`.
 
-    256 patches, the whole cosine, a mask token. Published as for imagenet_vith16. Expected of ours: not measured yet.
+    256 patches, the full cosine schedule, a mask token. Published as for imagenet_vith16. Expected of ours: not measured yet.
     """
     recipe = imagenet_vith16()
     return replace(recipe, patch_size=14, pretrain=replace(recipe.pretrain, freeze_epoch=None), method=recipe.method | {"mode": "paper"})
@@ -196,7 +196,7 @@ def imagenet_ablation() -> Recipe:
     DATA=/datasets/imagenet RECIPE=imagenet_ablation`.
 
     Published top-1: I-JEPA 54.3, learned positions 54.4, noise on the context 55.1, on both 56.8, on hidden patches 57.8. The fixed
-    covariance is a curve without numbers. The rates at both ends are the release's. Expected of ours: not measured yet.
+    covariance is only a curve, without numbers. The first and last learning rates are from the release. Expected of ours: not measured yet.
     """
     arms = _ARMS | {
         "ijepa+learned": (*_ARMS["ijepa"], "method.position=learned"),
