@@ -94,7 +94,7 @@ class MaPeT(nn.Module):
         encoder, patches = self.encoder, self.encoder.grid[0] * self.encoder.grid[1]
         if targets is None or targets.shape != (len(images), patches):
             found = "none" if targets is None else f"targets {tuple(targets.shape)}"
-            raise ValueError(f"MaPeT predicts a token for each of {patches} patches: it needs targets ({len(images)}, {patches}), got {found}")
+            raise ValueError(f"MaPeT predicts a token for each of {patches} patches: give targets ({len(images)}, {patches}), got {found}")
 
         # Permutation: the class token comes first (rank 0), then the patches. Tokens are in rank order, so one window fits all images.
         order_BN = random_order(torch.rand(targets.shape, device=images.device)) if order is None else order
