@@ -134,8 +134,8 @@ def test_a_ledger_that_cannot_be_read_is_refused_before_the_training_that_it_is_
         ("method.vocabulary=1", 1, "vocabulary"),
         ("pretrain.augmentation.flip=0.5", 1, "flip"),
         ("targets.store=absent", 1, "there is no token store"),
-        ("targets.sample=10", 1, "make no 64 clusters"),
-        ("pretrain.batch_size=128", 2, "several processes do not make them"),
+        ("targets.sample=10", 1, "cannot form 64 clusters"),
+        ("pretrain.batch_size=128", 2, "several processes cannot make them"),
     ],
 )
 def test_tokens_that_cannot_be_had_are_refused_and_none_are_made(change, processes, message, tmp_path):
