@@ -173,7 +173,7 @@ def test_the_printed_accuracies_are_timms_on_the_same_images(pool, scaled, side,
     held = len(state)
     assert f"vit_standard_tiny_KCLIP.tar: {held - 24} tensors loaded, 0 missing, 0 unexpected (of {held} in the file" in first
     assert f"ViT-tiny/{patch} {'with' if scaled else 'without'} LayerScale, {pool} pooling, {CLASSES} classes" in first
-    assert f"short side to {int(side * patch / 0.9)} px (bicubic), the central {side * patch} px" in first
+    assert f"short side to {int(side * patch / 0.9)} px (bicubic), center crop {side * patch} px" in first
     assert last.startswith(f"{len(chosen)} images of images: top-1 {top1:.3f} %, top-5 {top5:.3f} %, ") and "32-true" in last
 
     ((_, model, loader),) = shown
@@ -225,7 +225,7 @@ NORM = {"norm.weight": torch.ones(192), "norm.bias": torch.zeros(192)}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: without(state, "head.weight", "pos_embed"), "as it lacks pos_embed, head.weight; take one of the released"),
+        (lambda state: without(state, "head.weight", "pos_embed"), "as it lacks pos_embed, head.weight; use one of the released"),
         (lambda state: state | {"pos_embed": state["pos_embed"][0]}, "as it lacks pos_embed;"),
         (lambda state: timms(state, "mean", 2, 4).state_dict(), "as it lacks blocks.0.attn.q.weight;"),
         (lambda state: state | NORM, "as it has both of fc_norm and norm;"),
@@ -257,7 +257,7 @@ def test_folders_that_are_not_the_classes_are_refused_with_both_numbers(released
     expected = f"{tmp_path / 'val'} has 3 class folders, the first is class0, and the classifier has 7 classes"
     assert expected in refused(capsys, tmp_path, released)
     assert "val/class0 holds no class folders" in refused(capsys, tmp_path / "val" / "class0", released)
-    assert f"{tmp_path / 'gone'} is no folder" in refused(capsys, tmp_path / "gone", released)
+    assert f"{tmp_path / 'gone'} is not a folder" in refused(capsys, tmp_path / "gone", released)
 
 
 def test_a_device_that_is_absent_and_a_batch_of_nothing_are_refused(folder, released, capsys, monkeypatch):

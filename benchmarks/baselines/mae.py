@@ -1,4 +1,4 @@
-"""MAE (He et al., CVPR 2022, arXiv 2111.06377): a ViT sees a quarter of the patches, a light decoder paints the others.
+"""MAE (He et al., CVPR 2022, arXiv 2111.06377): a ViT sees a quarter of the patches, a light decoder reconstructs the others.
 
 Shapes: B images, C channels, P patch side, N patches, M visible patches, T tokens (class token first), D width.
 """
@@ -17,9 +17,9 @@ from common.method import Output
 from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT, patchify
 
-# What benchmarks.speed times: MAE beside each eta of MP3's Table 2. Pre-training is at .75.
+# Timed by benchmarks.speed: MAE at each eta of MP3's Table 2. Pre-training uses .75.
 VARIANTS = {f"eta {eta}": (f"method.mask_ratio={eta}",) for eta in (0.75, 0.3, 0.5, 0.9)}
-# Where the tensors of the official checkpoints stand here; the longest matching prefix counts.
+# Maps name prefixes of the official checkpoints to those here; the longest matching prefix counts.
 OFFICIAL_NAMES = {
     "": "encoder.",
     "mask_token": "decoder.mask_token",
@@ -32,10 +32,10 @@ OFFICIAL_NAMES = {
 
 
 class MAE(nn.Module):
-    """MAE around an encoder with a class token and a position embedding; the loss is on pixels normalised patch by patch.
+    """MAE around an encoder with a class token and a position embedding; the targets are pixels, normalised per patch.
 
-    mask_ratio: fraction of the patches that is hidden. Raises ValueError where it leaves nothing visible or nothing hidden, and as
-    PixelDecoder.
+    mask_ratio: fraction of hidden patches. Raises ValueError if it leaves no visible or no hidden patch, and for whatever PixelDecoder
+    refuses.
     """
 
     def __init__(self, encoder: ViT, *, mask_ratio: float = 0.75, decoder_width=512, decoder_depth=8, decoder_heads=16):
@@ -43,11 +43,11 @@ class MAE(nn.Module):
         self.encoder, self.cells = encoder, encoder.grid[0] * encoder.grid[1]
         self.visible = kept_tokens(self.cells, mask_ratio, "mask_ratio")
         if self.visible == self.cells:
-            raise ValueError(f"mask_ratio={mask_ratio} hides none of the {self.cells} patches, so there is nothing to paint")
+            raise ValueError(f"mask_ratio={mask_ratio} hides none of the {self.cells} patches, so there is nothing to reconstruct")
         self.decoder = PixelDecoder(encoder, decoder_width, decoder_depth, decoder_heads)
 
     def forward(self, images: Tensor, targets: Tensor | None = None, *, noise: Tensor | None = None) -> Output:
-        """images (B, C, H, W) to the loss. `targets` is not used. noise (B, N) replaces the random draw: the lowest stay visible."""
+        """Compute the loss of images (B, C, H, W). `targets` is unused. noise (B, N) replaces the random draw; the lowest stay visible."""
         order_BN = random_order(torch.rand(len(images), self.cells, device=images.device) if noise is None else noise)
         encoded_BTD = self.encoder(images, order_BN[:, : self.visible])
         loss = self.decoder.loss(encoded_BTD, order_BN, images)
@@ -62,9 +62,9 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> MAE:
 
 @torch.no_grad()
 def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directory: Path) -> None:
-    """reconstruction.png in the directory: a few images (B, C, H, W), what the model saw of them, and what it painted around that.
+    """Write reconstruction.png to the directory: a few images (B, C, H, W), their visible patches, and the reconstruction of the others.
 
-    The model knows a patch only up to its mean and std. Here each painted patch is given the true ones.
+    The model predicts a patch only up to its mean and std. Here each reconstructed patch gets the true ones.
     """
     named, patch, (rows, columns) = method.eval()(images).named, method.encoder.patch_size, method.encoder.grid
     painted_BNPC = method.decoder(named["encoded"], named["order"]).float().unflatten(-1, (patch * patch, -1))
@@ -75,7 +75,7 @@ def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directo
     true_BNPC, painted_BNPC = ((x * std_C + mean_C).clamp(0, 1) for x in (true_BNPC, painted_BNPC))
     visible = (permutation_ranks(named["order"]) < method.visible)[..., None, None]
     shown = true_BNPC, true_BNPC.where(visible, 0.45), true_BNPC.where(visible, painted_BNPC)
-    titles = "image", f"{method.visible} of {method.cells} patches visible", "painted, given the true mean\nand std of each patch"
+    titles = "image", f"{method.visible} of {method.cells} patches visible", "reconstruction, with the true\nmean and std of each patch"
     figure = Figure(figsize=(8.4, 2.6 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), 3, squeeze=False)
     for column, (title, x_BNPC) in enumerate(zip(titles, shown, strict=True)):
