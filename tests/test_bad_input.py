@@ -58,7 +58,7 @@ def test_what_an_evaluation_could_not_do_is_refused_before_the_training(changes,
 
 def test_cuda_asked_for_and_absent_is_said_before_anything_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees no CUDA GPU here; use DEVICE=cpu" in refused(capsys, "droppos", "--device", "cuda", "--out", str(tmp_path))
+    assert "torch finds no CUDA GPU; use DEVICE=cpu" in refused(capsys, "droppos", "--device", "cuda", "--out", str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_checkpoint_and_leaves_the
     run, _ = train(tmp_path, Tiny())  # goes on from step 4
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == [3, 6]
-    assert "going on from step" in (tmp_path / "log.txt").read_text()
+    assert "resuming from step" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):

@@ -47,7 +47,7 @@ def test_the_last_blocks_are_what_encoders_cut_off_there_give_through_the_final_
 
 @pytest.mark.parametrize("count", [0, -1, 4])
 def test_more_blocks_than_there_are_or_none_are_refused(count):
-    with pytest.raises(ValueError, match=f"the last {count} blocks were asked for; this encoder has 3"):
+    with pytest.raises(ValueError, match=f"the last {count} blocks were requested; this encoder has 3"):
         encoder().last_blocks(torch.randn(1, 1, 8, 8), count)
 
 

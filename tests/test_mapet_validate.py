@@ -262,7 +262,7 @@ def test_folders_that_are_not_the_classes_are_refused_with_both_numbers(released
 
 def test_a_device_that_is_absent_and_a_batch_of_nothing_are_refused(folder, released, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees no CUDA GPU" in refused(capsys, folder, released, "--device", "cuda")
+    assert "torch finds no CUDA GPU" in refused(capsys, folder, released, "--device", "cuda")
     assert "batch_size=0: it must be at least 1" in refused(capsys, folder, released, "--batch-size", 0)
 
 
