@@ -249,7 +249,7 @@ class Recipe:
             pass
         else:
             names = [*SIZES, *timm.list_models()]
-            raise RecipeError(f"size={self.size!r} is not a size of ViT, and not a model or class of timm; {nearest(self.size, names)}")
+            raise RecipeError(f"size={self.size!r} is neither a size of ViT nor a model or class of timm; {nearest(self.size, names)}")
         options = {name: value for name, value in options.items() if value is not None} | self.encoder | changes
         try:
             encoder = make(**options)

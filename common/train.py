@@ -63,9 +63,7 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
     if device not in ("auto", "cpu", "cuda"):
         raise RunError(f"device {device!r} is not known; choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RunError(
-            "DEVICE=cuda was requested, but torch finds no CUDA GPU; use DEVICE=cpu, or check the driver and the torch build"
-        )
+        raise RunError("DEVICE=cuda was requested, but torch finds no CUDA GPU; use DEVICE=cpu, or check the driver and the torch build")
     accelerator = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if precision == "auto":
         precision = "bf16-mixed" if has_fast_bf16(torch.device(accelerator)) else "32-true"

@@ -333,7 +333,7 @@ def test_every_arm_on_imagenet_is_the_papers_backbone_trained_as_its_docstring_s
     ("size", "offered"), [("vit_bse_patch16_224", "vit_base_patch16_224"), ("swin_tiny_patch4_windw7_224", "swin_tiny_patch4_window7_224")]
 )
 def test_an_unknown_backbone_is_refused_with_the_nearest_of_timms(size, offered):
-    with pytest.raises(RecipeError, match=f"size='{size}' is not a size of ViT, and not a model or class of timm; did you mean .*{offered}"):
+    with pytest.raises(RecipeError, match=f"size='{size}' is neither a size of ViT nor a model or class of timm; did you mean .*{offered}"):
         override(RECIPE, [f"size={size}"]).build_encoder(3)
 
 
