@@ -256,7 +256,7 @@ def test_folders_that_are_not_the_classes_are_refused_with_both_numbers(released
         paint(tmp_path / "val" / f"class{number}" / "a.png", number)
     expected = f"{tmp_path / 'val'} has 3 class folders, the first is class0, and the classifier has 7 classes"
     assert expected in refused(capsys, tmp_path, released)
-    assert "val/class0 holds no class folders" in refused(capsys, tmp_path / "val" / "class0", released)
+    assert "val/class0 has no class folders" in refused(capsys, tmp_path / "val" / "class0", released)
     assert f"{tmp_path / 'gone'} is no folder" in refused(capsys, tmp_path / "gone", released)
 
 
