@@ -325,7 +325,7 @@ def test_float_pixels_from_0_to_1_are_scaled_and_others_refused(name, tmp_path):
     assert read(tmp_path, Image.fromarray(floats * 0), name) == (0, 0, 0)
     for pixels, low, high in ((floats * 200, 0.0, 200.0), (floats - 0.5, -0.5, 0.5), (floats * numpy.float32("nan"), "nan", "nan")):
         with pytest.raises(
-            DataError, match=f"image.* has float pixels from {low} to {high}, .* from 0 to 1: save it with 8 bits"
+            DataError, match=f"image.* has float pixels from {low} to {high}, .* range is 0 to 1: save it with 8 bits"
         ) as caught:
             read(tmp_path, Image.fromarray(pixels), name)
         assert "delete" not in str(caught.value).rpartition(" has ")[2]
