@@ -304,7 +304,7 @@ def test_images_in_memory_have_the_channels_of_their_data_set(digits):
     rows_last = Split(torch.zeros(8, dtype=torch.int64), torch.zeros(8, 32, 32, 3, dtype=torch.uint8))
     with pytest.raises(DataError, match=r"\(8, 32, 32, 3\) for digits with channels=1: use a split of \(N, 1, H, W\)"):
         batches(rows_last, digits, None)
-    with pytest.raises(DataError, match=r"\(8, 32, 32, 3\), and channels=1"):
+    with pytest.raises(DataError, match=r"\(8, 32, 32, 3\), but channels=1"):
         replace(digits, train=rows_last)
 
 

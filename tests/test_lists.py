@@ -97,7 +97,7 @@ def test_a_name_that_two_classes_have_needs_its_class(listing):
 
 
 def test_images_in_memory_have_no_names_to_list(listing):
-    with pytest.raises(DataError, match="they are in memory: use data in files, or no list"):
+    with pytest.raises(DataError, match="images in memory have no names: use data in files, or no list"):
         open_data("digits").train.listed(listing("0.png"))
 
 

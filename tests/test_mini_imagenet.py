@@ -157,9 +157,9 @@ def test_a_class_with_too_few_or_too_many_images_is_named(images, root):
 
 
 def test_more_or_fewer_classes_are_another_data_set(root, tmp_path):
-    refused(fill(tmp_path / "two", ("train", "val"), 9), "holds 2 classes (train, val), 9 images in train, 9 images in val;", MEND)
+    refused(fill(tmp_path / "two", ("train", "val"), 9), "contains 2 classes (train, val), 9 images in train, 9 images in val;", MEND)
     fill(root, ("cat",))
-    refused(root, "holds 4 classes (ant, ant-lion, bee, honey, ...);", MEND)
+    refused(root, "contains 4 classes (ant, ant-lion, bee, honey, ...);", MEND)
 
 
 @pytest.mark.parametrize(
