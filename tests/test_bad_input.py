@@ -130,7 +130,7 @@ def test_a_corrupt_image_stops_the_run_by_name_and_is_replaced_only_if_asked(cap
 def test_a_directory_with_a_run_of_other_settings_is_refused_and_kept(tmp_path):
     train(tmp_path, Tiny())
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(RunError, match="other settings .epochs: 2 there, 3 asked.*OUT="):
+    with pytest.raises(RunError, match="other settings .epochs: 2 there, 3 requested.*OUT="):
         train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=3))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))  # writing past this fails as on a full disk
     try:
-        with pytest.raises(RunError, match="could not be written .*the previous one is intact. Make room"):
+        with pytest.raises(RunError, match="could not be written .*the previous one is intact. Free some space"):
             train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
