@@ -610,8 +610,8 @@ def test_a_file_with_other_objects_is_refused_by_their_class_and_the_command_tha
     with pytest.raises(ConversionError) as error:
         read_checkpoint(tmp_path / "own.pth")
     said = str(error.value)
-    assert re.search(r"own\.pth holds (tests\.test_convert\.Settings|common\.vit\.\w+|.*torch\.nn)", said) and "truncated" not in said
-    assert "if you trust who made the file" in said and len(said) < 900
+    assert re.search(r"own\.pth contains (tests\.test_convert\.Settings|common\.vit\.\w+|.*torch\.nn)", said) and "truncated" not in said
+    assert "if you trust the source of the file" in said and len(said) < 900
     run_offered(said)
     load_encoder(ours, read_checkpoint(tmp_path / "own-tensors.pth"))
     assert same(ours.state_dict(), source.state_dict())
@@ -626,7 +626,7 @@ def whole(state: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.parametrize("function", [eval, exec, print, subprocess.run, getattr])
 def test_functions_in_a_file_are_refused_by_name(function, tmp_path):
     torch.save({"model": copied(encoder()), "hook": function}, tmp_path / "a.pth")
-    with pytest.raises(ConversionError, match=rf"a\.pth holds \w+\.{function.__name__} beside plain tensors"):
+    with pytest.raises(ConversionError, match=rf"a\.pth contains \w+\.{function.__name__} besides plain tensors"):
         read_checkpoint(tmp_path / "a.pth")
 
 
