@@ -1,4 +1,4 @@
-"""What the processes of a run decide, compute and gather together. With one process nothing is exchanged.
+"""Communication between the processes of a run. With one process nothing is exchanged.
 
 Shapes: n images of one process, N of all of them.
 """
@@ -11,13 +11,13 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 T = TypeVar("T")
-ROWS = 2**13  # rows that each process sends at once, which bounds the memory of `gather_rows`
+ROWS = 2**13  # maximum number of rows that each process sends at once; limits the memory of `gather_rows`
 
 
 def once(fabric: Fabric, compute: Callable[[], T]) -> T:
-    """The result of `compute` on the first process, on every process; the others wait for it.
+    """Run `compute` on the main process and return its result on all processes; the others wait for it.
 
-    Where it raises, that error goes on in the first process, which reports it, and the others exit: with its code, or 2.
+    If it raises, the main process raises this error, and the others exit with the code of its SystemExit, or 2.
     """
     if fabric.world_size == 1:
         return compute()
@@ -35,7 +35,7 @@ def once(fabric: Fabric, compute: Callable[[], T]) -> T:
 
 
 def close_connections() -> None:
-    """End the connections to the other processes, if there are any. Left open at exit, their threads can abort the process."""
+    """Close the connections to the other processes, if any. If they are open at exit, their threads can abort the process."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -48,14 +48,14 @@ def sum_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
 
 
 def on_any_process(fabric: Fabric, value: bool) -> bool:
-    """Whether it is true on one process at least."""
+    """Whether `value` is true on at least one process."""
     return bool(sum_over_processes(fabric, torch.tensor(float(value), device=fabric.device)))
 
 
 def gather_rows(fabric: Fabric, rows_nX: Tensor | None, count: int) -> Tensor:
-    """The rows of all `count` images in order, (N, ...), where process r of W has those of images r, r + W, r + 2 W, ... (n, ...).
+    """Gather the rows of all `count` images in order, (N, ...); process r of W has those of images r, r + W, r + 2 W, ... (n, ...).
 
-    None where a process has no images; the first one always has some.
+    rows_nX is None if a process has no images; the main process always has some.
     """
     world, longest = fabric.world_size, -(-count // fabric.world_size)
     shape, dtype = once(fabric, lambda: (tuple(rows_nX.shape[1:]), rows_nX.dtype))

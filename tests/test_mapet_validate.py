@@ -256,13 +256,13 @@ def test_folders_that_are_not_the_classes_are_refused_with_both_numbers(released
         paint(tmp_path / "val" / f"class{number}" / "a.png", number)
     expected = f"{tmp_path / 'val'} has 3 class folders, the first is class0, and the classifier has 7 classes"
     assert expected in refused(capsys, tmp_path, released)
-    assert "val/class0 holds no class folders" in refused(capsys, tmp_path / "val" / "class0", released)
+    assert "val/class0 has no class folders" in refused(capsys, tmp_path / "val" / "class0", released)
     assert f"{tmp_path / 'gone'} is not a folder" in refused(capsys, tmp_path / "gone", released)
 
 
 def test_a_device_that_is_absent_and_a_batch_of_nothing_are_refused(folder, released, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees no CUDA GPU" in refused(capsys, folder, released, "--device", "cuda")
+    assert "torch finds no CUDA GPU" in refused(capsys, folder, released, "--device", "cuda")
     assert "batch_size=0: it must be at least 1" in refused(capsys, folder, released, "--batch-size", 0)
 
 

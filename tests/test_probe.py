@@ -281,7 +281,7 @@ def test_a_grid_of_one_and_a_choice_on_the_test_images_hold_nothing_out():
 
 
 def test_a_grid_that_has_no_second_image_of_any_class_to_choose_by_is_refused_with_what_helps():
-    message = r"protocol linear: the best of 3 classifiers .* no class has a second one: .* --set linear.choose_on=test"
+    message = r"protocol linear: the best of 3 classifiers .* no class has a second image: .* --set linear.choose_on=test"
     with pytest.raises(RecipeError, match=message):
         hold_out(grid_of(3), torch.arange(10), 0)
     assert len(hold_out(grid_of(1), torch.arange(10), 0)[0]) == 10

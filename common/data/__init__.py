@@ -1,4 +1,4 @@
-"""Named data sets, what happens to their images, and loaders that can start anywhere."""
+"""Named data sets, augmentation of their images, and loaders that can start at any step."""
 
 from common.data.augment import Augmentation
 from common.data.loaders import Loader
