@@ -45,8 +45,9 @@ test: .venv/installed  ## the quick tests
 test-all: .venv/installed  ## all tests, as CI runs them
 	$(python) -m pytest -n auto $(ARGS)
 
-lint: .venv/installed  ## ruff: rules and format
+lint: .venv/installed  ## ruff and mypy: rules, format, types
 	$(python) -m ruff check . && $(python) -m ruff format --check .
+	$(python) -m mypy
 
 table: .venv/installed  ## write the tables of RESULTS.md and the READMEs from the results
 	$(python) -m benchmarks.ledger $(ARGS)
