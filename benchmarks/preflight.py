@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -107,7 +108,7 @@ def _check_writable(path: Path) -> None:
         raise OSError(f"{path} cannot be written, as {nearest} is {'not writable' if nearest.is_dir() else 'a file'}")
 
 
-def _encoder(run: Stages, **changes) -> nn.Module:
+def _encoder(run: Stages, **changes: Any) -> nn.Module:
     return run.recipe.build_encoder(run.data.channels, **changes)
 
 
@@ -159,7 +160,7 @@ def _protocol(run: Stages, protocol: Protocol) -> Iterator[str]:
         own = as_encoder(_encoder(run, **changes), run.data.channels, run.image_size)
         return kinds[protocol.kind](own, run.data.classes, protocol) if protocol.kind in kinds else own
 
-    def step(model: nn.Module, images: Tensor) -> object:
+    def step(model: Any, images: Tensor) -> object:
         if protocol.kind in ("finetune", "linear"):
             return model(images, _classes(images))
         return pool_tokens(tokens(model, images, max(protocol.layers)), model, protocol.pool)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -126,7 +127,7 @@ class Stages:
         with self.open(f"{protocol.name}-{start}", protocol, start) as (run, result):
             if result is None:
                 encoder = None if start == "pixels" else self.start_encoder(start, protocol)
-                options = {"image_size": self.image_size, "batch_size": device_batch(self.recipe.pretrain, self.fabric.world_size)}
+                options: dict = {"image_size": self.image_size, "batch_size": device_batch(self.recipe.pretrain, self.fabric.world_size)}
                 options |= {"fabric": self.fabric, "workers": self.workers, "run": run, "cache": self.root / "features" / start}
                 found = [asdict(one) for one in evaluate(encoder, self.data, protocol, seed=self.seed, **options, **self.training)]
                 result = self.finish(run, {name: found[-1][name] for name in ("top1", "top5", "converged", "hours")} | {"results": found})
@@ -136,12 +137,12 @@ class Stages:
     def image_size(self) -> tuple[int, int]:
         return (self.recipe.image_size, self.recipe.image_size)
 
-    def new_encoder(self, **changes) -> nn.Module:
+    def new_encoder(self, **changes: Any) -> nn.Module:
         """Build an encoder with initial weights that depend only on the seed."""
         reseed(self.seed)
         return self.recipe.build_encoder(self.data.channels, **changes)
 
-    def build_method(self) -> nn.Module:
+    def build_method(self) -> Any:
         """Build the method around a new encoder."""
         return self.module.build(self.recipe, self.new_encoder(), self.data.classes)
 
@@ -190,7 +191,7 @@ class Stages:
         with ExitStack() as stack:
             yield run, once(self.fabric, lambda: stack.enter_context(run).result)
 
-    def finish(self, run: Run, result: dict) -> dict:
+    def finish(self, run: Run, result: dict) -> Any:
         """Write the result of a stage; return the contents of result.json on every process."""
         return once(self.fabric, lambda: run.finish({name: value for name, value in result.items() if value is not None}))
 
@@ -198,12 +199,13 @@ class Stages:
         """All settings that determine the result of a stage. Data and files are identified by their content, not only by name."""
         asked = as_json(self.recipe)
         del asked["protocols"], asked["arms"]  # a change to one evaluation does not affect the others
-        named = {f"method.{name}": value for name, value in self.recipe.method.items() if isinstance(value, str) and Path(value).is_file()}
+        files = {name: value for name, value in self.recipe.method.items() if isinstance(value, str) and Path(value).is_file()}
+        named: dict = {f"method.{name}": value for name, value in files.items()}
         named |= {f"targets.{name}": value for name, value in self.recipe.targets.items() if isinstance(value, str)}  # a store is a folder
         named |= {"encoder": self.encoder_file, "label_list": protocol and protocol.label_list}
         named |= {"pretrained": self.root / "pretrain" / "encoder.safetensors"} if start == "pretrained" else {}
         paths = {name: Path(path) for name, path in named.items() if path is not None and Path(path).exists()}
-        settings = {name: f"{path.name}, sha256 {digest(path)}" for name, path in paths.items()}
+        settings: dict = {name: f"{path.name}, sha256 {digest(path)}" for name, path in paths.items()}
         settings |= {"paper": self.paper, "data": {"name": self.data.name, **self.data.identity}}
         settings |= {"seed": self.seed, "precision": self.precision, "recipe": asked}
         settings |= {"split": self.data.split} if self.data.split else {}

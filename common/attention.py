@@ -186,7 +186,8 @@ class _Row:
 @lru_cache(maxsize=8)  # a model has one or two windows at a time
 def _kept_block_mask(rows: tuple[_Row | None, ...], sizes: tuple[int, int, int], device: torch.device) -> BlockMask:
     """`_block_mask`, cached for all blocks and steps with the same window."""
-    return _block_mask(*(None if key is None else key.row for key in rows), sizes, device)
+    time, visible_from, visible_until = (None if key is None else key.row for key in rows)
+    return _block_mask(time, visible_from, visible_until, sizes, device)
 
 
 @cache
@@ -200,13 +201,13 @@ def _attend_triton(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Ten
         raise ImportError("the triton backend needs Triton; install the extra: pip install -e '.[gpu]'")
     from common.kernels.window_attention import window_attention  # imports triton, which may not be installed
 
-    rows = {name: None if x is None else x.expand(len(q_BHQD), -1) for name, x in window.items()}
+    rows: dict = {name: None if x is None else x.expand(len(q_BHQD), -1) for name, x in window.items()}
     return window_attention(q_BHQD, k_BHKD, v_BHKD, **rows)
 
 
 def _read_choices(file: Path) -> dict[tuple[str, bool], dict[tuple[int, ...], str]]:
     """The fastest measured backend, by (device, windowed), then by (queries, keys, width)."""
-    choices = {}
+    choices: dict[tuple[str, bool], dict[tuple[int, ...], str]] = {}
     for row in csv.DictReader(file.read_text().splitlines()):
         shapes = choices.setdefault((row["device"], row["windowed"] == "True"), {})
         shapes[tuple(int(row[name]) for name in ("queries", "keys", "width"))] = row["backend"]
@@ -237,9 +238,10 @@ def _measured_choice(q_BHQD: Tensor, k_BHKD: Tensor, windowed: bool) -> str:
 
 def _within(now: Tensor, begin: Tensor | None, end: Tensor | None) -> Tensor:
     """begin <= now < end; one of begin and end may be None."""
-    if begin is None or end is None:
-        return now < end if begin is None else begin <= now
-    return (begin <= now) & (now < end)
+    if begin is None:
+        assert end is not None
+        return now < end
+    return begin <= now if end is None else (begin <= now) & (now < end)
 
 
 def window_mask(

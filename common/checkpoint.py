@@ -18,7 +18,7 @@ from common.run import RunError
 class PlainCheckpointIO(TorchCheckpointIO):
     """Write directly to the given path: Fabric's default makes a second copy in memory and uses the system's temporary folder."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         torch.save(checkpoint, path)
 
 

@@ -94,7 +94,7 @@ class _Plain:
 class _PlainMapping:
     """Placeholder for a mapping or a namespace; weights_only can fill it only if it is an OrderedDict."""
 
-    def __new__(cls, *_: object) -> OrderedDict:
+    def __new__(cls, *_: object) -> Any:
         return OrderedDict()
 
 
@@ -123,8 +123,8 @@ def _load_plain(path: Path, names: list[str]) -> Any:
                 with open(path, "rb") as file:  # with a path, torch would depend on its suffix
                     return torch.load(file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
-                found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-                name = found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
+                refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+                name = refused and (refused[1] if "." in refused[1] else f"builtins.{refused[1]}")
                 if name is None or name in names:
                     raise
                 names.append(name)

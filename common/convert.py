@@ -82,7 +82,7 @@ def read_checkpoint(path: Path | str, part: str = "") -> State:
         raise ConversionError(f"{path} has {found}, at the top level or under {', '.join(map(repr, CONTAINERS[:2]))}")
     if part:
         below = re.compile(rf"(?:(?:{'|'.join(CONTAINERS)})\.)*?{re.escape(part)}\.")
-        prefixes = {found[0] for name in tensors if (found := below.match(name))}
+        prefixes = {match[0] for name in tensors if (match := below.match(name))}
         if len(prefixes) != 1:
             tops = prefixes or {name.split(".")[0] for name in tensors}
             raise ConversionError(f"{path} has {len(prefixes)} networks below {part!r}; choose one of {few(tops)}")
@@ -181,7 +181,7 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stem, part, kind = apart.groups()
         other = state.get(name_of_other := f"{stem}{'kv' if part == 'q' else 'q'}{kind}")
         q, kv = (tensor, other) if part == "q" else (other, tensor)
-        if other is None or kv.shape != (2 * q.shape[0], *q.shape[1:]):
+        if q is None or kv is None or kv.shape != (2 * q.shape[0], *q.shape[1:]):
             fault = "is missing" if other is None else f"is {tuple(other.shape)}"
             raise ConversionError(f"{name} {tuple(tensor.shape)} needs {name_of_other}, which {fault}: use a complete checkpoint")
         fused[f"{stem}qkv{kind}"] = torch.cat([q, kv])
@@ -192,7 +192,7 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_encoder(
-    encoder: ViT,
+    encoder: nn.Module,
     state: Mapping[str, Tensor],
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = ("cls_token", "pos_embed"),
@@ -219,7 +219,7 @@ def load_encoder(
     wrong = [name for name in wrong if name not in reshaped]
     _check_architecture(encoder, inside, wanted, missing, [*extra, *beside], wrong)
     _check_values(found, wanted)
-    if reshaped:
+    if reshaped and isinstance(encoder, ViT):
         found["pos_embed"] = _fit_positions(found["pos_embed"].float(), "cls_token" in inside, encoder)
     if "cls_token" in left:
         notes.append("the file's class token is ignored, with its position")
@@ -330,7 +330,7 @@ def _check_architecture(
     if missing and not any(name in wanted for name in file):
         raise ConversionError(f"the file has none of the encoder's {len(wanted)} names, but {len(file)} others: {few(file)}")
     causes: list[str] = []
-    fits, settings, explained = True, {}, set()
+    fits, settings, explained = True, dict[str, Any](), set[str]()
 
     def differ(cause: str, change: Mapping[str, Any] | None, names: Iterable[str] = ()) -> None:
         nonlocal fits
@@ -423,6 +423,6 @@ def _fit_positions(embedding_1TD: Tensor, class_token: bool, encoder: ViT) -> Te
         raise ConversionError(f"pos_embed of {patches.shape[1]} patches is not a square grid, so it cannot be resized to {encoder.grid}")
     if (side, side) != encoder.grid:
         patches = resize_positions(patches, (side, side), encoder.grid, prefix_tokens=0)
-    if encoder.prefix_tokens and not class_token:
+    if encoder.prefix_tokens and not class_token and encoder.pos_embed is not None:
         prefix = encoder.pos_embed[:, :1].detach().cpu()
     return torch.cat([prefix[:, : encoder.prefix_tokens], patches], dim=1)

@@ -49,7 +49,7 @@ class PixelDecoder(nn.Module):
         self.patch_size = encoder.patch_size
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.register_buffer("pos_embed", torch.cat([torch.zeros(1, width), sincos_2d(encoder.grid, width)])[None])
+        self.pos_embed = nn.Buffer(torch.cat([torch.zeros(1, width), sincos_2d(encoder.grid, width)])[None])
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, encoder.patch_size**2 * encoder.channels)
@@ -118,7 +118,7 @@ class RelativeLabelHead(nn.Module):
         if queries is not None and queries < 1:
             raise ValueError(f"queries={queries} is less than 1; give the number of query tokens per image, or None for all")
         self.queries, self.chunk = queries, chunk
-        self.register_buffer("targets", relative_targets(grid), persistent=False)
+        self.targets = nn.Buffer(relative_targets(grid), persistent=False)
         self.fc1 = nn.Linear(width, width // 2)
         self.fc2 = nn.Linear(width // 2, width // 2)
         self.classify = nn.Linear(width // 2, (2 * grid[0] - 1) * (2 * grid[1] - 1))
@@ -142,11 +142,11 @@ class RelativeLabelHead(nn.Module):
     def accuracy(self, x_BMD: Tensor, cell_BM: Tensor) -> Tensor:
         """Accuracy over the pairs, from 0 to 1."""
         query_BMH, *others = self._factors(x_BMD)
-        right = sum(
+        right = [
             (_pair_logits(query_BMH[:, [row]], *others).argmax(-1) == self.targets[cell_BM[:, row, None, None], cell_BM[:, None]]).sum()
             for row in range(cell_BM.shape[1])
-        )
-        return right / (cell_BM.numel() * cell_BM.shape[1])
+        ]
+        return torch.stack(right).sum() / (cell_BM.numel() * cell_BM.shape[1])
 
     def _factors(self, x_BMD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The first layer's output part for each token as query (with the bias) and as key, and the last two layers merged into one."""
@@ -213,9 +213,9 @@ class TokenHead(nn.Linear):
     def loss(self, x_MD: Tensor, token_M: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy for the features of M tokens, and their accuracy from 0 to 1 (among equal logits the first is the
         prediction). Logits are computed in chunks."""
-        device, factors = x_MD.device.type, (x_MD, self.weight, self.bias)
+        device, factors = x_MD.device.type, [x_MD, self.weight, self.bias]
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            factors = (x.to(torch.get_autocast_dtype(device)) for x in factors)
+            factors = [x.to(torch.get_autocast_dtype(device)) for x in factors]
         return _TokenLoss.apply(*factors, token_M, max(1, LOGITS // self.out_features))
 
 
@@ -263,5 +263,5 @@ def _check_label_head(width: int, grid: Grid) -> None:
 def initialise_layers(layers: Iterable[nn.Module], std: float = 0.02) -> None:
     """Initialise with truncated normal weights and zero biases, as in Positional Label's Swin and heads, I-JEPA and StoP."""
     for layer in layers:
-        nn.init.trunc_normal_(layer.weight, std=std)
-        nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(layer.get_parameter("weight"), std=std)
+        nn.init.zeros_(layer.get_parameter("bias"))

@@ -170,12 +170,12 @@ class MultiBlock:
 
     def _released_sizes(self, target_draw: float, context_draw: float) -> tuple[Grid, Grid]:
         """Height and width of the targets and of the contexts, from a uniform number for each."""
-        sizes = []
+        sizes: list[Grid] = []
         for draw, scale, aspect in (target_draw, self.target_scale, self.target_aspect), (context_draw, self.context_scale, (1.0, 1.0)):
             fraction, ratio = (low + draw * (high - low) for low, high in (scale, aspect))
             area = int(self.cells * fraction)
-            sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            sizes.append(tuple(min(side, limit - 1) for side, limit in zip(sides, self.grid, strict=True)))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            sizes.append((min(height, self.grid[0] - 1), min(width, self.grid[1] - 1)))
         return sizes[0], sizes[1]
 
     def _check_released(self) -> None:

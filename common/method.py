@@ -10,7 +10,7 @@ The training loop, the checkpoints and the evaluations need nothing else. Random
 replace are keyword arguments of forward; by default forward draws them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -25,5 +25,5 @@ class Output:
     """
 
     loss: Tensor
-    metrics: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
     named: dict[str, Tensor] = field(default_factory=dict)

@@ -5,6 +5,7 @@ import math
 import torch
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from common.recipe import TrainConfig
@@ -18,9 +19,9 @@ def make_optimizer(model: nn.Module, stage: TrainConfig) -> torch.optim.Optimize
     layer decay, group i of the n groups of `model.group_matcher` has decay^(n - 1 - i) times the learning rate. A model with
     several learning rates defines its groups in `model.parameter_groups()`.
     """
-    undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    if hasattr(model, "parameter_groups"):
-        groups = model.parameter_groups()
+    undecayed = getattr(model, "no_weight_decay", lambda: ())()
+    if own_groups := getattr(model, "parameter_groups", None):
+        groups = own_groups()
     elif stage.layer_decay is not None:
         groups = param_groups_layer_decay(model, stage.weight_decay, no_weight_decay_list=undecayed, layer_decay=stage.layer_decay)
     else:
@@ -53,9 +54,10 @@ class Schedule:
         self.last = self.total if stage.freeze_epoch is None else int(stage.freeze_epoch * steps_per_epoch)
         self.decays = [group["weight_decay"] for group in optimizer.param_groups]
         warmup = min(int(stage.warmup_epochs * steps_per_epoch), self.total // 2)
-        common = {"warmup_t": warmup, "warmup_lr_init": stage.warmup_lr, "t_in_epochs": False}
+        common: dict = {"warmup_t": warmup, "warmup_lr_init": stage.warmup_lr, "t_in_epochs": False}
         if stage.milestones:  # timm applies milestones one step early
-            self.rate = MultiStepLRScheduler(optimizer, [epoch * steps_per_epoch + 1 for epoch in stage.milestones], 0.1, **common)
+            steps = [epoch * steps_per_epoch + 1 for epoch in stage.milestones]
+            self.rate: Scheduler = MultiStepLRScheduler(optimizer, steps, 0.1, **common)
         else:
             start = 0 if stage.cosine_from_start else warmup
             self.rate = CosineLRScheduler(optimizer, self.total - start, lr_min=stage.min_lr, warmup_prefix=start > 0, **common)

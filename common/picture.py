@@ -1,10 +1,12 @@
 """Pictures of a model's predictions: positions of patches, and features or tokens of masked patches."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -119,7 +121,7 @@ def draw_codewords(patches: dict[str, list[Tensor]], most: int, data: Data, path
     # patches may be white or grey, so the background has another colour
     figure = Figure(figsize=(0.9 * most + 0.4, 0.72 * rows + 0.4), layout="constrained", facecolor="lightsteelblue")
     axes = figure.subplots(rows, 2, squeeze=False).T.ravel()
-    for axis, (name, shown) in itertools.zip_longest(axes, patches.items(), fillvalue=("", [])):
+    for axis, (name, shown) in zip(axes, itertools.chain(patches.items(), itertools.repeat(("", []))), strict=False):
         for place, patch in enumerate(shown):
             pixels, extent = _as_pixels(patch[None], data)[0], (place, place + 0.92, 0, 0.92)
             axis.imshow(_channels_last(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
@@ -135,7 +137,7 @@ def _as_pixels(images_BCHW: Tensor, data: Data) -> Tensor:
     return (images_BCHW.float().cpu() * std + mean).clamp(0, 1)
 
 
-def _assemble(image_CHW: Tensor, patch: int, placed, columns: int) -> Tensor:
+def _assemble(image_CHW: Tensor, patch: int, placed: Iterable[tuple[int, Tensor]], columns: int) -> Tensor:
     """Draw patches at their cells on a mid-grey canvas of the same size as the image."""
     canvas = torch.full_like(image_CHW, 0.45)
     for cell, pixels in placed:
@@ -148,7 +150,7 @@ def _channels_last(image_CHW: Tensor) -> numpy.ndarray:
     return image_CHW.permute(1, 2, 0).squeeze(-1).numpy()
 
 
-def _frame(axis, cell: int, columns: int, patch: int, color: str) -> None:
+def _frame(axis: Axes, cell: int, columns: int, patch: int, color: str) -> None:
     """Draw a frame just inside its patch, so that frames of neighbours do not overlap."""
     (top, left), inset = divmod(cell, columns), 0.05 * patch
     corner = left * patch - 0.5 + inset, top * patch - 0.5 + inset

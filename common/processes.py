@@ -4,7 +4,7 @@ Shapes: n images of one process, N of all of them.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -28,10 +28,10 @@ def once(fabric: Fabric, compute: Callable[[], T]) -> T:
             fabric.broadcast((error.code if isinstance(error, SystemExit) else 2, None))
             raise
         return fabric.broadcast((0, found))[1]
-    code, found = fabric.broadcast((0, None))
-    if code:
-        raise SystemExit(code)
-    return found
+    reply: tuple[int, Any] = fabric.broadcast((0, None))
+    if reply[0]:
+        raise SystemExit(reply[0])
+    return reply[1]
 
 
 def close_connections() -> None:
@@ -58,7 +58,8 @@ def gather_rows(fabric: Fabric, rows_nX: Tensor | None, count: int) -> Tensor:
     rows_nX is None if a process has no images; the main process always has some.
     """
     world, longest = fabric.world_size, -(-count // fabric.world_size)
-    shape, dtype = once(fabric, lambda: (tuple(rows_nX.shape[1:]), rows_nX.dtype))
+    firsts: Any = rows_nX
+    shape, dtype = once(fabric, lambda: (tuple(firsts.shape[1:]), firsts.dtype))
     whole_NX = torch.empty(longest * world, *shape, dtype=dtype, device=fabric.device)
     for start, block in zip(range(0, longest, ROWS), whole_NX.split(ROWS * world), strict=True):
         mine = torch.zeros(len(block) // world, *shape, dtype=dtype, device=fabric.device)

@@ -102,7 +102,7 @@ DEIT = TrainConfig(
     device_batch=128,
     augmentation=dataclasses.replace(DEIT_CROPS, repeats=3),
 )
-DEIT_LABELS = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+DEIT_LABELS: dict = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 DEIT_DROP_PATH = 0.1
 
 # VISSL's linear probe. StoP is evaluated with it, with heads=("norm_affine", "linear") and layers=(1, 4): StoP's configurations of
@@ -200,6 +200,13 @@ class Protocol:
         """Number of classifiers that a linear probe trains: layers x heads x lr_multipliers x decays."""
         return len(self.layers) * len(self.heads) * len(self.lr_multipliers) * max(1, len(self.decays))
 
+    @property
+    def training(self) -> TrainConfig:
+        """The stage of a protocol that has one. Raises AttributeError for one that trains nothing."""
+        if self.stage is None:
+            raise AttributeError(f"protocol {self.name} has no stage")
+        return self.stage
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -225,7 +232,7 @@ class Recipe:
         family += f"_depth{depth}" if depth and depth != SIZES[self.size][1] else ""
         return self.size if timm.is_model(self.size) else f"{family}_patch{self.patch_size}_{self.image_size}"
 
-    def build_encoder(self, channels: int, **changes) -> nn.Module:
+    def build_encoder(self, channels: int, **changes: Any) -> nn.Module:
         """Build the encoder for images with `channels` channels; keywords change its options.
 
         Returns a ViT, or a timm backbone without classifier, with attributes `channels` and `image_size` added.
@@ -233,16 +240,19 @@ class Recipe:
         """
         if self.size not in SIZES:
             return self._build_timm(channels, **changes)
-        own = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels}
+        if self.patch_size is None:
+            raise RecipeError("patch_size=None: a ViT needs its patch size in pixels")
+        own: dict = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels}
         check_options(ViT, self.encoder, taken=(*own, "width", "heads"))
         options = own | self.encoder | changes
         return vit(self.size, **options)
 
-    def _build_timm(self, channels: int, **changes) -> nn.Module:
-        options = {"in_chans": channels, "num_classes": 0, "img_size": self.image_size, "patch_size": self.patch_size}
+    def _build_timm(self, channels: int, **changes: Any) -> nn.Module:
+        options: dict = {"in_chans": channels, "num_classes": 0, "img_size": self.image_size, "patch_size": self.patch_size}
         if timm.is_model(self.size):
             make = partial(timm.create_model, self.size)
-            if not timm.get_pretrained_cfg(self.size).fixed_input_size:
+            known = timm.get_pretrained_cfg(self.size)
+            if known is None or not known.fixed_input_size:
                 del options["img_size"]  # a convolutional network takes any image size
         elif self.size in timm.models.__dict__ and isinstance(make := getattr(timm.models, self.size), type):
             pass
@@ -251,7 +261,7 @@ class Recipe:
             raise RecipeError(f"size={self.size!r} is neither a size of ViT nor a model or class of timm; {nearest(self.size, names)}")
         options = {name: value for name, value in options.items() if value is not None} | self.encoder | changes
         try:
-            encoder = make(**options)
+            encoder: Any = make(**options)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # how timm refuses options and sizes
             given = ", ".join(f"{name}={value}" for name, value in options.items())
             raise RecipeError(f"timm cannot build {self.size} with {given}: {error}") from error

@@ -49,7 +49,7 @@ class Run:
             self._held = held.pop_all()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._held.close()
 
     @property

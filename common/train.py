@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -24,7 +25,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.checkpoint import PlainCheckpointIO, load_checkpoint, save_checkpoint
-from common.data import Augmentation, Data, Loader, Split
+from common.data import Augmentation, Batches, Data, Loader, Split
 from common.optim import Schedule, make_optimizer
 from common.processes import close_connections, on_any_process, sum_over_processes
 from common.randomness import reseed
@@ -37,6 +38,7 @@ __all__ = ["EXIT_STOPPED", "Stopped", "device_batch", "fit", "has_fast_bf16", "m
 
 # The metrics of a step are read this many steps later. By then the GPU has computed them, so the loop does not wait for it.
 READ_AFTER = {"cuda": 4}
+M = TypeVar("M", bound=nn.Module)
 # Limit for processes that wait while the main process works alone, for example on a logistic regression. The launcher, not this timeout,
 # detects a process that dies.
 TIMEOUT = timedelta(hours=12)
@@ -68,14 +70,14 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
     if precision == "auto":
         precision = "bf16-mixed" if has_fast_bf16(torch.device(accelerator)) else "32-true"
     local, world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = "auto"
+    chosen: str | FSDPStrategy | DDPStrategy = "auto"
     if world > 1 and strategy == "fsdp":
         chosen = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", timeout=TIMEOUT)
     elif world > 1:
         chosen = DDPStrategy(timeout=TIMEOUT)
     if world > 1:
         atexit.register(close_connections)
-    options = {"devices": local, "num_nodes": world // local, "precision": precision, "strategy": chosen}
+    options: dict = {"devices": local, "num_nodes": world // local, "precision": precision, "strategy": chosen}
     return Fabric(accelerator=accelerator, plugins=[PlainCheckpointIO()], **options)
 
 
@@ -136,14 +138,14 @@ def make_loader(
 def fit(
     run: Run,
     fabric: Fabric,
-    model: nn.Module,
+    model: M,
     stage: TrainConfig,
-    loader: Loader,
+    loader: Batches,
     seed: int,
     *,
     compile: bool = False,
     checkpoint_seconds: float = 20.0,
-) -> tuple[nn.Module, float]:
+) -> tuple[M, float]:
     """Train a method (see common/method.py), including the cool-down. Return the model (its EMA if the stage has `ema`) and the hours.
 
     `loader` yields micro-batches of `device_batch(stage, world size)` images. Resumes from run.checkpoint if it exists, and saves at
@@ -159,11 +161,11 @@ def fit(
     optimizer = make_optimizer(model, stage)
     schedule = Schedule(optimizer, stage, steps_per_epoch)
     blank = copy.deepcopy(model)  # fabric.setup for several devices may change a model permanently
-    trained, optimizer = fabric.setup(torch.compile(model) if compile else model, optimizer)
+    trained, optimizer = fabric.setup(torch.compile(model) if compile else model, optimizer)  # type: ignore[arg-type]  # a Module
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema)) if stage.ema else None
 
-    progress = {"step": 0, "hours": 0.0, "sums": {}, "count": 0}
-    state = {"model": trained, "optimizer": optimizer, "progress": progress}
+    progress: dict = {"step": 0, "hours": 0.0, "sums": {}, "count": 0}
+    state: dict = {"model": trained, "optimizer": optimizer, "progress": progress}
     if average is not None:
         state["average"] = average
     if run.checkpoint.exists():
@@ -227,7 +229,7 @@ def fit(
                 metrics = {name: value for name, value in output.metrics.items() if not callable(value)}
                 costly = {name: value() for name, value in output.metrics.items() if callable(value)} if logged else {}
                 losses.append({"loss": output.loss.detach(), **metrics, **costly})
-            norm = {}
+            norm: dict = {}
             if stage.clip_norm is not None:
                 norm["gradient_norm"] = fabric.clip_gradients(trained, optimizer, max_norm=stage.clip_norm, error_if_nonfinite=False)
             # Saving takes at most 1/50 of the time, for a model of any size. All processes must agree, so the main process decides.
@@ -334,10 +336,11 @@ def _tensorboard(run: Run, done: int) -> Iterator[Callable[[int, dict[str, float
 
     `done` steps are already trained; points that an earlier process wrote for later steps are purged, because they are written again.
     """
+    SummaryWriter: Any = None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        SummaryWriter = None
+        pass
     if SummaryWriter is None or not run.main:
         yield lambda step, values: None
         return

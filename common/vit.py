@@ -49,7 +49,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention. `relative` (timm's RelPosBias) adds a bias per head and relative offset to the scores."""
 
-    def __init__(self, width: int, heads: int, relative: nn.Module | None = None):
+    def __init__(self, width: int, heads: int, relative: RelPosBias | None = None):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             q = q_BQD.view(B, queries, self.heads, D // self.heads).transpose(1, 2)
             k, v = kv_BKD.view(B, keys, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if self.rel_pos is None else self.rel_pos.get_bias()[0]
-        seen = {} if window is None else {"time": window.time[:, -queries:]}
+        seen: dict = {} if window is None else {"time": window.time[:, -queries:]}
         seen |= {} if window is None else {"visible_from": window.visible_from[:, :keys], "visible_until": window.visible_until[:, :keys]}
         return _scaled(self.proj, scale, attend(q, k, v, bias_HQK=bias, **seen).transpose(1, 2).reshape(B, queries, D))
 
@@ -95,7 +95,7 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        relative: nn.Module | None = None,
+        relative: RelPosBias | None = None,
         grad_checkpointing: bool = False,
     ):
         super().__init__()
@@ -118,7 +118,7 @@ class Block(nn.Module):
         query_BQD = x_BTD[:, -(queries or 0) :]
         query_BQD = self._add(query_BQD, self.attn(self.norm1(x_BTD), keys, queries, window, self.ls1))
         hidden_BQD = self.mlp.act(self.mlp.fc1(self.norm2(query_BQD)))
-        return self._add(query_BQD, _scaled(self.mlp.fc2, self.ls2, hidden_BQD))
+        return self._add(query_BQD, _scaled(self.mlp.fc2, self.ls2, hidden_BQD))  # type: ignore[arg-type]  # no Conv2d here
 
     def _add(self, x_BQD: Tensor, branch_BQD: Tensor) -> Tensor:
         """x + drop_path(branch), in one pass."""
@@ -161,7 +161,7 @@ class ViT(nn.Module):
         grad_checkpointing: bool = False,
     ):
         super().__init__()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.patch_size, self.channels, self.width = patch_size, channels, width
         if any(side % patch_size or side < patch_size for side in self.image_size):
             raise ValueError(f"image size {self.image_size[0]} x {self.image_size[1]} is not a multiple of the patch size {patch_size}")
@@ -177,7 +177,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if class_token else None
         if position == "sincos":
             table = torch.cat([torch.zeros(self.prefix_tokens, width), sincos_2d(self.grid, width)])
-            self.register_buffer("pos_embed", table[None])
+            self.pos_embed: Tensor | None = nn.Buffer(table[None])
         elif position == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
         else:
@@ -188,7 +188,7 @@ class ViT(nn.Module):
             Block(width, heads, mlp_ratio, layer_scale, *options, grad_checkpointing) for options in zip(rates, relative, strict=True)
         )
         self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(width, eps=1e-6)
         initialise(self)
 
     def embed(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
@@ -201,7 +201,14 @@ class ViT(nn.Module):
     @property
     def patch_positions(self) -> Tensor:
         """The position embedding of the patches, (1, N, D)."""
+        assert self.pos_embed is not None
         return self.pos_embed[:, self.prefix_tokens :]
+
+    @property
+    def first_token(self) -> Tensor:
+        """The class token, with its position where there are positions, (1, 1, D)."""
+        assert self.cls_token is not None
+        return self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
 
     def encode(self, x_BMD: Tensor, context: int | None = None) -> Tensor:
         """Prepend the class token, run the blocks and the final norm: (B, M, D) to (B, T, D).
@@ -218,8 +225,7 @@ class ViT(nn.Module):
         if self.relative and (context is not None or x_BMD.shape[1] != self.grid[0] * self.grid[1]):
             raise ValueError(f"relative positions need all {self.grid[0]} x {self.grid[1]} patches as keys, in row-major order")
         if self.cls_token is not None:
-            first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
-            x_BMD = torch.cat([first.to(x_BMD.dtype).expand(x_BMD.shape[0], -1, -1), x_BMD], dim=1)
+            x_BMD = torch.cat([self.first_token.to(x_BMD.dtype).expand(x_BMD.shape[0], -1, -1), x_BMD], dim=1)
         keys = None if context is None else self.prefix_tokens + context
         normed = []
         for number, block in enumerate(self.blocks, 1):

@@ -73,7 +73,7 @@ class DropPos(nn.Module):
         if position_weight is not None:
             self.pixel_decoder = PixelDecoder(encoder, decoder_width, decoder_depth, decoder_heads)
         self.sigma_epoch = 0
-        self.register_buffer("target_LL", self._smoothed(sigma), persistent=False)
+        self.target_LL = nn.Buffer(self._smoothed(sigma), persistent=False)
 
     def forward(
         self,

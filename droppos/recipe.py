@@ -57,7 +57,7 @@ def digits() -> Recipe:
         augmentation=Augmentation(crop="padding", padding=1, flip=0.0),
     )
     finetune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
-    common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
+    common: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     return Recipe(
         size="micro",
         image_size=8,
@@ -117,8 +117,8 @@ def tiny_imagenet() -> Recipe:
     """Tiny ImageNet with a ViT-S/8: `make reproduce PAPER=droppos DATA=tiny-imagenet`, one GPU. Ours. Expected: not measured yet."""
     small = cifar10()
     crop = Augmentation(crop="resized", scale=(0.2, 1.0))
-    finetune = replace(small.protocols[0], stage=replace(small.protocols[0].stage, augmentation=DEIT_CROPS))
-    linear = replace(small.protocols[1], stage=replace(small.protocols[1].stage, augmentation=crop))
+    finetune = replace(small.protocols[0], stage=replace(small.protocols[0].training, augmentation=DEIT_CROPS))
+    linear = replace(small.protocols[1], stage=replace(small.protocols[1].training, augmentation=crop))
     return replace(small, image_size=64, patch_size=8, protocols=(finetune, linear, small.protocols[2]))
 
 
@@ -180,7 +180,7 @@ def imagenet_vitl16_800() -> Recipe:
     """
     recipe = imagenet_vitb16_200()
     finetune, *frozen = recipe.protocols
-    finetune = replace(finetune, stage=replace(finetune.stage, epochs=50, device_batch=64))
+    finetune = replace(finetune, stage=replace(finetune.training, epochs=50, device_batch=64))
     pretrain = replace(recipe.pretrain, epochs=800, warmup_epochs=40, device_batch=128)
     return replace(recipe, size="large", pretrain=pretrain, protocols=(finetune, *frozen))
 

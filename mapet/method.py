@@ -74,8 +74,8 @@ class MaPeT(nn.Module):
         self.encoder, self.context, self.last, self.vocabulary = encoder, context, last, vocabulary
         self.placeholder = nn.Parameter(torch.empty(1, 1, encoder.width))
         self.head = TokenHead(encoder.width, vocabulary)
-        for name, row in visibility(patches + 1, context, last)._asdict().items():
-            self.register_buffer(name, row, persistent=False)
+        rows = (nn.Buffer(row, persistent=False) for row in visibility(patches + 1, context, last))
+        self.time, self.visible_from, self.visible_until = rows
         nn.init.trunc_normal_(self.placeholder, std=0.02)
         initialise_layers([self.head])
         if initialise == "official":
@@ -104,7 +104,7 @@ class MaPeT(nn.Module):
         # Content stream: the class token, the patches before the last predicted one (no token sees the others), and a placeholder for
         # each hidden patch. Query stream: the same placeholders, for the predicted patches.
         position_1ND = encoder.patch_positions
-        class_B1D = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(images), -1, -1)
+        class_B1D = encoder.first_token.expand(len(images), -1, -1)
         patch_BCD = encoder.embed(images, seen_BC) + gather_tokens(position_1ND, seen_BC)
         hidden_BPD = self.placeholder + gather_tokens(position_1ND, hidden_BP)
         x_BTD = torch.cat([class_B1D, patch_BCD, hidden_BPD, hidden_BPD[:, : asked_BQ.shape[1]]], dim=1)

@@ -7,6 +7,7 @@ cooldown_epochs here; ViT-S is fine-tuned at 5e-3, ten times the other rates, wh
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ _FINETUNE = TrainConfig(
     augmentation=Augmentation(scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5", erase=0.25),
 )
 _ENCODER = {"position": "learned", "layer_scale": 0.1, "drop_path": 0.1}
-_LABELS = {"pool": "mean", "drop_path": 0.1, **DEIT_LABELS}
+_LABELS: dict = {"pool": "mean", "drop_path": 0.1, **DEIT_LABELS}
 
 
 def digits() -> Recipe:
@@ -103,7 +104,7 @@ def digits() -> Recipe:
     )
     shifts = Augmentation(crop="padding", padding=1, flip=0.0)
     finetune = TrainConfig(epochs=60, batch_size=128, base_lr=2e-3, warmup_epochs=5, augmentation=shifts)
-    common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
+    common: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     return Recipe(
         size="micro",
         image_size=8,
@@ -150,7 +151,7 @@ def cifar10() -> Recipe:
     )
 
 
-def _imagenet(size: str, **finetune) -> Recipe:
+def _imagenet(size: str, **finetune: Any) -> Recipe:
     return Recipe(
         size=size,
         image_size=224,
@@ -201,7 +202,7 @@ def imagenette() -> Recipe:
     """
     base = imagenet_vitb16()
     pretrain = replace(base.pretrain, epochs=800, batch_size=256, base_lr=5e-4, lr_batch=256, warmup_epochs=40, device_batch=128)
-    finetune = replace(base.protocols[0].stage, batch_size=256, lr_batch=256)
+    finetune = replace(base.protocols[0].training, batch_size=256, lr_batch=256)
     method = {"context": 50, "vocabulary": 1024}
     protocols = (Protocol(name="finetune", kind="finetune", stage=finetune, **_LABELS), Protocol(name="knn", kind="knn"))
     return replace(base, size="small", pretrain=pretrain, targets={"features": "pixels"}, method=method, protocols=protocols)

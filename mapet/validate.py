@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from torch import nn
@@ -65,7 +65,7 @@ def build_classifier(state: State) -> Classifier:
             "Fine-tune it with benchmarks.reproduce --encoder, or use one of the released vit_standard_* files"
         )
     lacking = [name for name, dimensions in TOLD_BY.items() if name not in state or state[name].ndim != dimensions]
-    pools = [pool for name, pool in {"fc_norm.weight": "mean", "norm.weight": "class"}.items() if name in state]
+    pools: list[Any] = [pool for name, pool in {"fc_norm.weight": "mean", "norm.weight": "class"}.items() if name in state]
     if lacking or len(pools) != 1:
         lacks = f"lacks {', '.join(lacking)}" if lacking else f"has {'both' if pools else 'neither'} of fc_norm and norm"
         raise ConversionError(f"this is not one of MaPeT's classifiers, as it {lacks}; use one of the released vit_standard_* files")
@@ -102,7 +102,7 @@ def open_images(path: Path, classes: int, skip_corrupt: bool) -> Data:
     return Data(path.resolve().name, classes, 3, None, IMAGENET_MEAN, IMAGENET_STD, train=split.subset([]), val=split)
 
 
-def validate(options: Options) -> dict[str, float]:
+def validate(options: Options) -> dict[str, float | None]:
     """Evaluate, print what was loaded and the results, and return top1 and top5 in percent."""
     fabric = make_fabric(options.device, options.precision)
     fabric.launch()
@@ -130,7 +130,7 @@ def validate(options: Options) -> dict[str, float]:
     counts, notes = dataclasses.replace(coverage, notes=()), "".join(f"; {note}" for note in coverage.notes)
     say(f"{options.checkpoint.name}: {counts} (of {held} in the file, q and kv fused){notes}; {network}; images: {seeing}")
     model.to(fabric.device).register_forward_hook(progress)
-    loading = {"image_size": encoder.image_size, "batch_size": options.batch_size, "workers": options.workers}
+    loading: dict = {"image_size": encoder.image_size, "batch_size": options.batch_size, "workers": options.workers}
     (found,) = evaluate(model, data, protocol, fabric=fabric, **loading)
     spent = f"{time.perf_counter() - begun:.1f} s on {fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"
     say(f"{images} images of {data.name}: top-1 {found.top1:.3f} %, top-5 {found.top5:.3f} %, {spent}")

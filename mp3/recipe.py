@@ -38,12 +38,12 @@ def illustrate(method: MP3, images: torch.Tensor, targets: torch.Tensor, data: D
 
 
 # DeiT's classifier reads the class token.
-_DEIT = {"pool": "class", "drop_path": DEIT_DROP_PATH, **DEIT_LABELS}
+_DEIT: dict = {"pool": "class", "drop_path": DEIT_DROP_PATH, **DEIT_LABELS}
 
 
 def _table3(stage: TrainConfig, **options: Any) -> tuple[Protocol, ...]:
     """Fine-tuning with each position embedding of Table 3; pre-training has none."""
-    positions = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
+    positions: dict = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
     return tuple(Protocol(name=f"finetune_{name}", kind="finetune", stage=stage, position=p, **options) for name, p in positions.items())
 
 
@@ -63,8 +63,8 @@ def digits() -> Recipe:
         augmentation=Augmentation(crop="padding", padding=1, flip=0.0),
     )
     finetune = replace(pretrain, epochs=60, betas=(0.9, 0.999), warmup_epochs=5)
-    options = {"pool": "mean", "drop_path": 0.1, "smoothing": 0.1}
-    few = {"kind": "finetune", "position": "learned", **options}
+    options: dict = {"pool": "mean", "drop_path": 0.1, "smoothing": 0.1}
+    few: dict = {"kind": "finetune", "position": "learned", **options}
     return Recipe(
         size="micro",
         image_size=8,

@@ -18,7 +18,7 @@ from common.masking import kept_tokens, random_order
 from common.method import Output
 from common.positions import Grid, absolute_targets
 from common.vit import ViT
-from positional_label.backbones import check_windows, feature_map, patch_tokens, release_swin
+from positional_label.backbones import Backbone, check_windows, feature_map, patch_tokens, release_swin
 
 Label = Literal["none", "absolute", "relative"]
 
@@ -35,7 +35,7 @@ class PositionalLabel(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Backbone,
         classes: int,
         *,
         label: Label = "relative",
@@ -54,7 +54,7 @@ class PositionalLabel(nn.Module):
             release_swin(encoder, keep_grid=label == "absolute")
         self.encoder, self.weight = encoder, weight
         width, self.grid = feature_map(encoder)
-        self.register_buffer("cell_N", absolute_targets(self.grid), persistent=False)
+        self.cell_N = nn.Buffer(absolute_targets(self.grid), persistent=False)
         encoder.reset_classifier(classes)
         classifiers = encoder.get_classifier()  # a distilled DeiT has two
         initialise_layers(classifiers if isinstance(classifiers, tuple) else (classifiers,))
@@ -128,7 +128,7 @@ class PositionalMAE(nn.Module):
         order_BN = random_order(torch.rand(len(images), self.cells, device=images.device) if noise is None else noise)
         cell_BM = order_BN[:, : self.visible]
         encoded_BTD = self.encoder(images, cell_BM)
-        loss, metrics = self.decoder.loss(encoded_BTD, order_BN, images), {}
+        loss, metrics = self.decoder.loss(encoded_BTD, order_BN, images), dict[str, Tensor]()
         loss = add_position_loss(self, loss, metrics, encoded_BTD[:, self.encoder.prefix_tokens :], cell_BM)
         return Output(loss, metrics, {"order": order_BN, "encoded": encoded_BTD})
 

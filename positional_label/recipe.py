@@ -6,8 +6,7 @@ section Deviations.
 """
 
 from dataclasses import replace
-
-from torch import nn
+from typing import Any
 
 from common.data import Augmentation
 from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
@@ -27,7 +26,7 @@ VARIANTS = {
 }
 
 
-def build(recipe: Recipe, encoder: nn.Module, classes: int) -> PositionalLabel | PositionalMAE:
+def build(recipe: Recipe, encoder: Any, classes: int) -> PositionalLabel | PositionalMAE:
     """Build the method: supervised, or added to MAE, which needs no classes.
 
     Raises RecipeError for an option that the method does not have.
@@ -70,7 +69,7 @@ def _swin_arms(*changes: str) -> dict[str, tuple[str, ...]]:
 
 def _recipe(pixels: int, stage: TrainConfig, arms: dict[str, tuple[str, ...]], labels: dict, drop_path: float) -> Recipe:
     """Supervised training of the arms; each arm sets the size."""
-    own = {"method": dict(labels), "encoder": {"drop_path_rate": drop_path}, "supervised": True}
+    own: dict = {"method": dict(labels), "encoder": {"drop_path_rate": drop_path}, "supervised": True}
     size = next(iter(arms.values()))[0].partition("=")[2]
     return Recipe(size=size, image_size=pixels, patch_size=None, pretrain=stage, protocols=(), arms=arms, **own)
 
@@ -186,7 +185,7 @@ def digits_mae() -> Recipe:
     """
     pretrain = TrainConfig(epochs=200, batch_size=128, base_lr=6e-3, warmup_epochs=10, betas=(0.9, 0.95), augmentation=_SHIFTS)
     tune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
-    common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
+    common: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     protocols = (
         Protocol(name="finetune", stage=tune, **common),
         Protocol(name="finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),

@@ -10,7 +10,7 @@ Shapes: B images, N patches, M context patches, G target blocks of T patches, D 
 import copy
 import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class Predictor(nn.Module):
 
     def __init__(self, encoder: ViT, width: int, depth: int, position: Literal["sincos", "learned"], mask_token: bool):
         super().__init__()
-        first = encoder.blocks[0]
+        first: Any = encoder.blocks[0]
         heads, cells = first.attn.heads, encoder.grid[0] * encoder.grid[1]
         if position not in ("sincos", "learned"):
             raise ValueError(f"position={position!r} is not known; choose 'sincos' or 'learned'")
@@ -39,10 +39,10 @@ class Predictor(nn.Module):
             raise ValueError(f"predictor_width={width} is not a multiple of 4 and of the encoder's {heads} heads")
         self.embed = nn.Linear(encoder.width, width)
         if position == "sincos":
-            self.register_buffer("pos_embed", sincos_2d(encoder.grid, width)[None])
+            self.pos_embed: Tensor = nn.Buffer(sincos_2d(encoder.grid, width)[None])
         else:
             self.pos_embed = nn.Parameter(torch.empty(1, cells, width))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_token else None
+        self.mask_token: nn.Parameter | Any = nn.Parameter(torch.empty(1, 1, width)) if mask_token else None
         self.blocks = nn.Sequential(*(Block(width, heads, grad_checkpointing=first.grad_checkpointing) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, encoder.width)
@@ -97,11 +97,11 @@ class StoP(nn.Module):
         for name, (value, *known) in (choices | {"covariance": (covariance, "tied", "fixed")}).items():
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-        for name, value in {"sigma": sigma, "init_std": init_std, "patch_std": patch_std, "momentum": momentum}.items():
-            if not isinstance(value, int | float) or not 0 <= value <= (1 if name == "momentum" else math.inf):
-                raise ValueError(f"{name}={value!r} is not a number from 0 {'to 1' if name == 'momentum' else 'up'}")
+        for name, number in {"sigma": sigma, "init_std": init_std, "patch_std": patch_std, "momentum": momentum}.items():
+            if not isinstance(number, int | float) or not 0 <= number <= (1 if name == "momentum" else math.inf):
+                raise ValueError(f"{name}={number!r} is not a number from 0 {'to 1' if name == 'momentum' else 'up'}")
         self.mode, self.noise, self.sigma, self.covariance, self.momentum, self.step = mode, noise, sigma, covariance, momentum, 0
-        ranges = {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}
+        ranges: dict = {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}
         self.masks = MultiBlock(encoder.grid, sampling=masks, context_ratio=context_ratio, min_keep=min_keep, **ranges)
         self.context_encoder = copy.deepcopy(encoder)
         self.predictor = Predictor(encoder, predictor_width, predictor_depth, position, mask_token=mode == "paper")
@@ -153,7 +153,7 @@ class StoP(nn.Module):
         pred_GBTD = self.predictor(x_GBSP.flatten(0, 1), T).float().unflatten(0, (G, B))
         loss = F.smooth_l1_loss(pred_GBTD, target_GBTD)
 
-        metrics = {"context": feature_BND.new_full((), context_BM.shape[1])}
+        metrics: dict = {"context": feature_BND.new_full((), context_BM.shape[1])}
         metrics |= {name: partial(measure, feature_BND) for name, measure in SPREAD.items()}
         named = {"context": context_BM, "cells": target_GBT, "seen": seen_BMD, "target": target_GBTD, "pred": pred_GBTD}
         return Output(loss, metrics, named)

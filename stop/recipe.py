@@ -253,7 +253,7 @@ def transfer_clevr_count() -> Recipe:
 
 def transfer_clevr_dist() -> Recipe:
     """Likewise on CLEVR/Dist, 6 classes: `DATA=/datasets/clevr-dist RECIPE=transfer_clevr_dist`. Published: StoP 71.3, I-JEPA 70.7."""
-    return _transfer(replace(transfer_clevr_count().protocols[0].stage, epochs=100), resize=0)
+    return _transfer(replace(transfer_clevr_count().protocols[0].training, epochs=100), resize=0)
 
 
 DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16}

@@ -336,6 +336,11 @@ def test_an_unknown_backbone_is_refused_with_the_nearest_of_timms(size, offered)
         override(RECIPE, [f"size={size}"]).build_encoder(3)
 
 
+def test_a_vit_without_a_patch_size_is_refused_by_name():
+    with pytest.raises(RecipeError, match="patch_size=None: a ViT needs its patch size"):
+        override(RECIPE, ["patch_size=null"]).build_encoder(1)
+
+
 # ---- sharing a batch
 
 

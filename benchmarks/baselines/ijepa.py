@@ -57,7 +57,7 @@ def imagenet_vith14() -> Recipe:
     """
     large = imagenet_vitl16()
     pretrain = replace(large.pretrain, epochs=300, warmup_epochs=40, warmup_lr=2e-4)
-    tuned = replace(large.protocols[-1], stage=replace(large.protocols[-1].stage, weight_decay=0.4, device_batch=32))
+    tuned = replace(large.protocols[-1], stage=replace(large.protocols[-1].training, weight_decay=0.4, device_batch=32))
     return replace(large, size="huge", patch_size=14, pretrain=pretrain, protocols=(_LINEAR, tuned))
 
 

@@ -38,7 +38,9 @@ class MAE(nn.Module):
     refuses.
     """
 
-    def __init__(self, encoder: ViT, *, mask_ratio: float = 0.75, decoder_width=512, decoder_depth=8, decoder_heads=16):
+    def __init__(
+        self, encoder: ViT, *, mask_ratio: float = 0.75, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int = 16
+    ):
         super().__init__()
         self.encoder, self.cells = encoder, encoder.grid[0] * encoder.grid[1]
         self.visible = kept_tokens(self.cells, mask_ratio, "mask_ratio")
@@ -116,7 +118,7 @@ def digits() -> Recipe:
     shifts = Augmentation(crop="padding", padding=1, flip=0.0)
     pretrain = replace(_PRETRAIN, epochs=200, batch_size=128, base_lr=6e-3, warmup_epochs=10, augmentation=shifts)
     tune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
-    common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
+    common: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     protocols = (
         Protocol(name="finetune", stage=tune, **common),
         Protocol(name="finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),

@@ -22,7 +22,7 @@ from benchmarks.speed.measure import wide
 
 MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
 OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
-Tables = dict[str, Callable[[], str]]  # by name
+Tables = dict[str, Callable[..., str]]  # by name
 
 
 def pages(root: Path) -> dict[str, Tables]:
@@ -85,7 +85,7 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
                 optional |= set() if adds else {"side by side"}  # a paper that adds nothing to another method needs none
         except ValueError as error:
             faults.append(str(error))
-            optional = tables.keys()
+            optional = {*tables}
         absent = sorted(tables.keys() - optional - present)
         faults += [f"{where}: table {name!r} is missing: add the lines {OPEN.format(name)} and {CLOSE}" for name in absent]
     return stale, list(dict.fromkeys(faults))

@@ -98,10 +98,11 @@ def ways(case: Case) -> dict[str, tuple[Way, bool]]:
     window, on_gpu = case.window, case.q.device.type == "cuda"
     mask, found = _dense(case), dict[str, tuple[Way, bool]]()
     found["dense mask, SDPA"] = (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), False)
-    if case.context_BM is not None:
+    context_BM = case.context_BM
+    if context_BM is not None:
 
         def gathered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, _context(k, case.context_BM), _context(v, case.context_BM), backend="sdpa")
+            return attend(q, _context(k, context_BM), _context(v, context_BM), backend="sdpa")
 
         found["key mask, SDPA"] = (lambda q, k, v: attend(q, k, v, backend="sdpa", **window), False)
         found["gather per layer, SDPA"] = (gathered, False)
@@ -110,7 +111,7 @@ def ways(case: Case) -> dict[str, tuple[Way, bool]]:
         # As in training: MaPeT's window is constant, so its block mask is made in the first step, during the warm-up.
         found["FlexAttention"] = (lambda q, k, v: attend(q, k, v, backend="flex", **window), False)
         found["ours"] = (lambda q, k, v: attend(q, k, v, backend="triton", **window), False)
-        if case.context_BM is not None:
+        if context_BM is not None:
             for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
                 found[f"context first, {name}"] = (_through(backend), True)
             found["context first, ours"] = (lambda q, k, v: attend(q, k, v, backend="triton"), True)
@@ -123,7 +124,7 @@ def measure(device: torch.device, rounds: int) -> pandas.DataFrame:
     flush = torch.empty(2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
     bandwidth, about, lines = _bandwidth(device), facts(device), []
     for case in cases(device, dtype):
-        known, taken = ways(case), {}
+        known, taken = ways(case), dict[tuple[str, str], list[float]]()
         tensors = {name: _leaves(case, context) for name, (_, context) in known.items()}
         gradient = torch.randn(case.q.shape, generator=generator(3), dtype=torch.float32).to(case.q)
         for name, (way, _) in known.items():
@@ -227,14 +228,17 @@ def _context(x_BHKD: Tensor, context_BM: Tensor) -> Tensor:
 
 def _leaves(case: Case, context: bool) -> list[Tensor]:
     """Fresh q, k, v that require gradients; with `context`, k and v of the context only."""
-    tensors = [case.q, *((_context(x, case.context_BM) for x in (case.k, case.v)) if context else (case.k, case.v))]
+    context_BM = case.context_BM if context else None
+    tensors = [case.q, *(x if context_BM is None else _context(x, context_BM) for x in (case.k, case.v))]
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
 def _dense(case: Case) -> Tensor:
     """The window as a full boolean mask (B, 1, Q, K)."""
     (B, _, Q, _), K = case.q.shape, case.k.shape[2]
-    return window_mask(case.q, **case.window).expand(B, 1, Q, K).contiguous()
+    mask = window_mask(case.q, **case.window)
+    assert mask is not None
+    return mask.expand(B, 1, Q, K).contiguous()
 
 
 def _through(backend: SDPBackend) -> Way:
@@ -251,8 +255,8 @@ def _check(name: str, way: Way, leaves: list[Tensor], case: Case, gradient: Tens
     """Raise RuntimeError if output or gradients differ from those in float64, for the first images."""
     few = [tensor[:2].detach().requires_grad_() for tensor in leaves]
     window = {} if leaves[1].shape[2] != case.k.shape[2] else {key: vector[:2] for key, vector in case.window.items()}
-    expected = attend_reference(*few, **window)
-    expected = [expected, *torch.autograd.grad(expected, few, gradient[:2].double())]
+    exact = attend_reference(*few, **window)
+    expected = [exact, *torch.autograd.grad(exact, few, gradient[:2].double())]
     out = way(*leaves)
     for found, wanted in zip([out, *torch.autograd.grad(out, leaves, gradient)], expected, strict=True):
         worst = float((found[:2].double() - wanted).detach().abs().max())

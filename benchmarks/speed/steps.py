@@ -102,13 +102,13 @@ def make_steps(device: torch.device, names: list[str], size: str | None = None) 
     """timm's supervised step first, then the methods of these papers and baselines, with their ImageNet recipes and VARIANTS, each in
     float32 and, if the device supports it, in bf16-mixed. `size` replaces the encoder size of the recipes."""
     precisions = ["32-true"] + (["bf16-mixed"] if has_fast_bf16(device) else [])
-    steps = []
+    steps: list[Step] = []
     for paper in names:
         module = paper_module(paper)
         _, recipe = choose_recipe(module, ".", None)  # any folder selects the recipe for folders
         if size is not None:
             recipe = replace(recipe, size=size, patch_size=recipe.patch_size or 16)
-        builds: dict[str, Callable[[], nn.Module]] = {}
+        builds: dict[str, Callable[..., nn.Module]] = {}
         if not any(step.backbone == recipe.backbone for step in steps):
             builds["timm, supervised"] = lambda name=recipe.backbone: timm.create_model(name)
         backbones = dict.fromkeys(builds, recipe.backbone)

@@ -18,6 +18,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from multiprocessing.util import Finalize
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -42,6 +43,14 @@ def default_workers(processes: int | None = None) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+
+
+class Batches(Protocol):
+    """What a training asks of a loader: micro-batches of images and classes, epoch by epoch."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(eq=False)
@@ -93,14 +102,14 @@ class Loader:
             given = f"images of shape {tuple(self.split.images.shape)} for {self.data.name} with channels={self.data.channels}"
             raise DataError(f"{given}: use a split of (N, {self.data.channels}, H, W)")
         self.in_memory = self.split.images is not None and (self.augmentation is None or self.augmentation.randaugment is None)
-        if self.in_memory:
+        if self.in_memory and self.split.images is not None:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
             return
         self.schedule, self.reported = _Schedule(), set[str]()
         ending = mmap.mmap(-1, 1)  # shared with the workers: nonzero if SIGTERM comes from this process, to end them
         self.worker_batches = DataLoader(
             _Images(self),
-            batch_sampler=self.schedule,  # type: ignore[arg-type]
+            batch_sampler=self.schedule,
             num_workers=self.workers,
             worker_init_fn=functools.partial(_start_worker, ending),
             # the split, which may have a million paths, is shared and not copied
@@ -223,6 +232,7 @@ class _Images(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int, str]:
         if self.split.paths is None:
+            assert self.split.images is not None
             pixels_HWC = self.split.images[index].permute(1, 2, 0).numpy()
             return Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC).convert("RGB"), index, ""
         skipped, faults = list[str](), list[DataError]()

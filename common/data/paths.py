@@ -19,7 +19,7 @@ class DataError(ValueError):
     """An error in the data that the user can fix; the message says where and how."""
 
 
-class Paths(Sequence):
+class Paths(Sequence[str]):
     """The paths of N files as one array of bytes instead of N objects: forked loader workers share it with their parent.
 
     With a list of str, each worker would in time have a copy, because access to an object writes its reference count. `paths[i]` is a
@@ -48,7 +48,7 @@ class Paths(Sequence):
     def __len__(self) -> int:
         return len(self._ends if self._rows is None else self._rows)
 
-    def __getitem__(self, index):  # type: ignore[override]
+    def __getitem__(self, index):
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"path {index} of {len(self)}")
@@ -81,8 +81,6 @@ class Paths(Sequence):
             return NotImplemented
         return len(self) == len(other) and all(ours == theirs for ours, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __add__(self, other: Iterable[str]) -> list[str]:
         return [*self, *other]
 
@@ -95,7 +93,7 @@ class Paths(Sequence):
 
         Read once. CONTENT_FILES and CONTENT_BYTES are the limits; for a selection they apply to the whole. "-" for a missing file.
         """
-        if self._whole is not None:
+        if self._whole is not None and self._rows is not None:
             whole = self._whole.contents
             return [whole[row] for row in self._rows] if whole else []
         if len(self) > CONTENT_FILES:
@@ -106,14 +104,14 @@ class Paths(Sequence):
 
     def digest(self) -> str:
         """A hash of the names below `root`, in order, and of `contents`; for a selection, of the digest of the whole and the rows."""
-        if self._whole is None:
-            found = hashlib.sha256(self._bytes)
+        if self._whole is None or self._rows is None:
+            found = hashlib.sha256(self._bytes.data)
             found.update("\n".join(self.contents).encode())
         elif numpy.array_equal(self._rows, numpy.arange(len(self._ends))):
             return self._whole.digest()
         else:
             found = hashlib.sha256(self._whole.digest().encode())
-            found.update(numpy.ascontiguousarray(self._rows))
+            found.update(numpy.ascontiguousarray(self._rows).data)
         return found.hexdigest()
 
 

@@ -44,22 +44,22 @@ class Split:
 
     labels: Tensor  # (N,) int64
     images: Tensor | None = None  # (N, C, H, W) uint8
-    paths: Sequence[str] | None = None  # converted to Paths
+    paths: Paths | None = None  # converted to Paths
     class_names: tuple[str, ...] = ()
     skip_corrupt: bool = False  # an unreadable file is replaced by the next readable one instead of ending the run
 
     def __post_init__(self) -> None:
         if (self.images is None) == (self.paths is None):
             raise DataError("a split holds either images or paths")
-        if self.paths is not None and not isinstance(self.paths, Paths):
+        if self.paths is not None and type(self.paths) is not Paths:
             self.paths = Paths(self.paths)
         if self.images is not None and (self.images.dtype != torch.uint8 or self.images.ndim != 4):
             given = f"images of shape {tuple(self.images.shape)} and type {self.images.dtype}"
             fix = "convert pixels from 0..1 by (255 * images).round().to(torch.uint8), and NHWC by images.permute(0, 3, 1, 2)"
             raise DataError(f"{given}: a split needs a torch.uint8 tensor (N, C, H, W) of 0 to 255; {fix}")
-        count = len(self.images if self.paths is None else self.paths)
-        if count != len(self.labels):
-            raise DataError(f"{count} images but {len(self.labels)} labels")
+        for held in (self.images, self.paths):
+            if held is not None and len(held) != len(self.labels):
+                raise DataError(f"{len(held)} images but {len(self.labels)} labels")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -140,7 +140,7 @@ class Split:
         for tensor in (self.labels, self.images):
             if tensor is not None:
                 found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                found.update(tensor.cpu().contiguous().numpy().reshape(-1).view(numpy.uint8))  # without a copy, for any size
+                found.update(tensor.cpu().contiguous().numpy().reshape(-1).view(numpy.uint8).data)  # without a copy, for any size
         if self.paths is not None:
             found.update(self.paths.digest().encode())
         return found.hexdigest()
@@ -213,6 +213,7 @@ def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) 
 
 _limits = threading.Lock()
 _unlimited = 0  # number of open any_size blocks
+_guards: tuple[int | None, int, int]  # Pillow's own
 
 
 @contextmanager
@@ -342,10 +343,10 @@ def _tiny_imagenet(folder: Path, skip_corrupt: bool) -> Data:
             raise DataError(f"{annotations}: the line {line!r} has no class of {folder / 'train'}: unpack the archive again")
         paths.append(str(annotations.parent / "images" / fields[0]))
         labels.append(number[fields[1]])
-    missing = next((path for path in paths if not os.path.exists(path)), None)
-    if missing or not paths:
-        raise DataError(f"{annotations} lists {missing or 'no images'}, which is not there: unpack the archive again")
-    val = Split(torch.tensor(labels), paths=paths, class_names=train.class_names, skip_corrupt=skip_corrupt)
+    lost = next((path for path in paths if not os.path.exists(path)), None)
+    if lost or not paths:
+        raise DataError(f"{annotations} lists {lost or 'no images'}, which is not there: unpack the archive again")
+    val = Split(torch.tensor(labels), paths=Paths(paths), class_names=train.class_names, skip_corrupt=skip_corrupt)
     return Data("tiny-imagenet", len(number), 3, (64, 64), IMAGENET_MEAN, IMAGENET_STD, train, val)
 
 
@@ -362,14 +363,15 @@ def _mini_imagenet(folder: Path, file: Path, skip_corrupt: bool) -> Data:
             f"{folder} contains {found}; Mini-ImageNet has {MINI_CLASSES} classes of {MINI_IMAGES} images: complete it. "
             "For another selection of images, open it as a folder with train/ and val/"
         )
+    assert whole.paths is not None
     paths = [Path(path).relative_to(folder).as_posix() for path in whole.paths]
     if not file.exists():
         # the usual split has different classes in train and val, for few-shot learning; here each class is divided into train and val
-        chosen = set(whole.per_class(MINI_TRAIN, seed=0).paths)
+        chosen = set(whole.per_class(MINI_TRAIN, seed=0).paths or ())
         parts = {short: "train" if path in chosen else "val" for short, path in zip(paths, whole.paths, strict=True)}
         # all processes of a run may do this at the same time. They write the same content, each in its own folder because `replacing` has
         # a fixed temporary name, and the final rename is atomic
-        text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        text: dict = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
         try:
             with TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as own:
                 with replacing(Path(own) / file.name) as temporary, open(temporary, "w", **text) as out:

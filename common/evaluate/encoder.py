@@ -3,6 +3,8 @@
 Shapes: B images, C channels, H x W pixels, T tokens (class and register tokens, if any, first), D width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,9 @@ class TokenEncoder(nn.Module):
 
     def __init__(self, module: nn.Module, channels: int, image_size: tuple[int, int]):
         super().__init__()
-        self.module, self.channels, self.image_size = module, channels, image_size
-        self.blocks = getattr(module, "blocks", ())
+        self.module: Any = module
+        self.channels, self.image_size = channels, image_size
+        self.blocks: Any = getattr(module, "blocks", ())
         parameter = next(module.parameters(), torch.empty(0))
         blank = torch.zeros(1, channels, *image_size, device=parameter.device, dtype=parameter.dtype)
         training = module.training

@@ -11,7 +11,8 @@ from lightning.fabric import Fabric
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from common.data import Loader
+from common.data import Batches, Loader
+from common.evaluate.encoder import TokenEncoder
 from common.method import Output
 from common.processes import once, sum_over_processes
 from common.randomness import reseed
@@ -20,7 +21,7 @@ from common.run import RunError
 from common.vit import ViT
 
 
-def pool_tokens(tokens_BTD: Tensor, encoder: ViT, pool: str) -> Tensor:
+def pool_tokens(tokens_BTD: Tensor, encoder: ViT | TokenEncoder, pool: str) -> Tensor:
     """The feature of an image (B, D): the mean of its patch tokens, or its class token.
 
     Raises ValueError for the class token of an encoder that has none.
@@ -32,7 +33,7 @@ def pool_tokens(tokens_BTD: Tensor, encoder: ViT, pool: str) -> Tensor:
     return tokens_BTD[:, 0]
 
 
-def tokens(encoder: ViT, images: Tensor, layers: int = 1) -> Tensor:
+def tokens(encoder: ViT | TokenEncoder, images: Tensor, layers: int = 1) -> Tensor:
     """The tokens (B, T, layers x D) after the last blocks of an encoder, concatenated in the order of the blocks."""
     return encoder(images) if layers == 1 else torch.cat(encoder.last_blocks(images, layers), dim=-1)
 
@@ -74,8 +75,9 @@ class Supervision:
         images, targets = self.mixup(torch.cat([images, images[1:2]]), torch.cat([targets, targets[1:2]]))
         return images[:count], targets[:count]
 
-    def loss(self, logits_BK: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, logits_BK: Tensor, targets: Tensor | None) -> Tensor:
         """Cross-entropy with classes (with label smoothing) or with soft targets (already smoothed)."""
+        assert targets is not None
         smoothing = 0.0 if targets.is_floating_point() else self.smoothing
         return F.cross_entropy(logits_BK.float(), targets, label_smoothing=smoothing)
 
@@ -86,7 +88,7 @@ class Classifier(nn.Module):
     With mean pooling, a new norm after pooling replaces the encoder's final norm. The head starts near zero (std 2e-5).
     """
 
-    def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
+    def __init__(self, encoder: ViT | TokenEncoder, classes: int, protocol: Protocol):
         super().__init__()
         self.encoder, self.pool = encoder, protocol.pool
         if protocol.pool == "mean":
@@ -122,13 +124,13 @@ def best_five(logits_BK: Tensor, targets_B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, float]:
+def accuracy(fabric: Fabric, model: nn.Module, loader: Batches) -> dict[str, float]:
     """top1 and top5 in percent, over all processes, of a model whose output has named["logits"]."""
     return {name: value.item() for name, value in zip(("top1", "top5"), accuracies(fabric, model, loader), strict=True)}
 
 
 @torch.no_grad()
-def accuracies(fabric: Fabric, model: nn.Module, loader: Loader, classifiers: tuple[int, ...] = ()) -> Tensor:
+def accuracies(fabric: Fabric, model: nn.Module, loader: Batches, classifiers: tuple[int, ...] = ()) -> Tensor:
     """top1 and top5 in percent, (2,) float64; or (2, G) if the logits are a stack (G, B, K), where `classifiers` is (G,).
 
     Raises RunError, after the last batch, if logits were not finite.
@@ -162,6 +164,6 @@ def own_metrics(fabric: Fabric, method: nn.Module, loader: Loader, seed: int) ->
             sums[name] = sums.get(name, 0.0) + float(value() if callable(value) else value) * len(images)
         count += len(images)
     names = once(fabric, lambda: list(sums))  # a process without images has no names, and all processes must exchange tensors of one shape
-    totals = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64, device=fabric.device)
-    totals = sum_over_processes(fabric, totals).tolist()
+    mine = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64, device=fabric.device)
+    totals = sum_over_processes(fabric, mine).tolist()
     return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}

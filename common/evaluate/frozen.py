@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.data import Loader
+from common.evaluate.encoder import TokenEncoder
 from common.evaluate.finetune import best_five, pool_tokens, tokens
 from common.files import replacing
 from common.processes import gather_rows, once
@@ -30,7 +31,7 @@ SOLVER = {"solver": "newton-cg", "tol": 1e-9, "max_iter": 100}
 
 @torch.no_grad()
 def features(
-    fabric: Fabric, encoder: ViT | None, loader: Loader, pool: str, layers: int = 1, cache: Path | None = None
+    fabric: Fabric, encoder: ViT | TokenEncoder | None, loader: Loader, pool: str, layers: int = 1, cache: Path | None = None
 ) -> tuple[Tensor, Tensor]:
     """Pooled features (N, D) after the last blocks of an encoder, and the classes (N,), of all images; raw pixels if encoder is None.
 
@@ -59,15 +60,16 @@ def features(
     return feature_ND, target_N
 
 
-def _extract(fabric: Fabric, encoder: ViT | None, loader: Loader, pool: str, layers: int) -> tuple[Tensor, Tensor]:
+def _extract(fabric: Fabric, encoder: ViT | TokenEncoder | None, loader: Loader, pool: str, layers: int) -> tuple[Tensor, Tensor]:
     found = []
     for images, targets in loader.epoch(0):
         with fabric.autocast():
             feature = images.flatten(1) if encoder is None else pool_tokens(tokens(encoder, images, layers), encoder, pool)
         found.append((feature.float(), targets))
-    feature, target = (torch.cat(part) for part in zip(*found, strict=True)) if found else (None, None)
+    parts: list = [torch.cat(part) for part in zip(*found, strict=True)] if found else [None, None]
     if fabric.world_size > 1 and loader.world_size > 1:
-        feature, target = (gather_rows(fabric, part, len(loader.split)) for part in (feature, target))
+        parts = [gather_rows(fabric, part, len(loader.split)) for part in parts]
+    feature, target = parts
     check_finite(feature, "check the encoder's weights and the images, or compute the features with --precision 32-true")
     return feature, target
 

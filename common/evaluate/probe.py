@@ -35,11 +35,11 @@ class LinearProbe(nn.Module):
     def __init__(self, encoder: ViT | TokenEncoder, classes: int, protocol: Protocol):
         super().__init__()
         self.encoder, self.pool, self.width = encoder.requires_grad_(False), protocol.pool, encoder.width
-        self.layers, self.stage, self.choose_on = max(protocol.layers), protocol.stage, protocol.choose_on
+        self.layers, self.stage, self.choose_on = max(protocol.layers), protocol.training, protocol.choose_on
         depth = max(1, len(encoder.blocks))
         if self.layers > depth:
             raise ValueError(f"layers={protocol.layers}: the encoder has {depth}; use at most this number")
-        decays = protocol.decays or (protocol.stage.weight_decay,)
+        decays = protocol.decays or (protocol.training.weight_decay,)
         self.grid = list(product(protocol.layers, protocol.heads, protocol.lr_multipliers, decays))
         self.heads = nn.ModuleList()
         for layers, head, *_ in self.grid:
@@ -91,7 +91,7 @@ class LinearProbe(nn.Module):
         """
         every = range(len(self.grid))
         groups = {f"_{layers_name(n)}": [g for g in every if self.grid[g][0] == n] for n in dict.fromkeys(n for n, *_ in self.grid)}
-        groups = groups | {"_best": every} if len(groups) > 1 else {"": every}
+        groups = groups | {"_best": [*every]} if len(groups) > 1 else {"": [*every]}
         if self.choose_on == "test":
             groups = {part + (ON_TEST if len(places) > 1 else ""): places for part, places in groups.items()}
         return {part: max(places, key=top1_G.__getitem__) for part, places in groups.items()}
@@ -164,6 +164,6 @@ class FeatureLoader:
 
 def can_cache(protocol: Protocol) -> bool:
     """Whether a probe can train on cached features: every epoch has the same images, and no head needs tokens."""
-    given = protocol.stage.augmentation
+    given = protocol.training.augmentation
     idle = {name: getattr(given, name) for name in ("padding", "scale", "ratio", "interpolation", "repeats")}  # no effect by themselves
     return given == Augmentation(crop="none", flip=0.0, **idle) and "attentive" not in protocol.heads

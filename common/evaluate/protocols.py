@@ -18,7 +18,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from common.data import Augmentation, Data, Loader, Split
+from common.data import Augmentation, Batches, Data, Loader, Split
 from common.data.augment import view_name
 from common.data.loaders import default_workers
 from common.evaluate.encoder import TokenEncoder, as_encoder, input_size
@@ -146,9 +146,9 @@ class _Evaluation:
     def finetune(self, encoder: ViT | TokenEncoder) -> list[Result]:
         protocol = self.protocol
         model = Classifier(encoder, self.data.classes, protocol)
-        train = self.loader(self.labelled, protocol.stage, protocol.stage.augmentation)
-        model, hours = fit(self.run, self.fabric, model, protocol.stage, train, self.seed, **self.training)
-        found = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage))
+        train = self.loader(self.labelled, protocol.stage, protocol.training.augmentation)
+        model, hours = fit(self.run, self.fabric, model, protocol.training, train, self.seed, **self.training)
+        found: dict = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage))
         return [Result(protocol.name, settings=self.settings(pool=protocol.pool), hours=hours, **found)]
 
     def linear(self, encoder: ViT | TokenEncoder) -> list[Result]:
@@ -159,17 +159,20 @@ class _Evaluation:
         protocol = self.protocol
         model = LinearProbe(encoder, self.data.classes, protocol)
         train_N, held_N = hold_out(protocol, self.labelled.labels, self.seed)
-        train = self.loader(self.labelled.subset(train_N), protocol.stage, protocol.stage.augmentation)
-        test = self.loader(self.data.val, protocol.stage)
-        held = self.loader(self.labelled.subset(held_N), protocol.stage) if len(held_N) else None
+        train_images = self.loader(self.labelled.subset(train_N), protocol.stage, protocol.training.augmentation)
+        test_images = self.loader(self.data.val, protocol.stage)
+        held_images = self.loader(self.labelled.subset(held_N), protocol.stage) if len(held_N) else None
+        train: Batches = train_images
+        test: Batches = test_images
+        held: Batches | None = held_images
         if can_cache(protocol):
             (feature_ND, target_N), found = self.features(encoder)
-            train, test = FeatureLoader(train, (feature_ND[train_N], target_N[train_N])), FeatureLoader(test, found)
-            held = FeatureLoader(held, (feature_ND[held_N], target_N[held_N])) if held is not None else None
-        model, hours = fit(self.run, self.fabric, model, protocol.stage, train, self.seed, **self.training)
+            train, test = FeatureLoader(train_images, (feature_ND[train_N], target_N[train_N])), FeatureLoader(test_images, found)
+            held = FeatureLoader(held_images, (feature_ND[held_N], target_N[held_N])) if held_images is not None else None
+        model, hours = fit(self.run, self.fabric, model, protocol.training, train, self.seed, **self.training)
         grid = (len(model.grid),)
         top1_G, top5_G = accuracies(self.fabric, model, test, grid).tolist()
-        held_top1_G = [None] * len(top1_G) if held is None else accuracies(self.fabric, model, held, grid)[0].tolist()
+        held_top1_G: list[Any] = [None] * len(top1_G) if held is None else accuracies(self.fabric, model, held, grid)[0].tolist()
         facts = self.settings(pool=protocol.pool, **({} if held is None else {"held_out": len(held_N)}))
         results = [
             Result(protocol.name, top1, f"{name} {facts}", hours, top5, held_top1)
@@ -183,22 +186,22 @@ class _Evaluation:
         return [*chosen[:-1], replace(chosen[-1], grid=tuple(results))]
 
     def logistic(self, encoder: ViT | TokenEncoder | None) -> list[Result]:
-        options = {"statistics": self.protocol.statistics, "l2": self.protocol.l2}
+        options: dict = {"statistics": self.protocol.statistics, "l2": self.protocol.l2}
         train, test = self.features(encoder)
-        found = once(self.fabric, lambda: logistic_accuracy(*train, *test, classes=self.data.classes, **options))
+        found: dict = once(self.fabric, lambda: logistic_accuracy(*train, *test, classes=self.data.classes, **options))
         if not found["converged"]:
             self.run.say(f"{self.run.directory.name}: the solver has not converged; the accuracy is that of its last iteration")
         return [Result(self.protocol.name, settings=self.settings(**self.frozen(encoder), **options), hours=self.hours(), **found)]
 
     def knn(self, encoder: ViT | TokenEncoder | None) -> list[Result]:
-        options = {"neighbours": self.protocol.neighbours, "temperature": self.protocol.temperature}
+        options: dict = {"neighbours": self.protocol.neighbours, "temperature": self.protocol.temperature}
         train, test = self.features(encoder)
         top1 = once(self.fabric, lambda: knn_accuracy(*train, *test, classes=self.data.classes, **options))
         return [Result(self.protocol.name, top1, self.settings(**self.frozen(encoder), **options), self.hours())]
 
     def classify(self, classifier: nn.Module) -> list[Result]:
         model = _Logits(classifier.to(self.fabric.device), self.data.classes)
-        found = accuracy(self.fabric, model, self.loader(self.data.val))
+        found: dict = accuracy(self.fabric, model, self.loader(self.data.val))
         return [Result(self.protocol.name, settings=self.settings(), hours=self.hours(), **found)]
 
     def features(self, encoder: ViT | TokenEncoder | None) -> list[tuple[Tensor, Tensor]]:
@@ -214,8 +217,8 @@ class _Evaluation:
         stage = stage or TrainConfig(
             epochs=1, batch_size=self.batch_size * self.fabric.world_size, base_lr=0.0, device_batch=self.batch_size
         )
-        view = {"resize": self.protocol.resize, "interpolation": self.protocol.interpolation}
-        options = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
+        view: dict = {"resize": self.protocol.resize, "interpolation": self.protocol.interpolation}
+        options: dict = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
         return make_loader(self.fabric, split, stage, augmentation, **options, **view)
 
     def frozen(self, encoder: nn.Module | None) -> dict[str, str]:

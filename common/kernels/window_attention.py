@@ -13,6 +13,7 @@ Shapes: B images, H heads, Q queries, K keys, D head width. In the kernels a til
 BLOCK_D >= D columns, and the suffix of a name gives its axes: p_QK; d before a name is the gradient of the loss for it.
 Scores are in units of log2(e), because the hardware computes powers of two; so is `lse_BHQ`, the log of the softmax's sum.
 """
+# mypy: allow-incomplete-defs
 
 import math
 
@@ -282,7 +283,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, vectors: tuple, tile: tuple[int,
     """The arguments of all kernels, by name."""
     (_, H, Q, D), K = q.shape, k.shape[2]
     block_q, block_k, launch = _tiles(D, Q, K, q.dtype, backward)
-    vectors = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in vectors]
+    vectors = tuple(x if x is None or x.stride(1) == 1 else x.contiguous() for x in vectors)
     return {
         **{"q": q, "k": k, "v": v, "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride()},
         **dict(zip(("time", "visible_from", "visible_until"), vectors, strict=True)),

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.data import Augmentation, Data, Loader, Split
 from common.data.augment import view_size
@@ -21,8 +21,8 @@ from common.recipe import RecipeError
 from common.run import console
 from mapet.tokenizers.features import Clip, Encoder, Features, Pixels
 from mapet.tokenizers.kmeans import NearestCentroid, fit_centroids, sample_features
-from mapet.tokenizers.store import SAVE_SECONDS, TokenStore, image_names, making, progress_bar, unfinished, write_tokens
-from mapet.tokenizers.vqkd import load_vqkd
+from mapet.tokenizers.store import SAVE_SECONDS, Tokenizer, TokenStore, image_names, making, progress_bar, unfinished, write_tokens
+from mapet.tokenizers.vqkd import VQKD, load_vqkd
 
 PARTS = ("train", "val")  # splits of the data, in the row order of a store
 BATCH = 64  # images per batch of a tokenizer
@@ -66,7 +66,7 @@ class Tokenization:
     def settings(self, image_size: int) -> dict:
         """What the tokens depend on: the options that the tokenizer reads, with content hashes instead of file names."""
         if self.tokenizer == "vqkd":
-            return {"tokenizer": "vqkd", "checkpoint": _content(self.checkpoint)}
+            return {"tokenizer": "vqkd", "checkpoint": _content(self.checkpoint or "")}
         read = {"kmeans": ("features",), "kclip": ("model", "weights", "layer")}[self.tokenizer]
         found = {name: getattr(self, name) for name in ("tokenizer", *read, "sample", "iterations", "redos")}
         if self.tokenizer == "kclip":
@@ -83,7 +83,7 @@ def prepare_tokens(
     data: Data,
     *,
     image_size: int,
-    patch_size: int,
+    patch_size: int | None,
     vocabulary: int,
     augmentation: Augmentation,
     folder: Path,
@@ -101,6 +101,8 @@ def prepare_tokens(
     """
     if type(vocabulary) is not int or not 2 <= vocabulary <= MOST:
         raise RecipeError(f"method.vocabulary={vocabulary!r}: give a whole number from 2 to {MOST}, as ids are kept in 16 bits")
+    if patch_size is None:
+        raise RecipeError("patch_size=None: there is one token per patch, so give the patch size in pixels")
     grid = (image_size // patch_size, image_size // patch_size)
     wanted = {"vocabulary": vocabulary, "grid": grid, "short_side": _short_side(data, augmentation, image_size)}
     if tokenization.store is not None:
@@ -159,9 +161,11 @@ def _make(
     contents = [held for split in splits.values() for held in (split.paths.contents if split.paths else []) or [""] * len(split)]
     manifest = manifest | ({"contents": contents} if any(contents) else {})
     partial = unfinished(place, [name for part in PARTS for name in image_names(splits[part], part)], manifest)
-    tokenizer = seeing
+    tokenizer: Tokenizer
     if isinstance(seeing, Features):
         tokenizer = NearestCentroid(seeing, _centroids(partial, seeing, tokenization, train, manifest["vocabulary"], device))
+    else:
+        tokenizer = seeing
     tokenizer = tokenizer.to(device).eval()
 
     def draw(tokens: Tensor) -> None:
@@ -170,12 +174,12 @@ def _make(
     write_tokens(partial, tokenizer, loaders, device, draw)
 
 
-def _tokenizer(tokenization: Tokenization, data: Data, manifest: dict, image_size: int, patch_size: int) -> nn.Module:
+def _tokenizer(tokenization: Tokenization, data: Data, manifest: dict, image_size: int, patch_size: int) -> VQKD | Features:
     """VQ-KD, or the features to cluster. Raises RecipeError if their tokens do not fit the method."""
     vqkd = tokenization.tokenizer == "vqkd"
-    found = load_vqkd(tokenization.checkpoint) if vqkd else _features(tokenization, data, image_size, patch_size)
+    found = load_vqkd(tokenization.checkpoint or "") if vqkd else _features(tokenization, data, image_size, patch_size)
     _check(manifest, found)
-    if not vqkd:
+    if isinstance(found, Features):
         _sample(tokenization, found, len(data.train), manifest["vocabulary"])
     return found
 
@@ -195,11 +199,11 @@ def _features(tokenization: Tokenization, data: Data, image_size: int, patch_siz
             return Clip(tokenization.model, tokenization.weights, tokenization.layer, tokenization.size or CLIP_SIZE)
     if tokenization.features in PIXELS:
         return Pixels(patch_size, (image_size, image_size), data.mean, data.std, tokenization.features == "normalised_pixels")
-    own = {"mean": data.mean, "std": data.std} if tokenization.features.endswith(".safetensors") else {}
+    own: dict = {"mean": data.mean, "std": data.std} if tokenization.features.endswith(".safetensors") else {}
     return Encoder(tokenization.features, size=tokenization.size, **own)
 
 
-def _check(manifest: dict, tokenizer: nn.Module) -> None:
+def _check(manifest: dict, tokenizer: VQKD | Features) -> None:
     """Raise RecipeError if the tokenizer has another grid or vocabulary than the method."""
     if list(tokenizer.grid) != manifest["grid"]:
         theirs, ours = (f"{rows} x {columns}" for rows, columns in (tokenizer.grid, manifest["grid"]))
@@ -210,7 +214,7 @@ def _check(manifest: dict, tokenizer: nn.Module) -> None:
         raise RecipeError(f"the tokenizer has {vocabulary} tokens: set method.vocabulary={vocabulary}, not {manifest['vocabulary']}")
 
 
-def _loader(data: Data, split: Split, tokenizer: nn.Module, short_side: float, workers: int) -> Loader:
+def _loader(data: Data, split: Split, tokenizer: VQKD | Features, short_side: float, workers: int) -> Loader:
     """A loader with the tokenizer's image size and normalisation, and the part of each image that the model sees."""
     return Loader(
         split,
@@ -241,7 +245,7 @@ def _centroids(folder: Path, features: Features, tokenization: Tokenization, loa
 
 
 @torch.no_grad()
-def nearest_patches(tokenizer: nn.Module, loader: Loader, tokens: Tensor, device: torch.device) -> dict[str, list[Tensor]]:
+def nearest_patches(tokenizer: Tokenizer, loader: Loader, tokens: Tensor, device: torch.device) -> dict[str, list[Tensor]]:
     """Some codes, from the most frequent to the rarest, and the patches (C, P, P) nearest to each, found in up to LOOKED_AT images.
 
     tokens (N, cells): those of the loader's images come first. The name of each code includes its frequency.
@@ -252,7 +256,7 @@ def nearest_patches(tokenizer: nn.Module, loader: Loader, tokens: Tensor, device
     frequent = counts.argsort(descending=True, stable=True)[: (counts > 0).sum()]
     chosen = frequent[torch.linspace(0, len(frequent) - 1, min(CODEWORDS, len(frequent))).round().long()].tolist()
     height, width = tokenizer.size[0] // rows, tokenizer.size[1] // columns
-    best = {code: [] for code in chosen}
+    best: dict[int, list[tuple[float, Tensor]]] = {code: [] for code in chosen}
     for images_BCHW, _ in dataclasses.replace(loader, split=split.subset(spread)).epoch(0):
         id_BN, distance_BN = (found.cpu() for found in tokenizer(images_BCHW.to(device)))
         for code, found in best.items():

@@ -4,8 +4,10 @@ Shapes: B images, C channels, N cells in row-major order, D width.
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -28,6 +30,7 @@ class Features(nn.Module):
     mean: Channels  # normalisation of the input pixels in 0..1
     std: Channels
     grid: Grid  # rows and columns of cells
+    look: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ class Pixels(Features):
         super().__init__()
         if any(side % patch_size or side < patch_size for side in size):
             raise ValueError(f"{size[0]} x {size[1]} pixels are not a multiple of patch_size={patch_size}: choose a divisor of both")
-        self.patch_size, self.size, self.mean, self.std, self.per_patch = patch_size, tuple(size), tuple(mean), tuple(std), per_patch
+        self.patch_size, self.size, self.mean, self.std, self.per_patch = patch_size, (size[0], size[1]), tuple(mean), tuple(std), per_patch
         self.name = f"patch_size={patch_size}, per_patch={per_patch}"
         self.settle((size[0] // patch_size, size[1] // patch_size))
 
@@ -139,27 +142,28 @@ class Clip(Features):
         return self.visual.forward_intermediates(images_BCHW, **self.options)["image_intermediates"][0]
 
 
-def _open_run(path: Path, size: int | None, channels: int) -> tuple[str, nn.Module, dict]:
+def _open_run(path: Path, size: int | None, channels: int) -> tuple[str, Any, dict]:
     """Build an encoder from the recipe.json beside its file. Returns its timm name, the module, and its image size."""
     state, beside = read_checkpoint(path), path.with_name("recipe.json")
     try:
         recipe = json.loads(beside.read_text())["recipe"]
-        sizes = {name: recipe[name] for name in ("size", "image_size", "patch_size", "encoder")} | ({"image_size": size} if size else {})
+        sizes: dict = {name: recipe[name] for name in ("size", "image_size", "patch_size", "encoder")}
+        sizes |= {"image_size": size} if size else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{beside} does not say what {path.name} is ({error!r}): give the path in its run's directory") from error
-    recipe = Recipe(pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=0.0), protocols=(), **sizes)
-    network = recipe.build_encoder(channels)
+    found = Recipe(pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=0.0), protocols=(), **sizes)
+    network = found.build_encoder(channels)
     load_encoder(network, state, allow_unused=()) if isinstance(network, ViT) else load_method(network, state, {})
-    return recipe.backbone, network, {"size": network.image_size}
+    return found.backbone, network, {"size": network.image_size}
 
 
-def _open_timm(name: str, size: int | None, pretrained: bool) -> tuple[str, nn.Module, dict]:
+def _open_timm(name: str, size: int | None, pretrained: bool) -> tuple[str, Any, dict]:
     """Create a timm model without classifier. Returns its name, the module, and its input configuration."""
     if not timm.is_model(name):
         raise RecipeError(f"timm has no model {name!r}, and it is not a .safetensors file; {nearest(name, timm.list_models())}")
     try:
         known = timm.get_pretrained_cfg(name)
-        options = {"img_size": size} if size and known and known.fixed_input_size else {}  # convolutions take any size
+        options: dict = {"img_size": size} if size and known and known.fixed_input_size else {}  # convolutions take any size
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except REFUSALS as error:
         raise RecipeError(f"timm cannot give {name}, pretrained={pretrained}, size={size}: {error}") from error

@@ -19,13 +19,14 @@ from common.files import partial
 from common.randomness import generator
 from common.recipe import RecipeError
 from common.run import RunError, write_text
+from mapet.tokenizers.features import Features
 
 ENTRIES = 2**24  # largest number of values processed at once, 64 MiB
 
 
 @torch.no_grad()
 def sample_features(
-    features: nn.Module,
+    features: Features,
     loader: Loader,
     images: int,
     vectors: int,
@@ -106,7 +107,7 @@ def fit_centroids(sample: numpy.ndarray, codes: int, iterations: int = 20, redos
     options = {"niter": iterations, "nredo": redos, "seed": seed, "max_points_per_centroid": most, "min_points_per_centroid": 1}
     clustering = faiss.Kmeans(sample.shape[1], codes, gpu=True, **options)
     clustering.train(sample)
-    return torch.from_numpy(clustering.centroids.copy())
+    return torch.from_numpy(numpy.array(clustering.centroids))
 
 
 @torch.no_grad()
@@ -129,18 +130,19 @@ def nearest_codes(vector_MD: Tensor, code_KD: Tensor) -> tuple[Tensor, Tensor]:
 class NearestCentroid(nn.Module):
     """A tokenizer: the id of a cell is that of the centroid (K, D) nearest to its features. Takes the same images as its features."""
 
-    def __init__(self, features: nn.Module, centroid_KD: Tensor):
+    def __init__(self, features: Features, centroid_KD: Tensor):
         super().__init__()
         self.features, self.vocabulary = features, len(centroid_KD)
         self.size, self.mean, self.std, self.grid = features.size, features.mean, features.std, features.grid
-        self.register_buffer("centroids", centroid_KD.float())
+        self.centroids = nn.Buffer(centroid_KD.float())
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Map images to ids (B, N) int64 and distances (B, N) float32. Raises ValueError if features and centroids differ in width."""
         feature_BND = self.features(images_BCHW)
         if feature_BND.shape[-1] != self.centroids.shape[1]:
             raise ValueError(f"features are {feature_BND.shape[-1]} wide, centroids {self.centroids.shape[1]}: use a matching pair")
-        return tuple(found_M.view(feature_BND.shape[:2]) for found_M in nearest_codes(feature_BND.flatten(0, 1), self.centroids))
+        id_M, distance_M = nearest_codes(feature_BND.flatten(0, 1), self.centroids)
+        return id_M.view(feature_BND.shape[:2]), distance_M.view(feature_BND.shape[:2])
 
 
 def _read_note(note: Path, asked: dict, file: Path) -> int:

@@ -24,12 +24,15 @@ from pathlib import Path
 import numpy
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.data import DataError, Loader, Split
 from common.files import Locked, locked
 from common.run import RunError, console, write_text
+from mapet.tokenizers.kmeans import NearestCentroid
+from mapet.tokenizers.vqkd import VQKD
 
+Tokenizer = NearestCentroid | VQKD
 VERSION = 1
 SAVE_SECONDS = 20.0  # between two saves; a killed process resumes from the last one
 
@@ -118,9 +121,9 @@ def image_names(split: Split, part: str, known: Container[str] = ()) -> list[str
 
     known: the names of a store; they determine the split's folder if a part of its images shares a deeper one.
     """
-    if split.paths is None:
+    if split.images is not None:
         return [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:32] for image in split.images]
-    paths = [os.path.abspath(path) for path in split.paths]
+    paths = [os.path.abspath(path) for path in split.paths or ()]
     # the common folder of all paths is that of the first and last by name; for ImageNet's million this takes a twentieth of the time
     root = os.path.commonpath([os.path.dirname(min(paths)), os.path.dirname(max(paths))])
     above = [root, *map(str, Path(root).parents)]
@@ -143,7 +146,7 @@ def unfinished(folder: Path, names: list[str], manifest: dict) -> Path:
     return partial
 
 
-def write_tokens(partial: Path, tokenizer: nn.Module, loaders: dict[str, Loader], device: torch.device, draw: Callable) -> None:
+def write_tokens(partial: Path, tokenizer: Tokenizer, loaders: dict[str, Loader], device: torch.device, draw: Callable) -> None:
     """Fill the rest of tokens.npy of an unfinished store, make the picture with draw(tokens), and give the folder its final name.
 
     loaders: evaluation loaders of "train" and "val", with the tokenizer's image size and normalisation.

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.convert import ConversionError, State, load_method, read_checkpoint
+from common.convert import ConversionError, load_method, read_checkpoint
 from common.positions import Grid
 from common.vit import ViT
 from mapet.tokenizers.kmeans import nearest_codes
 
 # Maps name prefixes of the released file to those here; then the tensors that only training needs.
 RELEASED_NAMES = {"encoder.fc_norm.": "norm.", "quantize.embedding.weight": "codebook"}
-TRAINING = ("decoder.", "decode_task_layer.", "loss", "teacher", "scaling", "quantize.cluster_size")
+TRAINING: tuple[str, ...] = ("decoder.", "decode_task_layer.", "loss", "teacher", "scaling", "quantize.cluster_size")
 TRAINING += ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.embedding.initted")
 HEAD_WIDTH = 64  # of all ViTs of BEiT v2; the tensors do not determine it
 
@@ -44,12 +44,12 @@ class VQKD(nn.Module):
         code_width: int = 32,
     ):
         super().__init__()
-        sizes = {"image_size": image_size, "patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
+        sizes: dict = {"image_size": image_size, "patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
         self.encoder = ViT(**sizes, class_token=True, position="learned")
         self.encoder.norm = nn.Identity()  # the norm is applied outside, to the patch tokens, as in the file
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_width))
-        self.register_buffer("codebook", F.normalize(torch.randn(codes, code_width), dim=1))
+        self.codebook = nn.Buffer(F.normalize(torch.randn(codes, code_width), dim=1))
         self.requires_grad_(False)
         self.size, self.mean, self.std = self.encoder.image_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
         self.grid: Grid = self.encoder.grid
@@ -94,7 +94,7 @@ def load_vqkd(path: Path | str) -> VQKD:
     return tokenizer.eval()
 
 
-def _join_biases(state: State, path: Path | str) -> State:
+def _join_biases(state: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
     """Return the state with one joint bias of queries, keys and values per block. The file has no key bias; softmax would cancel it.
 
     Raises ConversionError if a block has only one of q_bias and v_bias, or also a joint bias.
