@@ -247,7 +247,7 @@ def _within(now: Tensor, begin: Tensor | None, end: Tensor | None) -> Tensor:
 def window_mask(
     q_BHQD: Tensor, time: Tensor | None = None, visible_from: Tensor | None = None, visible_until: Tensor | None = None
 ) -> Tensor | None:
-    """The window as a boolean mask that broadcasts to (B, H, Q, K), True = visible; None where every key is visible."""
+    """The window as a boolean mask that broadcasts to (B, H, Q, K), True = visible; None if every key is visible."""
     if visible_from is None and visible_until is None:
         return None
     now = torch.arange(q_BHQD.shape[2], device=q_BHQD.device)[:, None] if time is None else time[:, None, :, None]

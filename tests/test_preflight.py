@@ -159,7 +159,7 @@ def test_a_later_stage_that_was_run_with_other_settings_is_refused_before_an_ear
     with Run(run.root / "finetune-scratch", held.settings(held.recipe.protocols[0], "scratch"), run.fabric.device) as begun:
         begun.finish({"hours": 0.0})
     (line,) = refused(run)
-    assert line.startswith("finetune-scratch: ") and f"protocol.smoothing: 0.3 there, {protocol.smoothing} asked" in line
+    assert line.startswith("finetune-scratch: ") and f"protocol.smoothing: 0.3 there, {protocol.smoothing} requested" in line
     preflight.check([held])
 
 

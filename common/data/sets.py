@@ -165,7 +165,7 @@ class Data:
     name: str
     classes: int
     channels: int
-    image_size: tuple[int, int] | None  # (height, width) in pixels; None where images differ in size
+    image_size: tuple[int, int] | None  # (height, width) in pixels; None if images differ in size
     mean: tuple[float, ...]  # per channel, of pixels scaled to 0..1
     std: tuple[float, ...]
     train: Split
