@@ -1,4 +1,4 @@
-# Reproducing position-based pre-training. `make help` says what there is.
+# Position-based pre-training of Vision Transformers. `make help` lists the targets.
 PAPER ?= droppos
 PYTHON ?= python3
 python := .venv/bin/python
@@ -7,36 +7,36 @@ options = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(
 
 .PHONY: help setup tokens reproduce test test-all lint table speed
 
-help:  ## this text
+help:  ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables of make reproduce:\n'
 	@sed -n 's/^#: //p' Makefile
 
-#:   PAPER=droppos   which paper, by its folder, or a baseline: deit, ijepa, mae
-#:   EPOCHS=800      epochs of pre-training, in place of the recipe's
+#:   PAPER=droppos   the paper, by its folder, or a baseline: deit, ijepa, mae
+#:   EPOCHS=800      epochs of pre-training, instead of the recipe's
 #:   DATA=digits     digits, cifar10, cifar100, tiny-imagenet, mini-imagenet, or a folder with train/ and val/ in ImageFolder layout
-#:   RECIPE=digits   a recipe of the paper by name; by default the one meant for the data
-#:   ARMS="vit swin" which of the variants that a recipe runs side by side; by default all
-#:   SEEDS=3         how many seeds; the table shows mean and standard deviation
+#:   RECIPE=digits   name of a recipe of the paper; default: the recipe for the data
+#:   ARMS="vit swin" the arms to run, of a recipe with several variants; default: all
+#:   SEEDS=3         number of seeds; the table shows mean and standard deviation
 #:   DEVICE=cuda     auto, cpu or cuda
-#:   OUT=runs        where runs are kept; a second call goes on from there
+#:   OUT=runs        where runs are stored; a second call resumes them
 #:   RECORD=1        add the numbers to <paper>/results.csv and the log to <paper>/logs
 #:   ARGS="--help"   any other option of python -m benchmarks.reproduce
 #:
-#: Of every target: PYTHON=python3.11 makes .venv with that Python (3.10 to 3.12).
+#: For every target: PYTHON=python3.11 makes .venv with that Python (3.10 to 3.12).
 
-setup: .venv/installed  ## make .venv; the other targets do it by themselves
+setup: .venv/installed  ## make .venv; the other targets do this automatically
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo 'making .venv: a minute or more, 2 GB (with a CUDA build of torch several)'
+	@echo 'making .venv: a minute or more, 2 GB (several GB with a CUDA build of torch)'
 	@$(PYTHON) -m venv .venv
 	@$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-reproduce: .venv/installed  ## pre-train, evaluate, and show the numbers beside the published ones
+reproduce: .venv/installed  ## pre-train, evaluate, and show the results beside the published numbers
 	@$(python) -m benchmarks.reproduce '$(PAPER)' $(options)
 
-tokens: .venv/installed  ## make what PAPER=mapet learns from, without training; make reproduce does it too where it is missing
+tokens: .venv/installed  ## make the tokens of PAPER=mapet, without training; make reproduce also makes them if they are missing
 	@$(python) -m benchmarks.reproduce '$(PAPER)' --prepare $(options)
 
 test: .venv/installed  ## the quick tests
@@ -45,11 +45,12 @@ test: .venv/installed  ## the quick tests
 test-all: .venv/installed  ## all tests, as CI runs them
 	$(python) -m pytest -n auto $(ARGS)
 
-lint: .venv/installed  ## ruff: rules and format
+lint: .venv/installed  ## ruff and mypy: rules, format, types
 	$(python) -m ruff check . && $(python) -m ruff format --check .
+	$(python) -m mypy
 
 table: .venv/installed  ## write the tables of RESULTS.md and the READMEs from the results
 	$(python) -m benchmarks.ledger $(ARGS)
 
-speed: .venv/installed  ## time training steps and attention; with PAPER=, that paper beside the baselines
+speed: .venv/installed  ## time training steps and attention; with PAPER=, only that paper and the baselines
 	$(python) -m benchmarks.speed $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(ARGS)

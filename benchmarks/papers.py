@@ -24,12 +24,12 @@ def baselines(root: Path = ROOT) -> list[str]:
 
 
 def folder(name: str, root: Path = ROOT) -> Path:
-    """Where the README, the published and the measured numbers of a paper or a baseline are, relative to the root."""
+    """The folder of the README, published.csv and results.csv of a paper or baseline, relative to the root."""
     return BASELINES if name in baselines(root) else Path(name)
 
 
 def paper_module(name: str) -> ModuleType:
-    """The module with the recipes of a paper or a baseline. Raises RecipeError for a name that is none, offering the nearest."""
+    """Import the module with the recipes of a paper or baseline. Raises RecipeError for an unknown name, with the nearest known one."""
     known = [*papers(), *baselines()]
     if name not in known:
         raise RecipeError(f"PAPER={name!r} is not known; {nearest(name, known)}")
@@ -42,14 +42,14 @@ def paper_name(module: ModuleType) -> str:
 
 
 def recipes(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
-    """The recipes of a paper by name, in the order of its file: its public functions of no arguments that return a Recipe."""
+    """The recipes of a paper by name, in the order of its file: its public functions without parameters that return a Recipe."""
     return {name: value for name, value in vars(module).items() if _makes_recipe(value, module) and not name.startswith("_")}
 
 
 def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str, Recipe]:
-    """The named recipe, or the first that is meant for the data set (any folder counts as "folder").
+    """Return the named recipe, or the default one of the data set, which the paper declares in DEFAULTS ("folder" is any ImageFolder).
 
-    Raises RecipeError for an unknown name, data that no recipe is meant for, and a paper without recipes.
+    Raises RecipeError for an unknown name, for data without a default recipe, and for a paper without recipes.
     """
     known = recipes(module)
     if not known:
@@ -60,22 +60,22 @@ def choose_recipe(module: ModuleType, data: str, name: str | None) -> tuple[str,
             raise RecipeError(f"RECIPE={name!r} is not known for {paper_name(module)}; {nearest(name, known)}")
         return name, known[name]()
     wanted = "folder" if Path(data).is_dir() else data
-    made = {name: function() for name, function in known.items()}
-    for name, recipe in made.items():
-        if wanted in recipe.data:
-            return name, recipe
-    datasets = sorted({d for recipe in made.values() for d in recipe.data})
-    raise RecipeError(f"DATA={data!r} is no folder and has no recipe in {paper_name(module)}; {nearest(data, datasets)}")
+    defaults = getattr(module, "DEFAULTS", {})
+    if wanted not in defaults:
+        fault = f"DATA={data!r} is no folder and has no default recipe in {paper_name(module)}"
+        raise RecipeError(f"{fault}; name one with RECIPE=, or use other data: {nearest(data, defaults)}")
+    function = defaults[wanted]
+    return function.__name__, function()
 
 
 def _makes_recipe(value: object, module: ModuleType) -> bool:
-    """Whether a value of a module is one of its own functions, decorated or not, without parameters, that returns a Recipe."""
+    """Whether a value is a function of this module, decorated or not, without parameters, that returns a Recipe."""
     function = inspect.unwrap(value) if callable(value) else value
     if not inspect.isfunction(function) or function.__module__ != module.__name__ or inspect.signature(function).parameters:
         return False
     annotation = function.__annotations__.get("return")
     try:
-        annotation = typing.get_type_hints(function).get("return")  # also of annotations that are text
-    except Exception:  # whatever evaluating the text ends in, such as a name that is imported for type checkers only
+        annotation = typing.get_type_hints(function).get("return")  # also resolves annotations that are strings
+    except Exception:  # e.g. a name that is imported for type checkers only
         return str(annotation).strip("\"'").rpartition(".")[2] == Recipe.__name__
     return isinstance(annotation, type) and issubclass(annotation, Recipe)

@@ -1,6 +1,6 @@
-"""Check every stage and protocol of every arm before anything is trained, and name all that cannot work in one error.
+"""Check every stage and protocol of every arm before training starts, and report all problems in one error.
 
-Stages that are finished already, and only shown again, are not checked.
+Stages that are already finished are not checked.
 """
 
 import functools
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -31,16 +32,16 @@ from common.recipe import Protocol, RecipeError, TrainConfig
 from common.run import Run, RunError
 from common.train import device_batch, make_loader
 
-Step = Callable[[nn.Module, Tensor], object]  # of a model and images (B, C, H, W)
+Step = Callable[[nn.Module, Tensor], object]  # called with a model and images (B, C, H, W)
 
 
 def check(runs: Sequence[Stages], prepare: bool = False, record: bool = False, root: Path = ROOT) -> None:
-    """Raise RecipeError with what cannot work in these runs: a line each, with the arms, the stage or protocol, and the --set that helps.
+    """Raise RecipeError with all problems of these runs: a line each, with the arms, the stage or protocol, and the --set that fixes it.
 
-    prepare: only what is made before the training will be made. record: the numbers will be added to the ledger under `root`.
-    Nothing is exchanged between processes: each of them finds the same.
+    prepare: the runs only make the inputs of the training. record: the results will be added to the ledger under `root`.
+    Processes do not communicate here: each of them finds the same problems.
     """
-    found: dict[str, list[str]] = {}  # the arms of each complaint
+    found: dict[str, list[str]] = {}  # the arms of each problem
     read = functools.cache(read_checkpoint)
     for run in runs:
         for place, text in _complaints(run, prepare, root if record else None, read, baselines=run.arm == runs[0].arm):
@@ -48,12 +49,12 @@ def check(runs: Sequence[Stages], prepare: bool = False, record: bool = False, r
             arms += [run.arm] if run.arm not in arms else []
     lines = [f"arm {', '.join(arms)}: {line}" if any(arms) else line for line, arms in found.items()]
     if lines:
-        head = [f"{len(lines)} things cannot work, so nothing was started:"] if len(lines) > 1 else []
+        head = [f"{len(lines)} problems found, nothing was started:"] if len(lines) > 1 else []
         raise RecipeError("\n".join([*head, *lines]))
 
 
 def _complaints(run: Stages, prepare: bool, ledger: Path | None, read: Callable, baselines: bool) -> Iterator[tuple[str, str]]:
-    """What cannot work in one run: (stage or protocol, complaint)."""
+    """The problems of one run: (stage or protocol, text)."""
     recipe, encoder_file = run.recipe, run.encoder_file
     done = {
         stage: (run.root / stage / "result.json").exists() for stage in ("pretrain", *(f"{p.name}-pretrained" for p in recipe.protocols))
@@ -78,7 +79,7 @@ def _complaints(run: Stages, prepare: bool, ledger: Path | None, read: Callable,
         if hasattr(run.module, "prepare"):
             yield from _said("targets", lambda: run.prepare(check=True))
     else:
-        if any(protocol.kind != "finetune" for protocol in protocols):  # which read frozen features in the batches of the pre-training
+        if any(protocol.kind != "finetune" for protocol in protocols):  # frozen features use the batches of the pre-training
             yield from _batch(run, "pretrain", "pretrain", recipe.pretrain, math.inf)
         if fault := _trial(lambda: _method(run))[1]:
             yield "pretrain", fault
@@ -90,10 +91,10 @@ def _complaints(run: Stages, prepare: bool, ledger: Path | None, read: Callable,
 
 
 def _settings(run: Stages, baselines: bool) -> Iterator[tuple[str, str]]:
-    """Directories that hold a run with other settings, which would be refused when their turn comes."""
+    """Directories that hold a run with other settings, which would be refused later."""
     starts = ("pretrained", "scratch", "random", "pixels") if baselines else ("pretrained",)
     stages = [("pretrain", None, "")] + [(f"{p.name}-{start}", p, start) for p in run.recipe.protocols for start in starts]
-    trained = (run.root / "pretrain" / "result.json").exists()  # else it is not known yet which encoder the others start from
+    trained = (run.root / "pretrain" / "result.json").exists()  # otherwise the encoder that the others start from is not known yet
     for stage, protocol, start in stages:
         if (run.root / stage).exists() and (trained or start != "pretrained"):
             held = Run(run.root / stage, run.settings(protocol, start), run.fabric.device, main=False)
@@ -101,13 +102,13 @@ def _settings(run: Stages, baselines: bool) -> Iterator[tuple[str, str]]:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise OSError where a folder can neither be written nor made."""
+    """Raise OSError if a folder can neither be written nor created."""
     nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise OSError(f"{path} cannot be written, as {nearest} is {'not writable' if nearest.is_dir() else 'a file'}")
 
 
-def _encoder(run: Stages, **changes) -> nn.Module:
+def _encoder(run: Stages, **changes: Any) -> nn.Module:
     return run.recipe.build_encoder(run.data.channels, **changes)
 
 
@@ -148,7 +149,7 @@ def _protocol(run: Stages, protocol: Protocol) -> Iterator[str]:
     if max(protocol.layers) > depth:
         fit = json.dumps(sorted({min(layers, depth) for layers in protocol.layers}))
         yield f"layers={protocol.layers}, and the encoder has {depth}: --set '{name}.layers={fit}'"
-        protocol = replace(protocol, layers=(1,))  # so that what else is wrong is found
+        protocol = replace(protocol, layers=(1,))  # continue, to find other problems
     if protocol.pool == "class" and not getattr(encoder, "prefix_tokens", 1):
         yield f"pool='class' needs an encoder with a class token: --set {name}.pool=mean"
         protocol = replace(protocol, pool="mean")
@@ -159,7 +160,7 @@ def _protocol(run: Stages, protocol: Protocol) -> Iterator[str]:
         own = as_encoder(_encoder(run, **changes), run.data.channels, run.image_size)
         return kinds[protocol.kind](own, run.data.classes, protocol) if protocol.kind in kinds else own
 
-    def step(model: nn.Module, images: Tensor) -> object:
+    def step(model: Any, images: Tensor) -> object:
         if protocol.kind in ("finetune", "linear"):
             return model(images, _classes(images))
         return pool_tokens(tokens(model, images, max(protocol.layers)), model, protocol.pool)
@@ -171,7 +172,7 @@ def _protocol(run: Stages, protocol: Protocol) -> Iterator[str]:
 
 
 def _label_fix(run: Stages, protocol: Protocol) -> str:
-    """A --set under which there are labels enough; "" where the protocol uses all of them."""
+    """A --set that gives enough labels; "" if the protocol uses all of them."""
     train, classes = run.data.train, run.data.classes
     least = int(torch.bincount(train.labels, minlength=classes).min())
     if protocol.labels_per_class is not None and protocol.labels_per_class > least:
@@ -189,12 +190,12 @@ def _label_fix(run: Stages, protocol: Protocol) -> str:
 def _stage(
     run: Stages, place: str, path: str, stage: TrainConfig, split: Split, build: Callable[[], nn.Module], step: Step
 ) -> Iterator[tuple[str, str]]:
-    """Whether a stage can train on the images of a split."""
+    """Check that a stage can train on the images of a split."""
     model, fault = _trial(build, step, _shape(run, 2))
     if fault:
         yield place, fault
-    elif stage.layer_decay is not None and not hasattr(model, "group_matcher"):  # timm would take all as one layer
-        text = f"layer_decay={stage.layer_decay}, and {type(model).__name__} does not say what its layers are (group_matcher)"
+    elif stage.layer_decay is not None and not hasattr(model, "group_matcher"):  # timm would treat all as one layer
+        text = f"layer_decay={stage.layer_decay}, but {type(model).__name__} does not define its layers (group_matcher)"
         yield place, f"{text}: --set {path}.layer_decay=null"
     elif model is not None:
         yield from _said(place, lambda: make_optimizer(model, stage))
@@ -205,7 +206,7 @@ def _stage(
 
 
 def _batch(run: Stages, place: str, path: str, stage: TrainConfig, images: float, one_fails: bool = False) -> Iterator[tuple[str, str]]:
-    """Whether the effective batch can be taken from so many images and divided into micro-batches; `one_fails`: of two or more."""
+    """Check that there are images for an effective batch, and that it divides into micro-batches (`one_fails`: of 2 or more)."""
     world = run.fabric.world_size
     if images < stage.batch_size:
         fault = f"{images} labelled images are fewer than one effective batch of {stage.batch_size}"
@@ -213,7 +214,7 @@ def _batch(run: Stages, place: str, path: str, stage: TrainConfig, images: float
         try:
             if device_batch(stage, world) > 1 or not one_fails:
                 return
-            fault = f"a batch of {stage.batch_size} on {world} devices makes micro-batches of 1 image, and this trains on 2 or more"
+            fault = f"a batch of {stage.batch_size} on {world} devices makes micro-batches of 1 image, but this needs 2 or more"
         except RecipeError as error:
             fault = str(error)
     per_device = int(min(max(stage.batch_size, 2 * world), images)) // world
@@ -228,16 +229,12 @@ def _batch(run: Stages, place: str, path: str, stage: TrainConfig, images: float
 
 
 def _images(run: Stages, fix: str, split: Split, augmentation: Augmentation | None, protocol: Protocol | None = None) -> Iterator[str]:
-    """Whether images are read and augmented as the stage says. The batch is checked elsewhere."""
+    """Check that images can be read and augmented as in the stage. `_batch` checks the batch."""
     world = run.fabric.world_size
     stage = replace(run.recipe.pretrain, batch_size=world, augmentation=augmentation or run.recipe.pretrain.augmentation)
-    options = {"data": run.data, "image_size": run.image_size, "seed": run.seed, "workers": run.workers}
-    if protocol is not None:
-        options |= {"resize": protocol.resize, "interpolation": protocol.interpolation}
-    elif split.paths is not None:
-        options |= {"resize": stage.augmentation.evaluation_resize}
+    view = {"resize": protocol.resize, "interpolation": protocol.interpolation} if protocol else run.view(split)
     if len(split) >= world:
-        for _, text in _said("", lambda: make_loader(run.fabric, split, stage, augmentation, **options)):
+        for _, text in _said("", lambda: make_loader(run.fabric, split, stage, augmentation, **run.loading, **view)):
             yield f"{text}: --set {fix}" if "resize" in text else text
 
 
@@ -246,16 +243,16 @@ def _shape(run: Stages, count: int) -> tuple[int, ...]:
 
 
 def _trial(build: Callable[[], nn.Module], step: Step | None = None, shape: tuple[int, ...] = ()) -> tuple[nn.Module | None, str]:
-    """A model, and what is wrong with it or with a training step on images of a shape; "" for nothing.
+    """Build a model and try a training step on images of a shape. Returns the model and the error text; "" if there is none.
 
-    On the meta device, where tensors have no values and cost nothing. What cannot be built there is built for real. Of a step only an
-    error of a value counts, as many operations are not there on the meta device.
+    Uses the meta device, where tensors have no values and cost nothing. A model that cannot be built there is built on a real device. For
+    the step, only a ValueError counts, because many operations do not exist on the meta device.
     """
     with _undisturbed(), torch.no_grad():
         try:
             with torch.device("meta"):
                 model = build()
-        except Exception:  # whatever the meta device cannot do; an error of the recipe comes up again
+        except Exception:  # a limit of the meta device; an error of the recipe occurs again below
             try:
                 model = build()
             except Exception as error:
@@ -271,11 +268,11 @@ def _trial(build: Callable[[], nn.Module], step: Step | None = None, shape: tupl
 
 
 def _said(place: str, attempt: Callable[[], object]) -> Iterator[tuple[str, str]]:
-    """A complaint where an attempt raises."""
+    """Yield a problem if an attempt raises."""
     with _undisturbed():
         try:
             attempt()
-        except Exception as error:  # whatever it is, it would come up hours later
+        except Exception as error:  # any error: otherwise it would occur hours later
             yield place, _text(error)
 
 
@@ -287,7 +284,7 @@ def _text(error: Exception) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The global generators of Python, NumPy and torch are afterwards as they were before, and nothing warns."""
+    """Restore the global random generators of Python, NumPy and torch afterwards, and suppress warnings."""
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")

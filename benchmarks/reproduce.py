@@ -1,4 +1,4 @@
-"""Reproduce a paper: pre-train, judge the encoder by the recipe's protocols, and show the numbers beside the published ones.
+"""Reproduce a paper: pre-train, evaluate the encoder by the recipe's protocols, and print the results beside the published numbers.
 
 python -m benchmarks.reproduce droppos --epochs 800 --data /datasets/imagenet
 """
@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks.ledger.rows import Row
-from benchmarks.ledger.screen import show
+from benchmarks.ledger.rows import Row, record
+from benchmarks.ledger.tables import show
 from benchmarks.papers import ROOT, choose_recipe, paper_module
 from benchmarks.preflight import check
 from benchmarks.stages import Stages
@@ -30,48 +30,48 @@ from common.train import make_fabric
 
 @dataclass
 class Options:
-    """Pre-train by a paper's recipe, evaluate by its protocols, print the table. A stopped run goes on where it was."""
+    """Pre-train and evaluate by a paper's recipe, and print a table. An interrupted run resumes from its last checkpoint."""
 
     paper: Annotated[str, tyro.conf.Positional]
-    """Which paper, by its folder, such as droppos or positional_label, or a baseline: deit, ijepa, mae."""
+    """The folder of a paper, such as droppos or positional_label, or a baseline: deit, ijepa, mae."""
     data: str = "digits"
     """digits (no download), cifar10, cifar100, tiny-imagenet, mini-imagenet, or a folder with train/ and val/ in ImageFolder layout."""
     data_name: str | None = None
-    """What the results call the data; by default a folder's own name. Published numbers on ImageNet-1k are matched by imagenet1k."""
+    """Name of the data in the results; by default the name of the folder. Use imagenet1k for the published numbers on ImageNet-1k."""
     recipe: str | None = None
-    """Which recipe of the paper; by default the one meant for the data."""
+    """Name of a recipe of the paper; by default the one declared for the data."""
     arms: tuple[str, ...] = ()
-    """Which of the variants that a recipe runs side by side, such as vit vit+rpl; by default all."""
+    """Names of the variants (arms) of the recipe to run, such as vit vit+rpl; by default all."""
     epochs: int | None = None
-    """Epochs of pre-training, in place of the recipe's."""
+    """Epochs of pre-training; by default those of the recipe."""
     encoder: Path | None = None
     """Evaluate the encoder in this file (names of timm, DropPos, MAE, MaPeT, I-JEPA or StoP) instead of pre-training one."""
     seeds: int = 1
-    """How many seeds: 0, 1, ..., of which the table shows mean and standard deviation."""
+    """Number of seeds (0, 1, ...); the table shows their mean and standard deviation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes a GPU where there is one."""
+    """Device; auto uses a GPU if available."""
     out: Path = Path("runs")
-    """Where runs are kept."""
+    """Directory of the runs."""
     prepare: bool = False
-    """Only make what the pre-training learns from (MaPeT's tokens), and stop."""
+    """Only compute the targets of the pre-training (MaPeT's tokens), then exit."""
     record: bool = False
-    """Add the numbers to <paper>/results.csv and the log to <paper>/logs."""
+    """Add the results to <paper>/results.csv and the log to <paper>/logs."""
     set: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
-    """Change the recipe, of every arm; repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50."""
+    """Override a setting, for all arms; repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50."""
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
-    """auto is bf16-mixed where the hardware computes it, else 32-true."""
+    """auto is bf16-mixed if the hardware supports it, else 32-true."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several devices share the work, under torchrun."""
+    """Strategy for several devices, under torchrun."""
     workers: int = dataclasses.field(default_factory=default_workers)
-    """Processes that decode images, per device; by default the cores, shared among the processes of the machine, at most 8."""
+    """Data loader workers per device; by default the CPU cores divided by the processes on the machine, at most 8."""
     compile: bool = False
     """Compile the models with torch.compile."""
     checkpoint_seconds: float = 20.0
-    """Least time between checkpoints; large models are saved more rarely, so that saving takes at most a fiftieth of the time."""
+    """Minimum seconds between checkpoints; large models are saved less often, so that saving takes at most 2 % of the time."""
     data_root: Path = Path("data")
-    """Where named data sets are kept."""
+    """Directory of the named data sets."""
     skip_corrupt: bool = False
-    """Put the next readable image in the place of one that is not, instead of stopping."""
+    """Replace an unreadable image by the next readable one, instead of stopping."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "seeds"):
@@ -81,15 +81,15 @@ class Options:
 
 
 def reproduce(options: Options) -> list[Row]:
-    """All seeds of a recipe; prints the table and returns the rows."""
+    """Run all seeds and arms of a recipe, print the table, and return the rows."""
     module = paper_module(options.paper)
     data = open_data(options.data, options.data_root, options.skip_corrupt)
     data.name = options.data_name or data.name
     name, recipe = choose_recipe(module, options.data, options.recipe)
     if options.encoder is not None and not recipe.protocols:
-        raise RecipeError(f"the recipe {name} of {options.paper} has no protocol by which to judge an encoder; choose another RECIPE")
+        raise RecipeError(f"the recipe {name} of {options.paper} has no protocol to evaluate an encoder; choose another RECIPE")
     if options.prepare and not hasattr(module, "prepare"):
-        raise RecipeError(f"{options.paper} learns from nothing that is made before it trains; PAPER=mapet does")
+        raise RecipeError(f"{options.paper} has no targets to compute before training; PAPER=mapet has")
     changes = [*options.set, *([f"pretrain.epochs={options.epochs}"] if options.epochs is not None else [])]
     arms = {arm: override(own, changes) for arm, own in choose_arms(recipe, options.arms).items()}
     fabric = make_fabric(options.device, options.precision, options.strategy)
@@ -126,9 +126,9 @@ def reproduce(options: Options) -> list[Row]:
         if options.prepare:
             run.prepare()
             continue
-        made = run.run(baselines=run.arm == runs[0].arm)  # arms differ in pre-training, which a baseline goes without
+        made = run.run(baselines=run.arm == runs[0].arm)  # a baseline has no pre-training, so it is the same for all arms
         if options.record and fabric.is_global_zero:
-            run.record(made, ROOT)
+            record(made, run.root, ROOT)
         rows += made
     if rows and fabric.is_global_zero:
         show(options.paper, rows)
@@ -136,10 +136,10 @@ def reproduce(options: Options) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 for what the user can fix. Raises Stopped, which exits with 75, after a signal."""
+    """The command line. Returns the exit code: 0, or 2 for a user error. After a signal it raises Stopped, which exits with 75."""
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8, and file names that are not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals and file names that are not UTF-8
     rank = int(os.environ.get("RANK", 0))
     try:
         with stop_on_signals():
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
             reproduce(tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config))
     except Stopped:
         if rank == 0:
-            console.print("stopped by a signal: what is finished is saved, and the same command goes on from here", markup=False)
+            console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
         raise
     except (ValueError, RunError, OSError) as error:  # RecipeError, DataError and ConversionError are ValueErrors
         console.print(f"error{f' in process {rank}' if rank else ''}: {error}", style="bold red", markup=False)

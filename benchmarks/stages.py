@@ -1,4 +1,4 @@
-"""One seed of one recipe, or of one arm of it: its stages, each in a directory of its own, each done once."""
+"""One seed of one recipe or arm: its stages, each in its own directory. A finished stage is not run again."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -6,25 +6,25 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.ledger.rows import Row, append
+from benchmarks.ledger.rows import Row
 from benchmarks.papers import folder, paper_name
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split
 from common.data.loaders import default_workers
-from common.environment import ROOT
 from common.evaluate import evaluate, own_metrics
 from common.files import digest
 from common.processes import once
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, as_json
-from common.run import Run, console
+from common.run import Run
 from common.stopping import stop_if_requested
 from common.train import device_batch, fit, make_loader
 
@@ -39,12 +39,12 @@ class Stages:
     data: Data
     fabric: Fabric
     seed: int
-    out: Path  # where runs are kept
+    out: Path  # directory of all runs
     arm: str = ""
-    base_arm: str = ""  # which it is compared with
-    overrides: tuple[str, ...] = ()  # what was changed in the recipe, besides the epochs
-    encoder_file: Path | None = None  # evaluated in the place of a pre-trained encoder
-    data_root: Path = Path("data")  # where tokens are kept
+    base_arm: str = ""  # the arm that this one is compared with
+    overrides: tuple[str, ...] = ()  # changes to the recipe, besides the epochs
+    encoder_file: Path | None = None  # evaluated instead of a pre-trained encoder
+    data_root: Path = Path("data")  # directory of the tokens
     workers: int = field(default_factory=default_workers)
     compile: bool = False
     checkpoint_seconds: float = 20.0
@@ -68,7 +68,7 @@ class Stages:
         return {"compile": self.compile, "checkpoint_seconds": self.checkpoint_seconds}
 
     def run(self, baselines: bool = True) -> list[Row]:
-        """All stages in order, with or without what is not pre-trained; returns a row per number."""
+        """Run all stages in order, with or without the baselines; return one row per number."""
         rows = self.pretrain() if self.encoder_file is None else self.convert(self.encoder_file)
         for protocol in self.recipe.protocols:
             for start in self.starts(protocol) if baselines else ["pretrained"]:
@@ -76,16 +76,16 @@ class Stages:
         return rows
 
     def starts(self, protocol: Protocol) -> list[str]:
-        """What a protocol is run on: the pre-trained encoder, then the baselines."""
+        """The encoders that a protocol evaluates: the pre-trained one, then the baselines."""
         starts = ["pretrained", "scratch" if protocol.kind == "finetune" else "random"]
         if protocol.kind == "knn" and self.data.train.images is not None:  # the pixels of ImageNet do not fit into memory
             starts.append("pixels")
         return starts
 
     def prepare(self, check: bool = False) -> Data:
-        """What the pre-training sees: the data, with other targets in the place of labels where the method learns from such.
+        """Return the data for pre-training. A method with its own targets, such as MaPeT's tokens, has them in place of the labels.
 
-        check: only raise what making them would raise at its beginning.
+        check: do not compute the targets; only raise the errors that this would raise at its start.
         """
         if not hasattr(self.module, "prepare"):
             return self.data
@@ -113,7 +113,7 @@ class Stages:
         ]
 
     def convert(self, path: Path) -> list[Row]:
-        """Put an encoder from a file where a pre-trained one would be; there is no number of ours to report on it."""
+        """Convert an encoder from a file and save it in place of a pre-trained one. There is no number to report."""
         with self.open("pretrain") as (run, result):
             if result is None:
                 if run.main:
@@ -127,7 +127,7 @@ class Stages:
         with self.open(f"{protocol.name}-{start}", protocol, start) as (run, result):
             if result is None:
                 encoder = None if start == "pixels" else self.start_encoder(start, protocol)
-                options = {"image_size": self.image_size, "batch_size": device_batch(self.recipe.pretrain, self.fabric.world_size)}
+                options: dict = {"image_size": self.image_size, "batch_size": device_batch(self.recipe.pretrain, self.fabric.world_size)}
                 options |= {"fabric": self.fabric, "workers": self.workers, "run": run, "cache": self.root / "features" / start}
                 found = [asdict(one) for one in evaluate(encoder, self.data, protocol, seed=self.seed, **options, **self.training)]
                 result = self.finish(run, {name: found[-1][name] for name in ("top1", "top5", "converged", "hours")} | {"results": found})
@@ -137,76 +137,82 @@ class Stages:
     def image_size(self) -> tuple[int, int]:
         return (self.recipe.image_size, self.recipe.image_size)
 
-    def new_encoder(self, **changes) -> nn.Module:
-        """A fresh encoder, the same for the same seed."""
+    def new_encoder(self, **changes: Any) -> nn.Module:
+        """Build an encoder with initial weights that depend only on the seed."""
         reseed(self.seed)
         return self.recipe.build_encoder(self.data.channels, **changes)
 
-    def build_method(self) -> nn.Module:
-        """The method around a fresh encoder."""
+    def build_method(self) -> Any:
+        """Build the method around a new encoder."""
         return self.module.build(self.recipe, self.new_encoder(), self.data.classes)
 
     def start_encoder(self, start: str, protocol: Protocol) -> nn.Module:
-        """The encoder that an evaluation starts from: pre-trained, fresh, or where it stays frozen as its pre-training finds it."""
+        """The encoder that an evaluation starts from: pretrained, or as initialised by us (scratch) or by the method (random)."""
         encoder = self.new_encoder(drop_path=protocol.drop_path, **({"position": protocol.position} if protocol.position else {}))
         if start == "pretrained":
-            with torch.device("meta"):  # for the names alone: every start then draws the same head
+            with torch.device("meta"):  # only the names are needed; no random numbers are drawn, so every start has the same head
                 own = self.recipe.build_encoder(self.data.channels).state_dict()
-            # a protocol may have other positions than the pre-training
+            # a protocol may use other position embeddings than the pre-training
             added = [name for name in encoder.state_dict() if name not in own]
             left = [name for name in own if name not in encoder.state_dict()]
             pretrained = load_file(self.root / "pretrain" / "encoder.safetensors")
             load_encoder(encoder, pretrained, allow_missing=added, allow_unused=left)
         if start == "random":
-            with torch.random.fork_rng(devices=[]):  # some methods draw the first weights of their encoder themselves
+            with torch.random.fork_rng(devices=[]):  # some methods initialise their encoder themselves
                 encoder = self.module.build(self.recipe, encoder, self.data.classes).encoder
         return encoder
 
     def illustrate(self, method: nn.Module, split: Split, directory: Path) -> None:
-        """The paper's picture of a few images of a split, where it has one."""
+        """Draw the picture of the paper, if it has one, from four images of a split."""
         if hasattr(self.module, "illustrate"):
-            spread = [index * len(split) // 4 for index in range(4)]  # folders are sorted by class
+            spread = [index * len(split) // 4 for index in range(4)]  # the images of a folder are sorted by class
             images, targets = next(self.loader(split.subset(spread), alone=True).epoch(0))
             reseed(self.seed, 0)
             self.module.illustrate(method, images, targets, self.data, directory)
 
     def loader(self, split: Split, augmentation: Augmentation | None = None, alone: bool = False) -> Loader:
-        """Batches of the pre-training for this process; without augmentation in order, as evaluation sees them."""
-        stage = self.recipe.pretrain
-        resize = None if split.paths is None else stage.augmentation.evaluation_resize
-        options = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
-        return make_loader(self.fabric, split, stage, augmentation, resize=resize, alone=alone, **options)
+        """Batches of the pre-training for this process; without augmentation, in order and as in evaluation."""
+        return make_loader(self.fabric, split, self.recipe.pretrain, augmentation, alone=alone, **self.loading, **self.view(split))
+
+    @property
+    def loading(self) -> dict:
+        return {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
+
+    def view(self, split: Split) -> dict:
+        """How images of a split are resized where the pre-trained model itself is evaluated."""
+        return {} if split.paths is None else {"resize": self.recipe.pretrain.augmentation.evaluation_resize}
 
     @contextmanager
     def open(self, stage: str, protocol: Protocol | None = None, start: str = "") -> Iterator[tuple[Run, dict | None]]:
-        """The directory of a stage, and what came out of it where it is done. The first process decides, and tells the others."""
+        """Open the directory of a stage; yield it with its result, or None if unfinished. The main process decides for all."""
         stop_if_requested()
         settings = once(self.fabric, lambda: self.settings(protocol, start))
         run = Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
         with ExitStack() as stack:
             yield run, once(self.fabric, lambda: stack.enter_context(run).result)
 
-    def finish(self, run: Run, result: dict) -> dict:
-        """Write what came out; returns what the directory then holds, on every process."""
+    def finish(self, run: Run, result: dict) -> Any:
+        """Write the result of a stage; return the contents of result.json on every process."""
         return once(self.fabric, lambda: run.finish({name: value for name, value in result.items() if value is not None}))
 
     def settings(self, protocol: Protocol | None, start: str) -> dict:
-        """Everything that the result of a stage follows from. Data and files are there with their content, not only by name."""
+        """All settings that determine the result of a stage. Data and files are identified by their content, not only by name."""
         asked = as_json(self.recipe)
-        del asked["protocols"], asked["arms"]  # a change to one evaluation leaves the others as they are
-        named = {f"method.{name}": value for name, value in self.recipe.method.items() if isinstance(value, str) and Path(value).is_file()}
+        del asked["protocols"], asked["arms"]  # a change to one evaluation does not affect the others
+        files = {name: value for name, value in self.recipe.method.items() if isinstance(value, str) and Path(value).is_file()}
+        named: dict = {f"method.{name}": value for name, value in files.items()}
         named |= {f"targets.{name}": value for name, value in self.recipe.targets.items() if isinstance(value, str)}  # a store is a folder
         named |= {"encoder": self.encoder_file, "label_list": protocol and protocol.label_list}
         named |= {"pretrained": self.root / "pretrain" / "encoder.safetensors"} if start == "pretrained" else {}
         paths = {name: Path(path) for name, path in named.items() if path is not None and Path(path).exists()}
-        settings = {name: f"{path.name}, sha256 {digest(path)}" for name, path in paths.items()}
+        settings: dict = {name: f"{path.name}, sha256 {digest(path)}" for name, path in paths.items()}
         settings |= {"paper": self.paper, "data": {"name": self.data.name, **self.data.identity}}
         settings |= {"seed": self.seed, "precision": self.precision, "recipe": asked}
         settings |= {"split": self.data.split} if self.data.split else {}
         return settings | ({"protocol": as_json(protocol)} if protocol else {})
 
     def row(self, result: dict, protocol: str, start: str, hours: float, value: float, metric: str, settings: str = "") -> Row:
-        """A row of the ledger, with the facts of when the stage ran, which may be before this call."""
+        """A row of the ledger, with the commit, date and device of the time when the stage ran, possibly before this call."""
         environment, home = result["environment"], folder(self.paper)
         return Row(
             date=result["date"],
@@ -233,13 +239,3 @@ class Stages:
             settings=settings,
             log=(home / "logs" / f"{'' if home.name == self.paper else self.paper + '-'}{self.root.name}.txt").as_posix(),
         )
-
-    def record(self, rows: list[Row], root: Path = ROOT) -> None:
-        """Put the rows into the paper's ledger, and the logs of all stages, as one file, beside it."""
-        log = root / rows[0].log
-        log.parent.mkdir(exist_ok=True)
-        stages = sorted(self.root.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
-        text = "".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in stages)
-        log.write_text(text, encoding="utf-8")
-        append(root / folder(self.paper) / "results.csv", rows)
-        console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` brings the READMEs up to date")

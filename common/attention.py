@@ -1,10 +1,10 @@
-"""Attention in which every mask is a visibility window.
+"""Attention with masks in the form of visibility windows.
 
-All that the five papers hide can be written with three whole numbers: query i sees key j exactly when
+Three integers per token describe all masks of the five papers: query i sees key j exactly if
 
     visible_from[j] <= time[i] < visible_until[j]
 
-so a mask costs three integer vectors instead of a tokens x tokens matrix.
+so a mask needs three integer vectors instead of a tokens x tokens matrix.
 
 Shapes: B images, H heads, Q queries, K keys, D head width.
 """
@@ -30,7 +30,7 @@ CHOICES_FILE = Path(__file__).parent / "kernels" / "choices.csv"
 
 
 class Window(NamedTuple):
-    """When each of T tokens looks, and when each can be seen: integers (B, T), or (1, T) where all images are alike. See `attend`."""
+    """The time of each of T tokens, and when it is visible: integers (B, T), or (1, T) if equal for all images. See `attend`."""
 
     time: Tensor
     visible_from: Tensor
@@ -48,18 +48,17 @@ def attend(
     bias_HQK: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v over the keys that each query may see.
+    """softmax(q k^T / sqrt(D) + bias) v over the keys that are visible to each query.
 
-    time (B, Q), visible_from and visible_until (B, K) are integer tensors, of one row where all images are alike, and each may be
-    absent: a query's time is then its index, and a key is visible from the beginning or never hidden again. So `visible_from` = 0, 1,
-    2, ... alone is causal attention, and nothing at all is attention over every key. A query that sees no key gives zeros, and zero
-    gradients.
+    time (B, Q), visible_from and visible_until (B, K) are integer tensors, or have one row if equal for all images. Each is optional: by
+    default, the time of a query is its index, and a key is visible from the beginning and until the end. So `visible_from` = 0, 1, 2, ...
+    alone is causal attention, and no argument is full attention. A query that sees no key has output zero, and zero gradients.
     bias_HQK (H, Q, K) is added to the scores, and gets a gradient.
 
-    Backends: "sdpa" (torch's scaled_dot_product_attention; a window becomes a mask, and only here can there be a bias), "flex"
-    (torch's FlexAttention; compiled on CUDA, without gradients elsewhere; its block mask is made once for a window, as long as the
-    tensors stay the same memory, unchanged), "triton" (common/kernels, for CUDA), and "auto": what was measured to be fastest for the
-    nearest shape on this device (common/kernels/choices.csv), otherwise "sdpa".
+    Backends: "sdpa" (torch's scaled_dot_product_attention; a window becomes a mask; the only one with a bias), "flex" (torch's
+    FlexAttention; compiled on CUDA, without gradients elsewhere; its block mask is cached for a window, as long as the tensors keep
+    the same memory and content), "triton" (common/kernels, for CUDA), and "auto": the fastest in our measurements for the nearest
+    shape on this device (common/kernels/choices.csv), otherwise "sdpa".
     Returns (B, H, Q, D). Raises ValueError for a backend, shape, dtype or device that does not fit, ImportError without Triton.
     """
     if backend not in BACKENDS:
@@ -86,7 +85,7 @@ def attend_reference(
     visible_until: Tensor | None = None,
     bias_HQK: Tensor | None = None,
 ) -> Tensor:
-    """`attend` in float64 and in the plainest way: what every backend is tested against."""
+    """A simple float64 implementation of `attend`, against which all backends are tested."""
     _check_fit(q_BHQD, k_BHKD, v_BHKD, time, visible_from, visible_until, bias_HQK)
     score_BHQK = q_BHQD.double() @ k_BHKD.double().transpose(-1, -2) / math.sqrt(q_BHQD.shape[-1])
     if bias_HQK is not None:
@@ -96,7 +95,7 @@ def attend_reference(
         score_BHQK = score_BHQK.masked_fill(~mask, -math.inf)
     weight_BHQK = score_BHQK.softmax(dim=-1)
     if mask is not None:
-        weight_BHQK = weight_BHQK.masked_fill(~mask, 0.0)  # also turns the NaN of a row that sees nothing into zero
+        weight_BHQK = weight_BHQK.masked_fill(~mask, 0.0)  # also replaces the NaN of a query that sees no key by zero
     return weight_BHQK @ v_BHKD.double()
 
 
@@ -115,7 +114,7 @@ def _attend_sdpa(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias_HQK: Tenso
 
 
 class _Bfloat16OnCPU(torch.autograd.Function):
-    """torch's attention, forward in bfloat16, which is twice as fast as float32, and backward in float32."""
+    """torch's attention with forward in bfloat16 (twice as fast as float32) and backward in float32."""
 
     @staticmethod
     def forward(ctx, q_BHQD, k_BHKD, v_BHKD, mask):
@@ -147,7 +146,7 @@ def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tenso
     if window:
         rows = window["time"], window["visible_from"], window["visible_until"]
         sizes = q_BHQD.shape[0], q_BHQD.shape[2], k_BHKD.shape[2]
-        # While the whole model is traced there is no memory to compare. Then the compiler merges equal masks of one step.
+        # While the whole model is traced, tensors have no memory to compare. Then the compiler merges equal masks of one step.
         if torch.compiler.is_compiling() or any(row is not None and row.is_inference() for row in rows):
             blocks = _block_mask(*rows, sizes, q_BHQD.device)
         else:
@@ -158,7 +157,7 @@ def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tenso
 def _block_mask(
     time: Tensor | None, visible_from: Tensor | None, visible_until: Tensor | None, sizes: tuple[int, int, int], device: torch.device
 ) -> BlockMask:
-    """FlexAttention's form of a window, for `sizes` (B, Q, K)."""
+    """The block mask of FlexAttention for a window, for `sizes` (B, Q, K)."""
     B, Q, K = sizes
     time, visible_from, visible_until = (None if x is None else x.expand(B, -1) for x in (time, visible_from, visible_until))
 
@@ -171,8 +170,8 @@ def _block_mask(
 
 
 class _Row:
-    """A vector of a window as a key: equal to any view of the same memory with the same content. It holds the memory, so that no other
-    vector takes that place while the key is kept."""
+    """A vector of a window as a cache key: equal to any view of the same memory with the same content. It keeps the memory alive, so that
+    no other vector can use it while the key exists."""
 
     def __init__(self, row: Tensor):
         self.row, self.key = row, (row.data_ptr(), row.device, row.dtype, row.shape, row.stride(), row._version)
@@ -186,28 +185,29 @@ class _Row:
 
 @lru_cache(maxsize=8)  # a model has one or two windows at a time
 def _kept_block_mask(rows: tuple[_Row | None, ...], sizes: tuple[int, int, int], device: torch.device) -> BlockMask:
-    """`_block_mask`, made once for all blocks and steps that have the window in common."""
-    return _block_mask(*(None if key is None else key.row for key in rows), sizes, device)
+    """`_block_mask`, cached for all blocks and steps with the same window."""
+    time, visible_from, visible_until = (None if key is None else key.row for key in rows)
+    return _block_mask(time, visible_from, visible_until, sizes, device)
 
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    """Compiled once, and only where it is used: torch.compile takes seconds to load."""
+    """Compile a function once, and only when needed: torch.compile takes seconds to load."""
     return torch.compile(function)
 
 
 def _attend_triton(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, **window: Tensor | None) -> Tensor:
     if not HAS_TRITON:
         raise ImportError("the triton backend needs Triton; install the extra: pip install -e '.[gpu]'")
-    from common.kernels.window_attention import window_attention  # imports triton, which not every machine has
+    from common.kernels.window_attention import window_attention  # imports triton, which may not be installed
 
-    rows = {name: None if x is None else x.expand(len(q_BHQD), -1) for name, x in window.items()}
+    rows: dict = {name: None if x is None else x.expand(len(q_BHQD), -1) for name, x in window.items()}
     return window_attention(q_BHQD, k_BHKD, v_BHKD, **rows)
 
 
 def _read_choices(file: Path) -> dict[tuple[str, bool], dict[tuple[int, ...], str]]:
-    """The backend measured to be fastest, by device and whether there is a window, then by (queries, keys, width)."""
-    choices = {}
+    """The fastest measured backend, by (device, windowed), then by (queries, keys, width)."""
+    choices: dict[tuple[str, bool], dict[tuple[int, ...], str]] = {}
     for row in csv.DictReader(file.read_text().splitlines()):
         shapes = choices.setdefault((row["device"], row["windowed"] == "True"), {})
         shapes[tuple(int(row[name]) for name in ("queries", "keys", "width"))] = row["backend"]
@@ -219,17 +219,17 @@ CHOICES = _read_choices(CHOICES_FILE)
 
 @torch.compiler.assume_constant_result
 def device_kind(device: torch.device) -> str:
-    """The device as the table of choices names it: a GPU's model, else its type."""
+    """The name of the device in choices.csv: the model of a GPU, else the device type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _measured_choice(q_BHQD: Tensor, k_BHKD: Tensor, windowed: bool) -> str:
-    """The backend of the nearest measured shape, if there is one for the device and our kernel takes q's width and dtype."""
+    """The backend of the nearest measured shape; "sdpa" without measurements for this device, or if our kernel lacks q's width or dtype."""
     measured = CHOICES.get((device_kind(q_BHQD.device), windowed))
     if not measured or q_BHQD.shape[3] not in WIDTHS or q_BHQD.dtype not in DTYPES:
         return "sdpa"
     here, nearest, backend = (q_BHQD.shape[2], k_BHKD.shape[2], q_BHQD.shape[3]), math.inf, "sdpa"
-    for shape, choice in measured.items():  # written out, because torch.compile does not know min(key=...) for dynamic shapes
+    for shape, choice in measured.items():  # a loop, because torch.compile does not support min(key=...) for dynamic shapes
         distance = sum(abs(math.log2(a / b)) for a, b in zip(here, shape, strict=True))
         if distance < nearest:
             nearest, backend = distance, choice
@@ -237,16 +237,17 @@ def _measured_choice(q_BHQD: Tensor, k_BHKD: Tensor, windowed: bool) -> str:
 
 
 def _within(now: Tensor, begin: Tensor | None, end: Tensor | None) -> Tensor:
-    """begin <= now < end, of which one side may be open."""
-    if begin is None or end is None:
-        return now < end if begin is None else begin <= now
-    return (begin <= now) & (now < end)
+    """begin <= now < end; one of begin and end may be None."""
+    if begin is None:
+        assert end is not None
+        return now < end
+    return begin <= now if end is None else (begin <= now) & (now < end)
 
 
 def window_mask(
     q_BHQD: Tensor, time: Tensor | None = None, visible_from: Tensor | None = None, visible_until: Tensor | None = None
 ) -> Tensor | None:
-    """The window as a boolean mask that broadcasts to (B, H, Q, K), True = visible; None where every key is visible."""
+    """The window as a boolean mask that broadcasts to (B, H, Q, K), True = visible; None if every key is visible."""
     if visible_from is None and visible_until is None:
         return None
     now = torch.arange(q_BHQD.shape[2], device=q_BHQD.device)[:, None] if time is None else time[:, None, :, None]
@@ -254,7 +255,7 @@ def window_mask(
 
 
 def _check_fit(q: Tensor, k: Tensor, v: Tensor, time: Tensor | None, begin: Tensor | None, end: Tensor | None, bias: Tensor | None) -> None:
-    """Raises ValueError, with what was given and what is taken, unless all arguments of `attend` fit together."""
+    """Raise ValueError, with given and expected values, unless all arguments of `attend` fit together."""
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
     if not (fits and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v)))

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, safe to load, exactly resumable; and the encoder, exported under timm's names."""
+"""Checkpoints: written atomically, safe to load, exactly resumable; and export of the encoder with timm's names."""
 
 import shutil
 from contextlib import nullcontext
@@ -16,30 +16,30 @@ from common.run import RunError
 
 
 class PlainCheckpointIO(TorchCheckpointIO):
-    """Write straight to the given path: Fabric's own way goes through a second copy in memory and the system's temporary folder."""
+    """Write directly to the given path: Fabric's default makes a second copy in memory and uses the system's temporary folder."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         torch.save(checkpoint, path)
 
 
 def save_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, called by every process: a crash at any moment leaves the previous one whole.
+    """Write a checkpoint; call it on every process. A crash at any moment leaves the previous checkpoint intact.
 
-    Raises RunError where that fails, as on a full disk, with the previous checkpoint intact.
+    Raises RunError if writing fails, for example on a full disk; the previous checkpoint is kept.
     """
     try:
         with replacing(path) if fabric.is_global_zero else nullcontext(partial(path)) as temporary:
             fabric.save(temporary, state)
         fabric.barrier()
-    except (OSError, RuntimeError) as error:  # torch reports a write that failed as a RuntimeError with no errno
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError without errno
         free = shutil.disk_usage(path.parent).free / 2**20
         kept = "the previous one is intact" if path.exists() else "there was none before"
         reason = str(error).strip().splitlines()[0]
-        raise RunError(f"{path} could not be written ({reason}; {free:.0f} MiB free): {kept}. Make room and start again") from error
+        raise RunError(f"{path} could not be written ({reason}; {free:.0f} MiB free): {kept}. Free some space and start again") from error
 
 
 def load_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
-    """Fill `state`, whose modules and optimizers are loaded in place. Nothing in the file is executed.
+    """Load a checkpoint into `state`; its modules and optimizers are loaded in place. Nothing in the file is executed.
 
     Raises RunError for a file that is truncated or belongs to another model.
     """
@@ -51,6 +51,6 @@ def load_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
 
 
 def export_encoder(encoder: nn.Module, path: Path) -> None:
-    """encoder.safetensors, which timm.create_model(..., num_classes=0) loads as it is (pos_embed="none" where there are no positions)."""
+    """Write encoder.safetensors, which timm.create_model(..., num_classes=0) can load (pos_embed="none" if there are no positions)."""
     with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}, temporary)

@@ -1,4 +1,4 @@
-"""The content of a checkpoint file, read without running anything in it, or what is wrong with it."""
+"""Read a checkpoint file without executing anything in it, or explain why it cannot be read."""
 
 import pickle
 import re
@@ -17,7 +17,7 @@ class ConversionError(ValueError):
 
 
 def few(names: Iterable[str]) -> str:
-    """At most three names, of as many parts as there are, and how many more there are."""
+    """At most three names, from different parts of the model if possible, and the number of the others."""
     names = sorted(names)
     if len(names) <= 3:
         return ", ".join(names)
@@ -30,14 +30,14 @@ def few(names: Iterable[str]) -> str:
 
 
 def read_mapping(path: Path) -> tuple[Mapping, bool]:
-    """What a file holds, and whether it holds numpy arrays. Raises ConversionError with what is wrong with it."""
+    """The content of a file, and whether it has numpy arrays. Raises ConversionError, with the reason, if it cannot be read."""
     try:
         with open(path, "rb") as file:
             head = file.read(512)
     except FileNotFoundError:
         raise ConversionError(f"there is no checkpoint at {path}") from None
     except IsADirectoryError:
-        raise ConversionError(f"{path} is a folder: name the checkpoint in it") from None
+        raise ConversionError(f"{path} is a folder: give the checkpoint in it") from None
     except OSError as error:
         raise ConversionError(f"{path} cannot be read as a checkpoint: {error}") from error
     if kind := _other_kind(path, head):
@@ -45,14 +45,14 @@ def read_mapping(path: Path) -> tuple[Mapping, bool]:
     names: list[str] = []
     try:
         content = load_file(path) if head[8:9] == b"{" else _load_plain(path, names)
-    except Exception as error:  # whatever a file ends in that is cut off, damaged or none
+    except Exception as error:  # truncated, damaged and other files raise many kinds of errors
         raise ConversionError(_unreadable(path, head, names, error)) from error
     arrays = any(name.endswith(("._reconstruct", ".ndarray")) for name in names)
     return content if isinstance(content, Mapping) else {}, arrays
 
 
 def _other_kind(path: Path, head: bytes) -> str:
-    """What a file is that is no checkpoint, and what to do about it, by its first bytes; "" where they may be a checkpoint's."""
+    """The kind of a file that is not a checkpoint, by its first bytes, and what to do; "" if it may be a checkpoint."""
     if head.startswith(b"PK\x03\x04"):
         try:
             names = zipfile.ZipFile(path).namelist()
@@ -62,24 +62,24 @@ def _other_kind(path: Path, head: bytes) -> str:
             return "a TorchScript program, not a checkpoint: save its state_dict()"
         if any(name.endswith("data.pkl") for name in names):
             return ""
-        arrays = "an archive of numpy arrays (.npz), as JAX writes: take the weights for PyTorch"
+        arrays = "an archive of numpy arrays (.npz), as JAX writes: use the weights for PyTorch"
         return arrays if names and all(name.endswith(".npy") for name in names) else f"a zip archive ({few(names)}): unpack it first"
     kinds = {
         b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
-        b"\x89HDF": "an HDF5 file, as Keras writes: take the weights for PyTorch",
-        b"\x93NUMPY": "a numpy array: take the weights for PyTorch",
+        b"\x89HDF": "an HDF5 file, as Keras writes: use the weights for PyTorch",
+        b"\x93NUMPY": "a numpy array: use the weights for PyTorch",
         b"\x1f\x8b": "compressed by gzip: unpack it first",
         b"BZh": "compressed by bzip2: unpack it first",
         b"\xfd7zXZ": "compressed by xz: unpack it first",
         b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
         b"<": "a web page, not a checkpoint: download the file itself",
-        b"{": "JSON, not a checkpoint: name the file with the tensors",
+        b"{": "JSON, not a checkpoint: give the file with the tensors",
     }
     return next((kind for start, kind in kinds.items() if head.startswith(start) or head.lstrip().startswith(start)), "")
 
 
 class _Plain:
-    """Stands in for an object of a file that is no tensor. Whatever it is made of, nothing is executed."""
+    """Placeholder for an object in a file that is not a tensor. Nothing is executed to create it."""
 
     def __init__(self, *_: object):
         pass
@@ -92,9 +92,9 @@ class _Plain:
 
 
 class _PlainMapping:
-    """The same for a mapping or a namespace, which weights_only fills only where it is an OrderedDict."""
+    """Placeholder for a mapping or a namespace; weights_only can fill it only if it is an OrderedDict."""
 
-    def __new__(cls, *_: object) -> OrderedDict:
+    def __new__(cls, *_: object) -> Any:
         return OrderedDict()
 
 
@@ -104,7 +104,7 @@ BUILTINS = ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "fr
 
 
 def _stand_in(name: str) -> type | None:
-    """What a name in a pickle is read as; None for what may be code."""
+    """The placeholder for a name in a pickle; None if the name may be code."""
     module, _, rest = name.partition(".")
     if module in MAPPINGS:
         return _PlainMapping
@@ -112,31 +112,31 @@ def _stand_in(name: str) -> type | None:
 
 
 def _load_plain(path: Path, names: list[str]) -> Any:
-    """torch.load by weights_only, with stand-ins for data that are no tensors. `names` is given what stood in the file beside tensors."""
+    """torch.load with weights_only, and placeholders for data other than tensors. Adds the types of these data to `names`."""
     try:
         names += torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # an old format, or no checkpoint: names are found one after the other below
+    except Exception:  # an old format, or not a checkpoint: names are found one by one below
         pass
     while True:
         with torch.serialization.safe_globals([(found, name) for name in names if (found := _stand_in(name))]):
             try:
-                with open(path, "rb") as file:  # by a path, torch goes by its suffix
+                with open(path, "rb") as file:  # with a path, torch would depend on its suffix
                     return torch.load(file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
-                found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-                name = found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
+                refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+                name = refused and (refused[1] if "." in refused[1] else f"builtins.{refused[1]}")
                 if name is None or name in names:
                     raise
                 names.append(name)
 
 
 def _unreadable(path: Path, head: bytes, names: Sequence[str], error: Exception) -> str:
-    """Why a file cannot be read, and what to do about it."""
+    """Why a file cannot be read, and how to fix it."""
     reason = " ".join(str(error).split())
     code = sorted(name for name in names if _stand_in(name) is None)
     protocol = "Unsupported operand" in reason and head.startswith((b"PK", b"\x80"))
     if isinstance(error, pickle.UnpicklingError) and (code or protocol):
-        what = f"holds {few(code)} beside plain tensors" if code else "is pickled by another protocol than torch's"
+        what = f"contains {few(code)} besides plain tensors" if code else "has another pickle protocol than torch's"
         kept = "(dict, torch.Tensor, torch.nn.Module)"
         keep = (
             "keep = lambda x: x if isinstance(x, torch.Tensor) else {k: keep(v) for k, v in "
@@ -144,6 +144,6 @@ def _unreadable(path: Path, head: bytes, names: Sequence[str], error: Exception)
         )
         load, other = f"torch.load('{path}', map_location='cpu', weights_only=False)", path.with_name(f"{path.stem}-tensors.pth")
         command = f"python -c \"import torch; {keep}; torch.save(keep({load}), '{other}')\""
-        return f"{path} {what}, and reading that could run code; if you trust who made the file, keep its tensors alone: {command}"
+        return f"{path} {what}, and reading this could run code; if you trust the source of the file, extract its tensors: {command}"
     reason = reason.split(". ")[0][:120] if " " in reason else "it is empty" if not head else f"{type(error).__name__} {reason}".strip()
     return f"{path} cannot be read as a checkpoint (truncated, or not one): {reason}"

@@ -1,8 +1,8 @@
-"""Checkpoints of official codes and of timm to modules here, with a report of what was covered.
+"""Load checkpoints of official codes and of timm into our modules, with a report of loaded and missing tensors.
 
-timm's names are this project's names, so `encoder.state_dict()` goes into timm.create_model as it is. What differs
-elsewhere: a container around the tensors, prefixes before every name, a class token or none, another grid, a decoder's names, queries
-apart from keys and values, LayerScale as `gamma_1`.
+This project uses timm's names, so timm.create_model can load `encoder.state_dict()` directly. Other checkpoints may
+differ in: a container around the tensors, prefixes of all names, the class token, the grid, names of the decoder, queries
+separate from keys and values, LayerScale as `gamma_1`.
 """
 
 import re
@@ -20,23 +20,23 @@ from common.positions import resize_positions
 from common.vit import SIZES, ViT
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which official codes save the network
-# What DDP, torch.compile, FSDP, activation checkpointing and Fabric put before a name, at its beginning or within.
+# Prefixes of DDP, torch.compile, FSDP, activation checkpointing and Fabric, at the beginning or inside of a name.
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-# An encoder stands where its patch embedding does.
+# The name of the patch embedding is used to find an encoder.
 ANCHOR = "patch_embed.proj.weight"
-# What is known to be no part of an encoder, by the first part of a name: what follows its blocks, and what pre-training adds.
+# First parts of names that do not belong to an encoder: layers after its blocks, and additions of pre-training.
 NO_PART = re.compile(
     r"(\w*_)?(decoder|heads?|predictor|classifier|criterion|loss)(_\w*)?$|mask\w*$|proj(ector|ection)\w*$"
     r"|(fc|fc_norm|pre_logits|attn_pool|logit_scale|logit_bias|n_averaged|queue|queue_ptr|center)$"
 )
-# What is known to be a part of one, where it stands beside the encoder's own prefix.
+# First parts of names that belong to an encoder; a tensor with such a name outside the encoder's prefix is an error.
 PART = re.compile(r"(blocks|layers|stages|patch_embed|(\w*_)?norm(_\w*)?|\w*_tokens?|\w*pos_embed|rel_pos\w*|rope\w*)$")
 LAYER_SCALE = re.compile(r"blocks\.\d+\.ls[12]\.gamma$")
 RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos\.relative_position_bias_table$")
 
 
 class State(dict[str, Tensor]):
-    """The tensors of a file by name; `notes` say what reading it took off or left out."""
+    """The tensors of a file by name; `notes` list removed prefixes and ignored parts."""
 
     def __init__(self, tensors: Mapping[str, Tensor], path: Path | str = "FILE.pth", notes: Sequence[str] = ()):
         super().__init__(tensors)
@@ -45,9 +45,9 @@ class State(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class Coverage:
-    """What loading did: names of tensors loaded, missing (of the module), unexpected (of the file), reshaped on the way.
+    """Report of loading: names of loaded, missing (in the file), unexpected (not in the module) and reshaped tensors.
 
-    `notes` say which prefixes were taken off, and what was left out on purpose. As text it names at most three of a kind.
+    `notes` list removed prefixes and intentionally ignored tensors. As text it has at most three names of each kind.
     """
 
     loaded: tuple[str, ...]
@@ -66,26 +66,26 @@ class Coverage:
 
 
 def read_checkpoint(path: Path | str, part: str = "") -> State:
-    """The tensors of a .safetensors or torch file, out of the containers that official codes use, without prefixes of every name.
+    """Read the tensors of a .safetensors or torch file, from the containers of official codes, without common prefixes of all names.
 
-    Where a file holds several networks (`encoder`, `predictor` and `target_encoder`, of I-JEPA and StoP) their names come first.
-    `part` takes those below a key or a prefix alone, such as "teacher". Beside a state_dict timm's state_dict_ema is left out.
-    Nothing in the file is executed: of objects that are no tensors (numpy's, paths, dates, options) only that they are there is read.
-    Raises ConversionError for a file that cannot be read so, and for one that holds the same network twice, unless `part` says which.
+    If a file has several networks (`encoder`, `predictor` and `target_encoder` of I-JEPA and StoP), names begin with the network's name.
+    `part` selects only the tensors below a key or a prefix, such as "teacher". timm's state_dict_ema besides a state_dict is ignored.
+    Nothing in the file is executed: objects other than tensors (numpy objects, paths, dates, options) are replaced by placeholders.
+    Raises ConversionError for a file that cannot be read in this way, and for one with the same network twice, unless `part` selects one.
     """
     path = Path(path)
     content, arrays = read_mapping(path)
     notes: list[str] = []
     tensors = _unwrap(_flatten(content if part else _open_containers(content, path, notes)), notes)
     if not tensors:
-        found = "numpy arrays in the place of tensors: save them by torch.from_numpy" if arrays else "no tensors by name"
-        raise ConversionError(f"{path} holds {found}, at its top or under {', '.join(map(repr, CONTAINERS[:2]))}")
+        found = "numpy arrays instead of tensors: convert them by torch.from_numpy" if arrays else "no named tensors"
+        raise ConversionError(f"{path} has {found}, at the top level or under {', '.join(map(repr, CONTAINERS[:2]))}")
     if part:
         below = re.compile(rf"(?:(?:{'|'.join(CONTAINERS)})\.)*?{re.escape(part)}\.")
-        prefixes = {found[0] for name in tensors if (found := below.match(name))}
+        prefixes = {match[0] for name in tensors if (match := below.match(name))}
         if len(prefixes) != 1:
             tops = prefixes or {name.split(".")[0] for name in tensors}
-            raise ConversionError(f"{path} holds {len(prefixes)} networks below {part!r}; choose among {few(tops)}")
+            raise ConversionError(f"{path} has {len(prefixes)} networks below {part!r}; choose one of {few(tops)}")
         (prefix,) = prefixes
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         notes.append(f"{part!r} read")
@@ -93,7 +93,7 @@ def read_checkpoint(path: Path | str, part: str = "") -> State:
 
 
 def _flatten(content: Mapping) -> dict[str, Tensor]:
-    """The tensors of nested mappings by their names behind the keys that lead to them; not those of optimizers."""
+    """The tensors of nested mappings, with the outer keys as prefixes of their names; without those of optimizers."""
     found = {}
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, Tensor):
@@ -104,7 +104,7 @@ def _flatten(content: Mapping) -> dict[str, Tensor]:
 
 
 def _open_containers(content: Mapping, path: Path, notes: list[str]) -> Mapping:
-    """What is in the innermost container. Raises ConversionError where the same network stands beside one on the way."""
+    """The content of the innermost container. Raises ConversionError if the same network is also next to a container."""
 
     def names(held: object) -> set[str]:
         return set(_without_prefix(rename(_flatten(held), {}), [])) if isinstance(held, Mapping) else set()
@@ -112,8 +112,8 @@ def _open_containers(content: Mapping, path: Path, notes: list[str]) -> Mapping:
     while key := next((key for key in CONTAINERS if names(content.get(key))), None):
         own = names(content[key])
         others = [other for other in content if other != key and 2 * len(own & names(content[other])) > len(own)]
-        if key == "state_dict" and others == ["state_dict_ema"]:  # of timm's CheckpointSaver, whose own validation reads state_dict
-            notes.append("state_dict read, state_dict_ema not")
+        if key == "state_dict" and others == ["state_dict_ema"]:  # from timm's CheckpointSaver; timm's validation also reads state_dict
+            notes.append("state_dict read, state_dict_ema ignored")
         elif others:
             raise _which(path, [key, *others])
         content = content[key]
@@ -121,22 +121,22 @@ def _open_containers(content: Mapping, path: Path, notes: list[str]) -> Mapping:
 
 
 def _which(path: Path, parts: Sequence[str]) -> ConversionError:
-    """For a file with several encoders: the question which, and how to take one out."""
+    """The error for a file with several encoders: asks to choose one, with a command that extracts it."""
     named = [repr(part) if part else "one without a prefix" for part in parts]
     part = next(part for part in reversed(parts) if part)
     other = path.with_name(f"{path.stem}-{part.replace('.', '-')}.pth")
     code = f"import torch; from common.convert import read_checkpoint; torch.save(dict(read_checkpoint('{path}', '{part}')), '{other}')"
     listed = f"{', '.join(named[:-1])} and {named[-1]}"
-    return ConversionError(f'{path} holds {len(parts)} encoders, {listed}: which of them? Take one out, such as by python -c "{code}"')
+    return ConversionError(f'{path} has {len(parts)} encoders, {listed}: choose one and extract it, for example by python -c "{code}"')
 
 
 # ---- names
 
 
 def rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Replace the longest matching prefix of each name, after `module.`, `_orig_mod.` and the like are taken off; others stay.
+    """Remove `module.`, `_orig_mod.` and the like, then replace the longest matching prefix of each name; other names are kept.
 
-    Raises ConversionError where two tensors come to the same name.
+    Raises ConversionError if two tensors get the same name.
     """
     ordered = sorted(prefixes, key=len, reverse=True)
     renamed = {}
@@ -145,32 +145,32 @@ def rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str
         prefix = next((p for p in ordered if name.startswith(p)), None)
         name = name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)
         if name in renamed:
-            raise ConversionError(f"two tensors would be called {name}, {full} is one of them: take the network that is not meant out")
+            raise ConversionError(f"two tensors would be called {name}, {full} is one of them: remove the network that is not needed")
         renamed[name] = tensor
     return renamed
 
 
 def _unwrap(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The tensors without `module.`, `_orig_mod.` and the like in their names, which is noted."""
+    """Remove `module.`, `_orig_mod.` and the like from the names, with an entry in `notes`."""
     wrappers = dict.fromkeys(found[0] for name in state for found in WRAPPERS.finditer(name))
-    notes += [f"prefix {' and '.join(map(repr, wrappers))} taken off"] if wrappers else []
+    notes += [f"prefix {' and '.join(map(repr, wrappers))} removed"] if wrappers else []
     return rename(state, {})
 
 
 def _without_prefix(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The tensors without what stands before every name, such as `model.backbone.`, which is noted."""
+    """Remove a prefix that all names have in common, such as `model.backbone.`, with an entry in `notes`."""
     taken, state = "", dict(state)
     while len(state) > 1 and len({name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
         prefix = next(iter(state)).partition(".")[0] + "."
         taken, state = taken + prefix, {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    notes += [f"prefix {taken!r} taken off"] if taken else []
+    notes += [f"prefix {taken!r} removed"] if taken else []
     return state
 
 
 def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with `attn.q` (D rows) and `attn.kv` (2 D rows: keys, then values) of MaPeT's official code as one `attn.qkv`.
+    """Merge `attn.q` (D rows) and `attn.kv` (2 D rows: keys, then values) of MaPeT's official code into one `attn.qkv`.
 
-    Weights and biases alike; all else stays. Raises ConversionError for one of the two without the other, by name.
+    For weights and biases; other tensors are kept. Raises ConversionError, with the name, if one of the two is missing.
     """
     fused = {}
     for name, tensor in state.items():
@@ -181,9 +181,9 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stem, part, kind = apart.groups()
         other = state.get(name_of_other := f"{stem}{'kv' if part == 'q' else 'q'}{kind}")
         q, kv = (tensor, other) if part == "q" else (other, tensor)
-        if other is None or kv.shape != (2 * q.shape[0], *q.shape[1:]):
+        if q is None or kv is None or kv.shape != (2 * q.shape[0], *q.shape[1:]):
             fault = "is missing" if other is None else f"is {tuple(other.shape)}"
-            raise ConversionError(f"{name} {tuple(tensor.shape)} goes with {name_of_other}, which {fault}: take a whole checkpoint")
+            raise ConversionError(f"{name} {tuple(tensor.shape)} needs {name_of_other}, which {fault}: use a complete checkpoint")
         fused[f"{stem}qkv{kind}"] = torch.cat([q, kv])
     return fused
 
@@ -192,19 +192,19 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_encoder(
-    encoder: ViT,
+    encoder: nn.Module,
     state: Mapping[str, Tensor],
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = ("cls_token", "pos_embed"),
 ) -> Coverage:
-    """Load an encoder from names of timm, MAE, DropPos or MaPeT, or from a method of this project, whatever prefix they have. Of I-JEPA
-    and StoP it is the target encoder, which their papers evaluate.
+    """Load an encoder with the names of timm, MAE, DropPos or MaPeT, or from a method of this project, with any prefix. For I-JEPA and
+    StoP, load the target encoder, which their papers evaluate.
 
     The position embedding is resized to the encoder's grid. Decoders, heads and mask tokens are reported as unexpected.
-    allow_missing: tensors of the encoder that the file need not have. allow_unused: tensors of the file's encoder that are left out where
-    this one has no place for them; by default a class token, with its position, and the position embedding of an encoder without one.
-    Raises ConversionError, and changes nothing, where a tensor of either encoder has no counterpart, another shape, a type that is no
-    floating-point number where one is wanted, or values that are not finite, and where the file holds several encoders.
+    allow_missing: tensors of the encoder that may be missing in the file. allow_unused: tensors of the file's encoder that may be ignored
+    if this encoder does not have them; by default the class token, with its position, and the position embedding.
+    Raises ConversionError, and changes nothing, if a tensor of either encoder has no counterpart, another shape, a type that is not
+    floating-point where this is needed, or values that are not finite, and if the file has several encoders.
     """
     notes, wanted = list(getattr(state, "notes", ())), encoder.state_dict()
     inside, outside, beside = _find_encoder(_unwrap(state, notes), getattr(state, "path", Path("FILE.pth")), notes)
@@ -219,12 +219,12 @@ def load_encoder(
     wrong = [name for name in wrong if name not in reshaped]
     _check_architecture(encoder, inside, wanted, missing, [*extra, *beside], wrong)
     _check_values(found, wanted)
-    if reshaped:
+    if reshaped and isinstance(encoder, ViT):
         found["pos_embed"] = _fit_positions(found["pos_embed"].float(), "cls_token" in inside, encoder)
     if "cls_token" in left:
-        notes.append("the file's class token is left out, with its position")
+        notes.append("the file's class token is ignored, with its position")
     if "pos_embed" in left:
-        notes.append("the file's position embedding is left out")
+        notes.append("the file's position embedding is ignored")
     encoder.load_state_dict(found, strict=False)
     unexpected = [*outside, *(name for name in inside if name not in wanted and name not in computed)]
     absent = sorted(name for name in wanted if name not in found)
@@ -232,10 +232,10 @@ def load_encoder(
 
 
 def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mapping[str, str], unused: Sequence[str] = ()) -> Coverage:
-    """Load a whole method from its official names, of which those in `unused` are known to mean nothing.
+    """Load a whole method from a checkpoint with its official names; tensors in `unused` are known to have no effect and are ignored.
 
-    `prefixes` are of names after fuse_qkv. Tensors that the method computes itself, such as the masks of Swin's windows, are compared.
-    Raises ConversionError, and changes nothing, unless every other tensor finds its place, with finite values.
+    `prefixes` apply to names after fuse_qkv. Tensors that the method computes itself, such as the masks of Swin's windows, are compared.
+    Raises ConversionError, and changes nothing, unless all other tensors have a counterpart, with finite values.
     """
     notes, wanted = list(getattr(state, "notes", ())), method.state_dict()
 
@@ -248,7 +248,7 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
         ours = own(_without_prefix(unwrapped, notes))
     ours = {name: tensor for name, tensor in ours.items() if name in wanted or not _computes(method, name, tensor)}
     loaded, unexpected = sorted(ours.keys() & wanted.keys()), sorted(ours.keys() - wanted.keys())
-    # torch before 0.4.1 had no such counters, and nothing here reads them
+    # torch before 0.4.1 did not have these counters, and they are not used here
     missing = sorted(name for name in wanted if name not in ours and not name.endswith("num_batches_tracked"))
     coverage = Coverage(tuple(loaded), tuple(missing), tuple(unexpected), notes=tuple(notes))
     wrong = [name for name in loaded if ours[name].shape != wanted[name].shape]
@@ -266,15 +266,15 @@ def load_method(method: nn.Module, state: Mapping[str, Tensor], prefixes: Mappin
 
 
 def _find_encoder(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The encoder's tensors without prefix, which is noted; names of other networks; and those of them that look like the encoder's.
+    """The encoder's tensors without prefix (added to `notes`); other names; and those of them that look like parts of the encoder.
 
-    Raises ConversionError for several encoders, but for those of I-JEPA and StoP, of which it is the target encoder.
+    Raises ConversionError for several encoders, except for I-JEPA and StoP, where the target encoder is taken.
     """
     stems = [name.removesuffix(ANCHOR) for name in state if name == ANCHOR or name.endswith(f".{ANCHOR}")]
     stems = [stem for stem in stems if not any(NO_PART.match(word) for word in stem.split(".") if word)]
     released = any(name.startswith("predictor.predictor_") for name in state)
     if released and "target_encoder." not in stems:
-        raise ConversionError("this is a checkpoint of I-JEPA or StoP without a target_encoder, by which they are judged; take a whole one")
+        raise ConversionError("this checkpoint of I-JEPA or StoP has no target_encoder, which is needed for evaluation; use a complete one")
     if released:
         stems = ["target_encoder."]
         state = {name: tensor for name, tensor in state.items() if name.startswith("target_encoder.")}
@@ -283,16 +283,16 @@ def _find_encoder(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> 
     if len(stems) > 1:
         raise _which(path, [stem.removesuffix(".") for stem in stems])
     prefix = stems[0] if stems else "encoder." if any(name.startswith("encoder.") for name in state) else ""
-    notes += [f"prefix {prefix!r} taken off"] if prefix else []
+    notes += [f"prefix {prefix!r} removed"] if prefix else []
     outside = [name for name in state if not name.startswith(prefix)]
-    parents = [prefix[: match.start()] for match in re.finditer(r"(?<![^.])\w", prefix)][::-1]  # of "a.b.c.": "a.b.", "a.", ""
+    parents = [prefix[: match.start()] for match in re.finditer(r"(?<![^.])\w", prefix)][::-1]  # for "a.b.c.": "a.b.", "a.", ""
     words = {name: name.removeprefix(next(p for p in parents if name.startswith(p))).split(".")[0] for name in outside}
     beside = [name for name, word in words.items() if PART.match(word) and not NO_PART.match(word)]
     return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, outside, beside
 
 
 def _computes(module: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether the module has the same tensor of that name without keeping it in its state: a function of its architecture."""
+    """Whether the module has an equal tensor of this name that is not in its state dict, because the architecture determines it."""
     owner, _, leaf = name.rpartition(".")
     try:
         own = getattr(module.get_submodule(owner), leaf, None)
@@ -302,17 +302,17 @@ def _computes(module: nn.Module, name: str, tensor: Tensor) -> bool:
 
 
 def _check_values(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise ConversionError for tensors of another kind than the module's, and for values that are not finite in the module's type."""
+    """Raise ConversionError for tensors of another kind than in the module, and for values that are not finite in the module's dtype."""
     for name, tensor in found.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
         if not dense or tensor.is_complex() or tensor.is_floating_point() != wanted[name].is_floating_point():
             form = kind if dense else "without values (meta)" if tensor.is_meta else f"{kind}, quantised or sparse"
             own = str(wanted[name].dtype).removeprefix("torch.")
-            raise ConversionError(f"{name} is {form} in the file and {own} here: take a checkpoint with plain floating-point weights")
+            raise ConversionError(f"{name} is {form} in the file and {own} here: use a checkpoint with plain floating-point weights")
     spoiled = [name for name, tensor in found.items() if not tensor.to(wanted[name].dtype).isfinite().all()]
     if spoiled:
-        raise ConversionError(f"{len(spoiled)} of {len(found)} tensors are not finite: {few(spoiled)}; take an earlier checkpoint")
+        raise ConversionError(f"{len(spoiled)} of {len(found)} tensors are not finite: {few(spoiled)}; use an earlier checkpoint")
 
 
 def _check_architecture(
@@ -323,14 +323,14 @@ def _check_architecture(
     extra: Sequence[str],
     wrong: Sequence[str],
 ) -> None:
-    """Raise ConversionError where the encoder in the file is another one: how it differs, and the --set by which it would fit.
+    """Raise ConversionError if the encoder in the file has another architecture, with the differences and the --set options that fit.
 
-    Of the encoder's names `missing` are not in the file, `extra` are in the file alone, and `wrong` have other shapes there.
+    `missing` names are only in the encoder, `extra` names are only in the file, and `wrong` names have other shapes in the file.
     """
     if missing and not any(name in wanted for name in file):
         raise ConversionError(f"the file has none of the encoder's {len(wanted)} names, but {len(file)} others: {few(file)}")
     causes: list[str] = []
-    fits, settings, explained = True, {}, set()
+    fits, settings, explained = True, dict[str, Any](), set[str]()
 
     def differ(cause: str, change: Mapping[str, Any] | None, names: Iterable[str] = ()) -> None:
         nonlocal fits
@@ -381,21 +381,21 @@ def _check_architecture(
     elif "pos_embed" in missing:
         differ("no position embedding in the file, one here", {"encoder.position": "none"})
     if "norm.weight" in missing and "fc_norm.weight" in file:
-        differ("the last norm after pooling (fc_norm) in the file, before it here: take the checkpoint before fine-tuning", None)
+        differ("the last norm after pooling (fc_norm) in the file, before it here: use the checkpoint before fine-tuning", None)
     missing, extra, wrong = ([name for name in names if name not in explained] for names in (missing, extra, wrong))
     if not (causes or missing or extra or wrong):
         return
     causes += [f"{few([f'{n}: {tuple(file[n].shape)} in the file, {tuple(wanted[n].shape)} here' for n in wrong])}"] if wrong else []
     details = [f"{len(missing)} missing of {len(wanted)}; missing: {few(missing)}"] if missing else []
-    details += [f"{len(extra)} in the file without a place here: {few(extra)}"] if extra else []
+    details += [f"{len(extra)} in the file but not here: {few(extra)}"] if extra else []
     wholly = fits and settings and not extra and not wrong and isinstance(encoder, ViT)
     hint = [" ".join(f"--set {name}={value}" for name, value in settings.items()) + " would fit"] if wholly else []
-    begin = "the checkpoint is of another architecture" if causes else "the checkpoint does not cover the encoder"
+    begin = "the checkpoint has another architecture" if causes else "the checkpoint does not cover the encoder"
     raise ConversionError(f"{begin}: {'; '.join([*causes, *hint, *details])}")
 
 
 def _depths(file: Iterable[str], module: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Of each row of blocks whose number differs, such as "blocks" or "layers.2.blocks", how many the file and the module have."""
+    """The number of blocks in the file and in the module, for each sequence where it differs, such as "blocks" or "layers.2.blocks"."""
 
     def count(names: Iterable[str]) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -409,20 +409,20 @@ def _depths(file: Iterable[str], module: Iterable[str]) -> dict[str, tuple[int, 
 
 
 def _is_table(embedding: Tensor, encoder: nn.Module) -> bool:
-    """Whether this is a position embedding for the encoder on another grid, or with a class token more or less."""
+    """Whether this is a position embedding for the encoder with another grid, or with or without a class token."""
     return isinstance(encoder, ViT) and embedding.ndim == 3 and embedding.shape[::2] == (1, encoder.width)
 
 
 def _fit_positions(embedding_1TD: Tensor, class_token: bool, encoder: ViT) -> Tensor:
-    """A position embedding with or without a class token's row, for the encoder's grid and class token."""
-    if class_token and embedding_1TD.shape[1] == encoder.grid[0] * encoder.grid[1]:  # a class token without a position, as DeiT III's
+    """Adapt a position embedding, with or without the row of a class token, to the encoder's grid and class token."""
+    if class_token and embedding_1TD.shape[1] == encoder.grid[0] * encoder.grid[1]:  # a class token without a position, as in DeiT III
         embedding_1TD = torch.cat([torch.zeros_like(embedding_1TD[:, :1]), embedding_1TD], dim=1)
     prefix, patches = embedding_1TD[:, : int(class_token)], embedding_1TD[:, int(class_token) :]
     side = isqrt(patches.shape[1])
     if side * side != patches.shape[1]:
-        raise ConversionError(f"pos_embed of {patches.shape[1]} patches is no square grid, so it cannot be resized to {encoder.grid}")
+        raise ConversionError(f"pos_embed of {patches.shape[1]} patches is not a square grid, so it cannot be resized to {encoder.grid}")
     if (side, side) != encoder.grid:
         patches = resize_positions(patches, (side, side), encoder.grid, prefix_tokens=0)
-    if encoder.prefix_tokens and not class_token:
+    if encoder.prefix_tokens and not class_token and encoder.pos_embed is not None:
         prefix = encoder.pos_embed[:, :1].detach().cpu()
     return torch.cat([prefix[:, : encoder.prefix_tokens], patches], dim=1)

@@ -1,4 +1,4 @@
-"""Where a number comes from: the commit of the code, the versions of what it builds on, and the device."""
+"""The environment of a result: the commit of the code, the versions of its dependencies, and the device."""
 
 import os
 import platform
@@ -12,12 +12,12 @@ import torch
 PACKAGES = ("torch", "timm", "lightning", "numpy")
 
 ROOT = Path(__file__).resolve().parents[1]
-# Recording a result, drawing it or writing it into a README does not change what the next run computes.
+# Changes of recorded results, pictures and READMEs do not change the next run.
 NOT_CODE = (":(exclude)*results.csv", ":(exclude)*/speed/*.csv", ":(exclude)*/logs/*", ":(exclude)*.png", ":(exclude)*.md")
 
 
 def commit() -> str:
-    """The commit of this code, "+dirty" behind it where code is not committed; "unknown" where this is no git checkout."""
+    """The commit of this code, with "+dirty" if code is not committed; "unknown" outside a git checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
@@ -32,12 +32,12 @@ def commit() -> str:
 
 
 def versions() -> str:
-    """The versions that numbers depend on most, in one line for a row."""
+    """The versions on which results depend most, as one line for a table row."""
     return f"torch {version('torch')}, timm {version('timm')}, python {platform.python_version()}"
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, without the machine's name: NVIDIA H100 80GB HBM3, or 2-core Intel Xeon (AVX512-BF16)."""
+    """The device, without the machine's name: NVIDIA H100 80GB HBM3, or 2-core Intel Xeon (AVX512-BF16)."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -47,13 +47,13 @@ def device_name(device: torch.device) -> str:
     model = facts.get("model name") or platform.processor() or platform.machine()
     model = " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", model, flags=re.IGNORECASE).split())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # These two decide whether bf16 is fast, so the same model name with and without them is not the same device.
+    # bf16 is fast only with one of these two, so devices with and without them must have different names.
     extras = [name for name in ("AMX-BF16", "AVX512-BF16") if name.lower().replace("-", "_") in facts.get("flags", "").split()]
     return f"{cores}-core {model}" + (f" ({', '.join(extras)})" if extras else "")
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What a run's environment.json holds: code, versions and machine."""
+    """The content of environment.json: commit, versions and device."""
     return {
         "commit": commit(),
         "versions": versions(),

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and locks."""
+"""Atomic writes of files, and locks."""
 
 import errno
 import fcntl
@@ -13,15 +13,15 @@ log = logging.getLogger(__name__)
 
 
 def partial(path: Path) -> Path:
-    """Where a file is written before it takes its name."""
+    """The temporary path of a file, before it is renamed."""
     return path.with_name(path.name + ".partial")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to the path that is given out; at the end it is forced to disk and renamed to `path`.
+    """Yield a temporary path to write to; at the end of the block the file is synced to disk and renamed to `path`.
 
-    A crash at any moment leaves the old file or the new one. Where writing fails the old one stays, and the error goes on.
+    A crash at any moment leaves the old file or the new one. If writing fails, the old file is kept and the error is raised.
     """
     temporary = partial(path)
     try:
@@ -33,13 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the new name, too, is on disk
+        os.fsync(directory)  # also sync the new name to disk
     finally:
         os.close(directory)
 
 
 def digest(path: Path) -> str:
-    """The content of a file, or of all files in a folder with their names: 16 hexadecimal digits of its SHA-256."""
+    """The first 16 hexadecimal digits of the SHA-256 of a file, or of the names and contents of all files in a folder."""
     found = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -56,10 +56,10 @@ class Locked(RuntimeError):
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, which is made where it is missing, until the end of the block.
+    """Hold an exclusive lock on the file `path` until the end of the block; the file is created if missing.
 
-    Where another process holds it: wait for it, or raise Locked. The lock ends with the process, however that ends. On a file system
-    without locks (some network file systems) a warning says so, and the block runs without one.
+    If another process holds the lock, wait for it, or raise Locked. The lock is released when the process ends, in any way. On a file
+    system without locks (some network file systems) a warning is logged, and the block runs without a lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:

@@ -1,6 +1,6 @@
-"""What a token may see, always as indices or ranks, never as a tokens x tokens mask.
+"""Masks as indices or ranks of tokens, never as a tokens x tokens matrix.
 
-Shapes: B images, N tokens, M kept tokens. Of multi-block masks: G target blocks of T cells, H x W cells of the grid.
+Shapes: B images, N tokens, M kept tokens. In multi-block masks: G target blocks of T cells, H x W cells of the grid.
 """
 
 import itertools
@@ -15,9 +15,9 @@ from common.randomness import generator
 
 
 def kept_tokens(tokens: int, hidden_ratio: float, name: str) -> int:
-    """How many of `tokens` remain when the fraction `hidden_ratio` is hidden: int(tokens * (1 - ratio)), as MAE and DropPos.
+    """Number of tokens that remain if the fraction `hidden_ratio` is masked: int(tokens * (1 - ratio)), as in MAE and DropPos.
 
-    Raises ValueError, with the argument's `name`, for a ratio outside [0, 1] and for one that leaves nothing.
+    Raises ValueError, with the argument's `name`, for a ratio outside [0, 1] and for one that leaves no token.
     """
     if type(hidden_ratio) not in (int, float) or not 0 <= hidden_ratio <= 1:
         raise ValueError(f"{name}={hidden_ratio!r} is not a fraction between 0 and 1")
@@ -39,26 +39,26 @@ def permutation_ranks(order_BN: Tensor) -> Tensor:
 
 
 def gather_tokens(x_BND: Tensor, index_BM: Tensor) -> Tensor:
-    """The tokens x[b, index[b, m]], (B, M, D). x may have one image (B = 1) for an index of many."""
+    """The tokens x[b, index[b, m]], (B, M, D). x may have one image (B = 1) for an index of several images."""
     x_BND = x_BND.expand(index_BM.shape[0], -1, -1)
     return x_BND.gather(1, index_BM[:, :, None].expand(-1, -1, x_BND.shape[2]))
 
 
 class MultiBlock:
-    """I-JEPA's masks (Assran et al. 2023, section 3): `blocks` target blocks per image, and a context that holds nothing of them.
+    """I-JEPA's masks (Assran et al. 2023, section 3): `blocks` target blocks per image, and a context that excludes their cells.
 
-    A target covers a fraction of the grid within `target_scale`, at an aspect ratio (height / width, relative to the grid's) within
-    `target_aspect`. The context is cut from a block of the grid's shape that covers a fraction within `context_scale`. All images of a step
-    have blocks of the same size.
+    A target covers a fraction of the grid within `target_scale`, with an aspect ratio (height / width, relative to that of the grid) within
+    `target_aspect`. The context is part of a block with the grid's shape that covers a fraction within `context_scale`. All images of a
+    step have blocks of the same size.
 
-    sampling="uniform": every cell can be target and context. Sizes are drawn from all that there are, and so are places. Every context
-    has int(context_ratio N) cells, drawn from those that it may have; where these are too few others follow, those of targets last.
+    sampling="uniform": every cell can be target or context. Sizes and places are drawn uniformly from all that are possible. Each context
+    has int(context_ratio N) cells, drawn from the allowed ones; if these are too few, other cells are added, target cells last.
 
-    sampling="released": what the official collators draw from the same state of torch's CPU generator, number for number. Scale and
-    aspect follow from one draw; the last row and column stay empty; a context of `min_keep` cells or fewer is drawn again, and after
-    each 20 times may overlap with one more target; the contexts of a batch are cut to the shortest, which takes their last rows away.
+    sampling="released": draws exactly the masks of the official collators for the same state of torch's CPU generator. One draw sets scale
+    and aspect; the last row and column are never used; a context with `min_keep` cells or fewer is drawn again, and after every 20 tries
+    may overlap with one more target; the contexts of a batch are truncated to the shortest, which removes their last rows.
 
-    Raises ValueError where the grid has no such blocks, and says what fits.
+    Raises ValueError if the grid has no such blocks, with values that fit.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MultiBlock:
             raise ValueError(f"masks={sampling!r} is not known; choose 'uniform' or 'released'")
         for name, (low, high) in {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}.items():
             if not 0 < low <= high or ("scale" in name and high > 1):
-                raise ValueError(f"{name}=({low}, {high}) is no range from a smaller to a larger number above 0; of a scale, up to 1")
+                raise ValueError(f"{name}=({low}, {high}) is not a range (low, high) with 0 < low <= high; a scale is at most 1")
         self.grid, self.cells, self.sampling, self.blocks, self.min_keep = grid, grid[0] * grid[1], sampling, blocks, min_keep
         self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
         if sampling == "released":
@@ -91,8 +91,8 @@ class MultiBlock:
             raise ValueError(f"context_ratio={context_ratio} of {self.cells} cells, of which one target takes up to {largest}: use {fit}")
 
     def __call__(self, images: int, step: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Cells of the contexts (B, M), in ascending order, and of the targets (G, B, T). Sizes depend on the step alone, so that all
-        processes agree, places on the global generators."""
+        """Return the cells of the contexts (B, M), in ascending order, and of the targets (G, B, T). Sizes depend only on the step, so
+        that all processes agree; places are drawn from the global generators."""
         return self._released(images, step, device) if self.sampling == "released" else self._uniform(images, step, device)
 
     def _uniform(self, images: int, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class MultiBlock:
 
     def _released(self, images: int, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         target, context = self._released_sizes(*torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist())
-        # Each target and each try of a context takes two draws. How many tries an image needs shows when the images before it are done.
+        # Each target and each try of a context takes two draws. The tries of an image are known only after those of the images before it.
         draws, failures_B = _raw_draws(2 * (self.blocks + 1) * images), torch.zeros(images, dtype=torch.int64)
         while True:
             tried_B = failures_B.cumsum(0)
@@ -129,13 +129,13 @@ class MultiBlock:
         return context_BM.to(device, non_blocking=True), self._block_cells(corner_GB2, target).to(device, non_blocking=True)
 
     def _corners(self, size: Grid, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-        """Top and left of blocks anywhere on the grid, (*shape, 2)."""
+        """Draw top and left of blocks anywhere on the grid, (*shape, 2)."""
         draws = torch.rand(*shape, 2, device=device).unbind(-1)
-        places = (side - block + 1 for side, block in zip(self.grid, size, strict=True))  # numbers: a tensor of them would wait for a GPU
+        places = (side - block + 1 for side, block in zip(self.grid, size, strict=True))  # plain numbers: a tensor would wait for the GPU
         return torch.stack([draw * count for draw, count in zip(draws, places, strict=True)], -1).long()
 
     def _released_corners(self, draws: Tensor, first: Tensor, size: Grid) -> Tensor:
-        """As `_corners`, from the two draws that begin at each index `first`; never at the far end."""
+        """As `_corners`, from the two draws at each index `first`; never in the last row or column."""
         places = torch.tensor([side - block for side, block in zip(self.grid, size, strict=True)])
         return torch.stack([draws[first], draws[first + 1]], -1) % places
 
@@ -154,7 +154,7 @@ class MultiBlock:
         return ((top + down[:, None]) * self.grid[1] + left + right).flatten(-2)
 
     def _sizes(self, name: str, scale: tuple[float, float], aspect: tuple[float, float]) -> list[Grid]:
-        """All sizes of blocks within the ranges."""
+        """All block sizes within the ranges."""
         (H, W), slack = self.grid, 1e-9
         ratios = {(h, w): h * W / (w * H) for h, w in itertools.product(range(1, H + 1), range(1, W + 1))}
         fraction = {size: math.prod(size) / self.cells for size in ratios if aspect[0] - slack <= ratios[size] <= aspect[1] + slack}
@@ -163,33 +163,33 @@ class MultiBlock:
             nearest = min(fraction, key=lambda size: max(scale[0] - fraction[size], fraction[size] - scale[1]), default=self.grid)
             fits = f"({min(scale[0], fraction.get(nearest, 1)):.3g}, {max(scale[1], fraction.get(nearest, 1)):.3g})"
             raise ValueError(
-                f"{name}={scale}: a grid of {H} x {W} cells has no block of such a fraction and of a height / width from {aspect[0]} to "
+                f"{name}={scale}: a grid of {H} x {W} cells has no block with this fraction and a height / width from {aspect[0]} to "
                 f"{aspect[1]}; the nearest is {nearest[0]} x {nearest[1]}: use a larger grid, or {name}={fits}"
             )
         return found
 
     def _released_sizes(self, target_draw: float, context_draw: float) -> tuple[Grid, Grid]:
         """Height and width of the targets and of the contexts, from a uniform number for each."""
-        sizes = []
+        sizes: list[Grid] = []
         for draw, scale, aspect in (target_draw, self.target_scale, self.target_aspect), (context_draw, self.context_scale, (1.0, 1.0)):
             fraction, ratio = (low + draw * (high - low) for low, high in (scale, aspect))
             area = int(self.cells * fraction)
-            sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            sizes.append(tuple(min(side, limit - 1) for side, limit in zip(sides, self.grid, strict=True)))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            sizes.append((min(height, self.grid[0] - 1), min(width, self.grid[1] - 1)))
         return sizes[0], sizes[1]
 
     def _check_released(self) -> None:
-        """The official collators never return where a block cannot have more than `min_keep` cells."""
+        """Raise ValueError if a block cannot have more than `min_keep` cells: the official collators would never return."""
         smallest = min((size for draw in range(1000) for size in self._released_sizes(draw / 1000, draw / 1000)), key=math.prod)
         if math.prod(smallest) <= self.min_keep:
             fits = f"use min_keep={math.prod(smallest) - 1} or less" if math.prod(smallest) else "use a larger grid"
             raise ValueError(
-                f"min_keep={self.min_keep}: on a grid of {self.grid[0]} x {self.grid[1]} cells there are blocks of {smallest[0]} x "
-                f"{smallest[1]}, not more than that, and the released sampling would try for ever: {fits}, or masks='uniform'"
+                f"min_keep={self.min_keep}: on a grid of {self.grid[0]} x {self.grid[1]} cells some blocks have only {smallest[0]} "
+                f"x {smallest[1]} cells, and the released sampling would never end: {fits}, or masks='uniform'"
             )
 
 
 def _raw_draws(count: int) -> Tensor:
-    """The next `count` (even) 32-bit numbers of torch's CPU generator, of which torch.randint takes one each, modulo its range."""
+    """The next `count` (even) 32-bit numbers of torch's CPU generator; torch.randint uses one of them per draw, modulo its range."""
     pairs = torch.empty(count // 2, dtype=torch.int64).random_(-(2**63), None)
     return torch.stack([pairs >> 32 & 0xFFFFFFFF, pairs & 0xFFFFFFFF], 1).flatten()

@@ -1,16 +1,16 @@
-"""What a method is: a module that turns images into an Output, with the `encoder` that is kept in the end.
+"""The interface of a method: a module that maps images to an Output, with the `encoder` that is exported at the end.
 
     class Method(nn.Module):
         encoder: ViT
         def forward(self, images, targets=None) -> Output
-        def at_step(self, step, total_steps) -> None      # schedules of the method's own; optional
-        def after_step(self, step, total_steps) -> None   # what follows the optimizer's step, such as a teacher's average; optional
+        def at_step(self, step, total_steps) -> None      # before each step, for the method's own schedules; optional
+        def after_step(self, step, total_steps) -> None   # after each optimizer step, for example to update an EMA teacher; optional
 
-The training loop, the checkpoints and the evaluations ask for nothing else. Random draws that a test must be able to
-replace are keyword arguments of forward that default to drawing.
+The training loop, the checkpoints and the evaluations need nothing else. Random draws that a test must be able to
+replace are keyword arguments of forward; by default forward draws them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -20,10 +20,10 @@ from torch import Tensor
 class Output:
     """loss: scalar, float32, to be minimised. named: intermediate tensors, for pictures and tests.
 
-    metrics: detached scalars, logged as means over the steps since the last log entry. A costly one is a function without arguments that
-    returns the scalar: it is called only in steps that are logged, and logged for that step alone.
+    metrics: detached scalars, logged as means over the steps since the last log entry. An expensive metric can be a function without
+    arguments that returns the scalar: it is called only in logged steps, and its value is logged for that step alone.
     """
 
     loss: Tensor
-    metrics: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
     named: dict[str, Tensor] = field(default_factory=dict)

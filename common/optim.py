@@ -1,26 +1,27 @@
-"""Optimizers, parameter groups and the schedules of rate and weight decay: timm's, chosen as the papers have them."""
+"""Optimizers, parameter groups and the schedules of learning rate and weight decay: from timm, with the settings of the papers."""
 
 import math
 
 import torch
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from common.recipe import TrainConfig
 
 
 def make_optimizer(model: nn.Module, stage: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, SGD with Nesterov's momentum, or LARS with trust coefficient 0.001, on the model's trainable parameters.
+    """Create AdamW, SGD with Nesterov momentum, or LARS with trust coefficient 0.001, for the model's trainable parameters.
 
-    Biases and one-dimensional parameters have no weight decay (nor, with LARS, a trust ratio), and neither has what
-    `model.no_weight_decay()` names. Class and mask tokens do have it in pre-training, as in MAE and DropPos. With layer
-    decay, group i of the n that `model.group_matcher` defines learns at decay^(n - 1 - i) of the rate. A model that trains
-    several things at several rates says so itself, in `model.parameter_groups()`.
+    Biases and one-dimensional parameters have no weight decay (nor, with LARS, a trust ratio); the parameters named in
+    `model.no_weight_decay()` have no weight decay. Class and mask tokens have it in pre-training, as in MAE and DropPos. With
+    layer decay, group i of the n groups of `model.group_matcher` has decay^(n - 1 - i) times the learning rate. A model with
+    several learning rates defines its groups in `model.parameter_groups()`.
     """
-    undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    if hasattr(model, "parameter_groups"):
-        groups = model.parameter_groups()
+    undecayed = getattr(model, "no_weight_decay", lambda: ())()
+    if own_groups := getattr(model, "parameter_groups", None):
+        groups = own_groups()
     elif stage.layer_decay is not None:
         groups = param_groups_layer_decay(model, stage.weight_decay, no_weight_decay_list=undecayed, layer_decay=stage.layer_decay)
     else:
@@ -29,7 +30,7 @@ def make_optimizer(model: nn.Module, stage: TrainConfig) -> torch.optim.Optimize
         return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, fused=True)
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.betas[0], nesterov=True)
-    # MAE scales every matrix by its trust ratio even without weight decay, and never a bias; timm asks per group.
+    # MAE scales every matrix by its trust ratio, even without weight decay, and never a bias; timm has this option per group.
     groups = [
         {**group, "params": parameters, "always_adapt": matrices}
         for group in groups
@@ -40,12 +41,12 @@ def make_optimizer(model: nn.Module, stage: TrainConfig) -> torch.optim.Optimize
 
 
 class Schedule:
-    """The learning rate and the weight decay of each step, set by `step_update(step)`. They depend on the step alone: nothing to save.
+    """The learning rate and the weight decay of each step, set by `step_update(step)`. They depend only on the step: nothing to save.
 
-    lr(t) = lr0 + (lr - lr0) t / w for t < w, the steps of warm-up: at most half, so that a run shortened for a try still comes down. Then
-    min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, where T is the steps of `epochs`, or with `milestones` 0.1x after each;
-    with `cosine_from_start`, timm's default, t / T in place of (t - w) / (T - w). Likewise the weight decay, from its value to
-    the final one, over T. From `freeze_epoch`, or else from T on, t stands still: that is the cool-down.
+    Warm-up: lr(t) = lr0 + (lr - lr0) t / w for t < w steps; w is at most T / 2, so that short test runs also decay. Then
+    min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, where T is the number of steps in `epochs`; with `cosine_from_start`,
+    timm's default, t / T replaces (t - w) / (T - w). With `milestones`, 0.1x after each instead. The weight decay follows the same
+    cosine over T, from its value to the final one. From `freeze_epoch`, or by default from T on, t is constant (cool-down).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, stage: TrainConfig, steps_per_epoch: int):
@@ -53,9 +54,10 @@ class Schedule:
         self.last = self.total if stage.freeze_epoch is None else int(stage.freeze_epoch * steps_per_epoch)
         self.decays = [group["weight_decay"] for group in optimizer.param_groups]
         warmup = min(int(stage.warmup_epochs * steps_per_epoch), self.total // 2)
-        common = {"warmup_t": warmup, "warmup_lr_init": stage.warmup_lr, "t_in_epochs": False}
-        if stage.milestones:  # timm's milestones come a step early
-            self.rate = MultiStepLRScheduler(optimizer, [epoch * steps_per_epoch + 1 for epoch in stage.milestones], 0.1, **common)
+        common: dict = {"warmup_t": warmup, "warmup_lr_init": stage.warmup_lr, "t_in_epochs": False}
+        if stage.milestones:  # timm applies milestones one step early
+            steps = [epoch * steps_per_epoch + 1 for epoch in stage.milestones]
+            self.rate: Scheduler = MultiStepLRScheduler(optimizer, steps, 0.1, **common)
         else:
             start = 0 if stage.cosine_from_start else warmup
             self.rate = CosineLRScheduler(optimizer, self.total - start, lr_min=stage.min_lr, warmup_prefix=start > 0, **common)
@@ -66,5 +68,5 @@ class Schedule:
         if self.stage.final_weight_decay is not None:
             fraction = (1 + math.cos(math.pi * step / self.total)) / 2
             for group, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
-                if decay:  # biases stay without
+                if decay:  # biases have no weight decay
                     group["weight_decay"] = self.stage.final_weight_decay + (decay - self.stage.final_weight_decay) * fraction

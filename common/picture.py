@@ -1,10 +1,12 @@
-"""Pictures of what a model believes about positions, and of what it tells of hidden patches."""
+"""Pictures of a model's predictions: positions of patches, and features or tokens of masked patches."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -24,11 +26,11 @@ def draw_positions(
     data: Data,
     path: Path,
 ) -> None:
-    """Write a picture with a row per image: the image, what the model saw, and its dropped patches where the model puts them.
+    """Write a picture with a row per image: the image, the model's input, and the dropped patches at their predicted cells.
 
-    cell (B, V) is the true cell of each visible patch, predicted (B, V) the model's, dropped (B, V) is true where the position was
-    dropped, framed (B, V) where a patch has a golden frame in the middle column, under the caption. Green frames are right, red ones wrong;
-    where several patches are put into one cell the last is drawn.
+    cell (B, V) is the target cell of each visible patch, predicted (B, V) the predicted cell, dropped (B, V) is true if the position was
+    dropped, framed (B, V) if a patch has a golden frame in the middle column, under the caption. Correct predictions have green frames,
+    wrong ones red frames; if several patches have the same predicted cell, the last is drawn.
     """
     pixels_BCHW = _as_pixels(images_BCHW, data)
     patches_BNP = patchify(pixels_BCHW, patch)
@@ -63,7 +65,7 @@ def draw_blocks(
     """Write a picture with a row per image: the image, its context, and each target block coloured by its similarity.
 
     context (B, M) and cell (G, B, T) are the cells of contexts and blocks; similarity (G, B, T) is the cosine similarity of the predicted
-    and the target features of each hidden patch, from -1 to 1.
+    and the target features of each target patch, from -1 to 1.
     """
     pixels_BCHW, columns = _as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
     patches_BNP = patchify(pixels_BCHW, patch)
@@ -86,9 +88,9 @@ def draw_blocks(
 
 
 def draw_tokens(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_BQ: Tensor, right_BQ: Tensor, data: Data, path: Path) -> None:
-    """Write a picture with a row per image: the image, its context, and its hidden patches with their place in the order of prediction.
+    """Write a picture with a row per image: the image, its context, and its masked patches numbered in the order of prediction.
 
-    context (B, M) and cell (B, Q) are the cells that are seen and those that are predicted, in this order; right (B, Q) is true where the
+    context (B, M) and cell (B, Q) are the visible cells and the predicted cells, in the order of prediction; right (B, Q) is true if the
     token is predicted correctly: a green frame, else a red one.
     """
     pixels_BCHW, columns = _as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
@@ -114,12 +116,12 @@ def draw_tokens(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_BQ: Te
 
 
 def draw_codewords(patches: dict[str, list[Tensor]], most: int, data: Data, path: Path) -> None:
-    """Write a picture with a row of patches (C, P, P) under each name, the nearest to a code first, at most so many; two names abreast."""
+    """Write a picture with a row of patches (C, P, P) under each name, the nearest to a code first, at most `most`; in two columns."""
     rows = -(-len(patches) // 2)
-    # patches are white and grey, so the ground is neither
+    # patches may be white or grey, so the background has another colour
     figure = Figure(figsize=(0.9 * most + 0.4, 0.72 * rows + 0.4), layout="constrained", facecolor="lightsteelblue")
     axes = figure.subplots(rows, 2, squeeze=False).T.ravel()
-    for axis, (name, shown) in itertools.zip_longest(axes, patches.items(), fillvalue=("", [])):
+    for axis, (name, shown) in zip(axes, itertools.chain(patches.items(), itertools.repeat(("", []))), strict=False):
         for place, patch in enumerate(shown):
             pixels, extent = _as_pixels(patch[None], data)[0], (place, place + 0.92, 0, 0.92)
             axis.imshow(_channels_last(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
@@ -135,8 +137,8 @@ def _as_pixels(images_BCHW: Tensor, data: Data) -> Tensor:
     return (images_BCHW.float().cpu() * std + mean).clamp(0, 1)
 
 
-def _assemble(image_CHW: Tensor, patch: int, placed, columns: int) -> Tensor:
-    """A canvas, mid-grey where no patch is put, of the same size as the image."""
+def _assemble(image_CHW: Tensor, patch: int, placed: Iterable[tuple[int, Tensor]], columns: int) -> Tensor:
+    """Draw patches at their cells on a mid-grey canvas of the same size as the image."""
     canvas = torch.full_like(image_CHW, 0.45)
     for cell, pixels in placed:
         top, left = divmod(cell, columns)
@@ -148,8 +150,8 @@ def _channels_last(image_CHW: Tensor) -> numpy.ndarray:
     return image_CHW.permute(1, 2, 0).squeeze(-1).numpy()
 
 
-def _frame(axis, cell: int, columns: int, patch: int, color: str) -> None:
-    """A frame just inside its patch, so that neighbours do not draw each other's."""
+def _frame(axis: Axes, cell: int, columns: int, patch: int, color: str) -> None:
+    """Draw a frame just inside its patch, so that frames of neighbours do not overlap."""
     (top, left), inset = divmod(cell, columns), 0.05 * patch
     corner = left * patch - 0.5 + inset, top * patch - 0.5 + inset
     axis.add_patch(Rectangle(corner, patch - 2 * inset, patch - 2 * inset, fill=False, edgecolor=color, linewidth=1.2))

@@ -1,4 +1,4 @@
-"""Where a token is: position embeddings and position targets on a grid of height x width cells, in row-major order.
+"""Position embeddings and position targets on a grid of height x width cells, in row-major order.
 
 Shapes: L cells (height * width), D width.
 """
@@ -16,7 +16,7 @@ def sincos_2d(grid: Grid, width: int, temperature: float = 10_000.0) -> Tensor:
     """Fixed 2-D sine-cosine embedding, (L, width), as in MAE: the first half encodes the column, the second the row.
 
     Each half is [sin | cos] over width/4 frequencies temperature^(-k / (width/4)).
-    Raises ValueError where the width is no multiple of 4.
+    Raises ValueError if the width is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"a 2-D sine-cosine embedding needs a width that is a multiple of 4, got {width}")
@@ -27,17 +27,17 @@ def sincos_2d(grid: Grid, width: int, temperature: float = 10_000.0) -> Tensor:
 
 
 def resize_positions(embedding_1TD: Tensor, old: Grid, new: Grid, prefix_tokens: int) -> Tensor:
-    """A position embedding (1, prefix + L, D) interpolated (bicubic) from one grid to another; prefix tokens stay as they are."""
+    """Interpolate a position embedding (1, prefix + L, D) from one grid to another (bicubic); prefix tokens are unchanged."""
     return resample_abs_pos_embed(embedding_1TD, new_size=list(new), old_size=list(old), num_prefix_tokens=prefix_tokens)
 
 
 def absolute_targets(grid: Grid) -> Tensor:
-    """The class of each token when a position is its own class: (L,), 0 .. L-1."""
+    """The target class of each token for absolute positions: (L,), 0 .. L-1."""
     return torch.arange(grid[0] * grid[1])
 
 
 def relative_targets(grid: Grid) -> Tensor:
-    """The class of each ordered pair of tokens by its offset, (L, L), in Swin's numbering of (2h-1)(2w-1) offsets."""
+    """The target class of each ordered pair of tokens, its relative offset: (L, L), in Swin's numbering of (2h-1)(2w-1) offsets."""
     cell = _cells(grid)
     down, right = (cell[:, None] - cell[None, :]).unbind(-1)
     return (down + grid[0] - 1) * (2 * grid[1] - 1) + right + grid[1] - 1
@@ -51,19 +51,19 @@ def smoothed_targets(
     normalise: Literal["rows", "columns"] = "rows",
     assumed_side: int | None = None,
 ) -> Tensor:
-    """Soft position labels (L, L): row y is the target of a token whose true cell is y (DropPos, position smoothing).
+    """Soft position labels (L, L): row y is the target of a token in cell y (DropPos, position smoothing).
 
     w(i, j) = exp(-d(i, j) / sigma^2), where d is the squared (official code) or plain (paper's text) Euclidean distance
-    in cells, divided by the sum of its row. sigma = 0 gives one-hot labels.
-    Two faults of the release can be asked for: `normalise="columns"` divides w(i, j) by the sum of row j, and
-    `assumed_side` lays the cell numbers out on a square grid of that side instead of the true one, of which the first L
-    columns are used. Raises ValueError for a negative sigma, or an assumed grid with fewer cells than the true one.
+    in cells. Each row is divided by its sum. sigma = 0 gives one-hot labels.
+    Two errors of the release can be reproduced: `normalise="columns"` divides w(i, j) by the sum of row j, and
+    `assumed_side` places the cell numbers on a square grid of this side instead of the actual grid; the first L columns
+    are used. Raises ValueError for a negative sigma, or an assumed grid with fewer cells than the actual one.
     """
     if sigma < 0:
         raise ValueError(f"sigma={sigma} must not be negative; 0 gives one-hot targets")
     length = grid[0] * grid[1]
     if assumed_side is not None and assumed_side**2 < length:
-        raise ValueError(f"assumed_side={assumed_side} has fewer cells than the true grid {grid[0]} x {grid[1]}")
+        raise ValueError(f"assumed_side={assumed_side} has fewer cells than the actual grid {grid[0]} x {grid[1]}")
     cell = _cells(grid if assumed_side is None else (assumed_side, assumed_side)).float()
     if sigma == 0:
         return torch.eye(length)

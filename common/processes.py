@@ -1,23 +1,23 @@
-"""What the processes of a run decide, compute and gather together. With one process nothing is exchanged.
+"""Communication between the processes of a run. With one process nothing is exchanged.
 
 Shapes: n images of one process, N of all of them.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
 T = TypeVar("T")
-ROWS = 2**13  # rows that each process sends at once, which bounds the memory of `gather_rows`
+ROWS = 2**13  # maximum number of rows that each process sends at once; limits the memory of `gather_rows`
 
 
 def once(fabric: Fabric, compute: Callable[[], T]) -> T:
-    """The result of `compute` on the first process, on every process; the others wait for it.
+    """Run `compute` on the main process and return its result on all processes; the others wait for it.
 
-    Where it raises, that error goes on in the first process, which reports it, and the others exit: with its code, or 2.
+    If it raises, the main process raises this error, and the others exit with the code of its SystemExit, or 2.
     """
     if fabric.world_size == 1:
         return compute()
@@ -28,14 +28,14 @@ def once(fabric: Fabric, compute: Callable[[], T]) -> T:
             fabric.broadcast((error.code if isinstance(error, SystemExit) else 2, None))
             raise
         return fabric.broadcast((0, found))[1]
-    code, found = fabric.broadcast((0, None))
-    if code:
-        raise SystemExit(code)
-    return found
+    reply: tuple[int, Any] = fabric.broadcast((0, None))
+    if reply[0]:
+        raise SystemExit(reply[0])
+    return reply[1]
 
 
 def close_connections() -> None:
-    """End the connections to the other processes, if there are any. Left open at exit, their threads can abort the process."""
+    """Close the connections to the other processes, if any. If they are open at exit, their threads can abort the process."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -48,17 +48,18 @@ def sum_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
 
 
 def on_any_process(fabric: Fabric, value: bool) -> bool:
-    """Whether it is true on one process at least."""
+    """Whether `value` is true on at least one process."""
     return bool(sum_over_processes(fabric, torch.tensor(float(value), device=fabric.device)))
 
 
 def gather_rows(fabric: Fabric, rows_nX: Tensor | None, count: int) -> Tensor:
-    """The rows of all `count` images in order, (N, ...), where process r of W has those of images r, r + W, r + 2 W, ... (n, ...).
+    """Gather the rows of all `count` images in order, (N, ...); process r of W has those of images r, r + W, r + 2 W, ... (n, ...).
 
-    None where a process has no images; the first one always has some.
+    rows_nX is None if a process has no images; the main process always has some.
     """
     world, longest = fabric.world_size, -(-count // fabric.world_size)
-    shape, dtype = once(fabric, lambda: (tuple(rows_nX.shape[1:]), rows_nX.dtype))
+    firsts: Any = rows_nX
+    shape, dtype = once(fabric, lambda: (tuple(firsts.shape[1:]), firsts.dtype))
     whole_NX = torch.empty(longest * world, *shape, dtype=dtype, device=fabric.device)
     for start, block in zip(range(0, longest, ROWS), whole_NX.split(ROWS * world), strict=True):
         mine = torch.zeros(len(block) // world, *shape, dtype=dtype, device=fabric.device)

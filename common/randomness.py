@@ -1,8 +1,8 @@
-"""Counter-based randomness: every draw is a function of a key, never of what was drawn before.
+"""Counter-based randomness: every draw is a function of a key, never of earlier draws.
 
-A key is a tuple of whole numbers such as (seed, step, rank) or (seed, epoch, sample). The training loop reseeds from
-its key before every micro-batch, the data loaders before every sample. So there is no generator state to save or lose:
-a run that was killed, or that goes on with another number of workers, draws what the undisturbed run would have drawn.
+A key is a tuple of integers such as (seed, step, rank) or (seed, epoch, sample). The training loop reseeds from
+its key before every micro-batch, the data loaders before every sample. So there is no generator state to save:
+a run that was killed, or is resumed with another number of workers, has the same draws as an uninterrupted run.
 """
 
 import random
@@ -12,7 +12,7 @@ import torch
 
 
 def mix(*key: int) -> int:
-    """One well-mixed 63-bit number for a key of non-negative whole numbers; (1, 2) and (1, 2, 0) are different keys."""
+    """A well-mixed 63-bit number for a key of non-negative integers; (1, 2) and (1, 2, 0) are different keys."""
     return int(numpy.random.SeedSequence((len(key), *key)).generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
 
 
@@ -25,5 +25,5 @@ def reseed(*key: int) -> None:
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator of its own, set from a key."""
+    """Create a new torch generator, seeded from a key."""
     return torch.Generator(device).manual_seed(mix(*key))

@@ -1,7 +1,7 @@
-"""What a run is made of: a typed recipe, which a paper's recipe.py fills in and the command line overrides.
+"""The settings of a run: a typed recipe. A paper's recipe.py fills it in, and the command line overrides it.
 
-A recipe is data. What it trains with (TrainConfig), what it is judged by (Protocol) and what the method is given (`method`) are
-all in it, so the recipe.json of a run has all of its settings.
+A recipe is plain data. It holds the training settings (TrainConfig), the evaluation settings (Protocol) and the options of the
+method (`method`), so the recipe.json of a run contains all of its settings.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from common.vit import SIZES, ViT, vit
 
 
 class RecipeError(ValueError):
-    """A recipe, or a change to one, that cannot be."""
+    """An invalid recipe, or an invalid change to a recipe."""
 
 
 def _refuse_unless(node: Any, whose: str, *checks: tuple[bool, str, str]) -> None:
-    """Raise RecipeError with all (sound, names of fields, what fits) that are not sound, each with the values of its fields."""
+    """Raise RecipeError for all checks (is valid, names of fields, valid values) that fail, each with the values of its fields."""
     faults = []
     for sound, names, fit in checks:
         if not sound:
@@ -38,32 +38,32 @@ def _refuse_unless(node: Any, whose: str, *checks: tuple[bool, str, str]) -> Non
         raise RecipeError(whose + "; ".join(faults))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training: how long, on what batches, with which optimizer. Raises RecipeError for a value that makes no sense by itself.
+    """The settings of one training: length, batches, optimizer. Raises RecipeError for a value that makes no sense by itself.
 
-    What depends on data and devices is checked elsewhere: the batch size by common.train.device_batch, all by benchmarks.preflight.
+    Limits that depend on data and devices are checked elsewhere: the batch size by common.train.device_batch, all by benchmarks.preflight.
     """
 
     epochs: int  # passes over the training images
     batch_size: int  # images per optimizer step, over all devices and accumulation steps
-    base_lr: float  # learning rate per `lr_batch` images; the rate is base_lr * batch_size / lr_batch
+    base_lr: float  # learning rate per `lr_batch` images: the learning rate is base_lr * batch_size / lr_batch
     lr_batch: int = 256  # see base_lr
-    warmup_epochs: float = 0.0  # linear warm-up
-    warmup_lr: float = 0.0  # where it starts
-    min_lr: float = 0.0  # where the half-cosine ends
-    cooldown_epochs: int = 0  # more passes after `epochs`, in which rate and weight decay stay where they ended
-    cosine_from_start: bool = False  # the half-cosine counts from step 0, warm-up in place of its beginning; else from the warm-up's end
-    milestones: tuple[int, ...] = ()  # epochs after which the rate falls to a tenth, in place of the half-cosine
+    warmup_epochs: float = 0.0  # length of the linear warm-up
+    warmup_lr: float = 0.0  # learning rate at the start of the warm-up
+    min_lr: float = 0.0  # learning rate at the end of the half-cosine schedule
+    cooldown_epochs: int = 0  # extra epochs after `epochs`, with learning rate and weight decay constant at their last values
+    cosine_from_start: bool = False  # half-cosine from step 0, warm-up replaces its beginning; else the half-cosine starts after warm-up
+    milestones: tuple[int, ...] = ()  # epochs after which the learning rate is divided by 10, instead of the half-cosine
     optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's; LARS and SGD (Nesterov's) take the first as their momentum
-    weight_decay: float = 0.05  # not on biases and one-dimensional parameters
-    final_weight_decay: float | None = None  # to which it goes by half a cosine over `epochs`; None: it stays
-    freeze_epoch: float | None = None  # after which rate and weight decay stay as they are
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; LARS and SGD (Nesterov) use the first as momentum
+    weight_decay: float = 0.05  # not applied to biases and one-dimensional parameters
+    final_weight_decay: float | None = None  # final value of a half-cosine schedule over `epochs`; None: constant weight decay
+    freeze_epoch: float | None = None  # after this epoch, learning rate and weight decay stay constant
     layer_decay: float | None = None  # factor on the learning rate per layer below the head
-    clip_norm: float | None = None  # global gradient norm
-    ema: float | None = None  # decay of an average of the weights, which is then what is evaluated
-    device_batch: int = 512  # most images given to one device at once; the rest by gradient accumulation
+    clip_norm: float | None = None  # clip gradients to this global norm
+    ema: float | None = None  # decay of an exponential moving average (EMA) of the weights; if set, the EMA weights are evaluated
+    device_batch: int = 512  # maximum number of images per forward pass on one device; larger batches use gradient accumulation
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the training images
 
     def __post_init__(self) -> None:
@@ -88,10 +88,10 @@ class TrainConfig:
         return self.base_lr * self.batch_size / self.lr_batch
 
 
-# DeiT's augmentation of images, without repeats; MAE and DropPos fine-tune by it.
+# DeiT's image augmentation without repeated augmentation. MAE and DropPos use it for fine-tuning.
 DEIT_CROPS = Augmentation(scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erase=0.25)
-# DeiT's supervised training (Touvron et al. 2021, Table 9; AdamW, as in its code without clipping), by which others fine-tune too.
-# Its ten epochs of cool-down at the lowest rate are left out, and its warm-up starts at 0, not 1e-6.
+# DeiT's supervised training (Touvron et al. 2021, Table 9; AdamW, no clipping, as in its code). Other papers use it for fine-tuning.
+# Differences: no ten epochs of cool-down at the lowest learning rate, and the warm-up starts at 0, not 1e-6.
 DEIT = TrainConfig(
     epochs=300,
     batch_size=1024,
@@ -102,11 +102,11 @@ DEIT = TrainConfig(
     device_batch=128,
     augmentation=dataclasses.replace(DEIT_CROPS, repeats=3),
 )
-DEIT_LABELS = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+DEIT_LABELS: dict = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 DEIT_DROP_PATH = 0.1
 
-# The linear probe of VISSL, by which StoP is judged, with heads=("norm_affine", "linear") and layers=(1, 4): StoP's configurations of
-# ViT-B and L. 28 epochs are for ImageNet and CIFAR.
+# VISSL's linear probe. StoP is evaluated with it, with heads=("norm_affine", "linear") and layers=(1, 4): StoP's configurations of
+# ViT-B and ViT-L. 28 epochs are for ImageNet and CIFAR.
 VISSL_SGD = TrainConfig(
     epochs=28,
     batch_size=256,
@@ -116,47 +116,47 @@ VISSL_SGD = TrainConfig(
     weight_decay=5e-4,
     augmentation=Augmentation(scale=(0.08, 1.0)),
 )
-# The same by LARS: I-JEPA (appendix A.2) tries lr_multipliers=(1.0, 5.0, 0.1) and decays=(5e-4, 0.0); of 0.01 per 256 images, as StoP's
-# configuration of ViT-H has its 0.1, and the paper does not say.
+# The same with LARS. I-JEPA (appendix A.2) tries lr_multipliers=(1.0, 5.0, 0.1) and decays=(5e-4, 0.0). The base rate of 0.01 is per
+# 256 images, like the 0.1 in StoP's configuration of ViT-H; the paper does not say.
 VISSL_LARS = dataclasses.replace(VISSL_SGD, epochs=50, batch_size=16384, milestones=(15, 30, 45), optimizer="lars")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One way to judge an encoder; its name stands in the results. Raises RecipeError for values that make no sense, alone or together.
+    """The settings of one evaluation of an encoder. Raises RecipeError for values that make no sense, alone or together.
 
-    The kinds: "finetune" trains all weights, "linear" linear layers on frozen features by SGD or the like, "logistic" one such layer to
-    the optimum of a penalised likelihood; "knn" trains nothing, and "classify" counts the answers of a whole classifier as they are.
-    "linear" trains a layer for each of layers x heads x lr_multipliers x decays at once, and the best is chosen as `choose_on` says.
+    Kinds: "finetune" trains all weights; "linear" trains linear layers on frozen features, by SGD or LARS; "logistic" fits one linear
+    layer to the optimum of a penalised likelihood; "knn" trains nothing; "classify" measures the accuracy of a trained classifier.
+    "linear" trains one layer for each of layers x heads x lr_multipliers x decays at once; `choose_on` says how the best is chosen.
     """
 
-    name: str  # as it stands in results.csv
+    name: str  # the name in results.csv
     kind: Literal["finetune", "linear", "logistic", "knn", "classify"]  # see above
-    stage: TrainConfig | None = None  # how to train; logistic regression and k-NN have none
-    labels_per_class: int | None = None  # train on so many labels per class, drawn with the run's seed; None = all
-    label_fraction: float | None = None  # or on this fraction of all labels, as equal per class as can be, drawn likewise
-    label_list: str | None = None  # or on the images named in this file, one a line, by file name or class/file name
+    stage: TrainConfig | None = None  # training settings; logistic regression and k-NN have none
+    labels_per_class: int | None = None  # train on this many labels per class, drawn with the run's seed; None = all
+    label_fraction: float | None = None  # or on this fraction of all labels, balanced over classes, drawn with the run's seed
+    label_list: str | None = None  # or on the images listed in this file, one per line, by file name or class/file name
     pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
-    layers: tuple[int, ...] = (1,)  # frozen: how many last blocks are concatenated, each after the final norm; several for linear only
-    # test and frozen images from files: resize the short side to this many pixels before the center crop; 0 stretches the image; None:
-    # 256/224 of the image size, or see common.data's view_size
+    layers: tuple[int, ...] = (1,)  # frozen: number of last blocks to concatenate, each after the final norm; several for linear only
+    # test images and images for frozen encoders, from files: resize the short side to this many pixels before the center crop;
+    # 0 stretches the image; None: 256/224 of the image size, with exceptions (see view_size in common/data/augment.py)
     resize: int | None = None
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # by which these are resized
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # for this resizing
     position: Literal["sincos", "learned", "relative", "none"] | None = None  # fine-tuning: see common.vit.ViT; None = as pre-trained
     drop_path: float = 0.0  # fine-tuning: stochastic depth of the last block
     mixup: float = 0.0  # fine-tuning: mixup alpha
     cutmix: float = 0.0  # fine-tuning: cutmix alpha
     smoothing: float = 0.0  # fine-tuning: label smoothing
-    neighbours: int = 20  # k-NN: how many
-    temperature: float = 0.07  # k-NN: of the similarity weights
-    statistics: Literal["train", "own"] = "train"  # logistic: whose mean and std standardise the test features
-    l2: float = 0.0025  # logistic: weight of half the squared norm beside the summed loss; scikit-learn's 1 / C
-    # linear: MAE's batch norm without parameters, VISSL's with, or none, before the layer; or a query that attends to the tokens
+    neighbours: int = 20  # k-NN: number of neighbours
+    temperature: float = 0.07  # k-NN: temperature of the similarity weights
+    statistics: Literal["train", "own"] = "train"  # logistic: standardise the test features by mean and std of train or test features
+    l2: float = 0.0025  # logistic: weight of half the squared norm, added to the summed loss; 1 / C in scikit-learn
+    # linear: before the layer, MAE's batch norm without parameters, VISSL's batch norm with parameters, nothing, or attention pooling
     heads: tuple[Literal["norm", "norm_affine", "linear", "attentive"], ...] = ("norm",)
     lr_multipliers: tuple[float, ...] = (1.0,)  # linear: multiples of the stage's learning rate
-    decays: tuple[float, ...] = ()  # linear: weight decays; () = the stage's
-    # linear, several classifiers: by which images the best is chosen. "held_out": a tenth of the labelled training images, on which none is
-    # trained. "test": the test images on which it is then reported, as I-JEPA and StoP do; the rows are then called ..._on_test
+    decays: tuple[float, ...] = ()  # linear: weight decays; () = that of the stage
+    # linear, several classifiers: images on which the best is chosen. "held_out": a tenth of the labelled training images, not used for
+    # training. "test": the test images on which it is also reported, as in I-JEPA and StoP; the rows are then named ..._on_test
     choose_on: Literal["held_out", "test"] = "held_out"
 
     def __post_init__(self) -> None:
@@ -197,62 +197,71 @@ class Protocol:
 
     @property
     def classifiers(self) -> int:
-        """How many classifiers a linear probe trains: layers x heads x lr_multipliers x decays."""
+        """Number of classifiers that a linear probe trains: layers x heads x lr_multipliers x decays."""
         return len(self.layers) * len(self.heads) * len(self.lr_multipliers) * max(1, len(self.decays))
 
+    @property
+    def training(self) -> TrainConfig:
+        """The stage of a protocol that has one. Raises AttributeError for one that trains nothing."""
+        if self.stage is None:
+            raise AttributeError(f"protocol {self.name} has no stage")
+        return self.stage
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A method on a data set: encoder, pre-training, evaluations."""
 
-    data: tuple[str, ...]  # data sets it is meant for, the first by default; "folder" is any ImageFolder path
-    size: str  # of the encoder: a name of common.vit.SIZES; or any timm model by name, or a class of timm.models for one of another size
+    size: str  # encoder: a name in common.vit.SIZES, any timm model by name, or a class of timm.models for a model of another size
     image_size: int  # pixels
-    patch_size: int | None  # pixels; None for a timm model as it is
+    patch_size: int | None  # pixels; None: keep that of the timm model
     pretrain: TrainConfig
     protocols: tuple[Protocol, ...]
     method: dict[str, Any] = field(default_factory=dict)  # options of the paper's method
     encoder: dict[str, Any] = field(default_factory=dict)  # options of common.vit.ViT, or of the timm backbone
-    targets: dict[str, Any] = field(default_factory=dict)  # how what the method learns from is made of the images before, if it is
-    supervised: bool = False  # the method learns from the labels, so its own top-1 counts as training from scratch
-    # Variants that are run side by side, by name: what each changes, as `override` takes it. "a+b" is "a" with something added.
+    targets: dict[str, Any] = field(default_factory=dict)  # options for computing targets from the images before pre-training, if any
+    supervised: bool = False  # the method uses labels, so its own top-1 is reported as training from scratch
+    # Variants to compare, by name: the changes of each, as arguments of `override`. "a+b" is "a" with something added.
     arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def backbone(self) -> str:
-        """timm's name of the encoder; of a class of timm's, its name with patch and image size. A ViT of another depth says so in it."""
+        """timm's name of the encoder; for a class of timm, its name with patch and image size. A ViT of non-default depth includes it."""
         depth = self.encoder.get("depth", SIZES[self.size][1]) if self.size in SIZES else 0
         family = f"vit_{self.size}" if self.size in SIZES else self.size
         family += f"_depth{depth}" if depth and depth != SIZES[self.size][1] else ""
         return self.size if timm.is_model(self.size) else f"{family}_patch{self.patch_size}_{self.image_size}"
 
-    def build_encoder(self, channels: int, **changes) -> nn.Module:
-        """The encoder for images of so many channels, with options changed by keyword.
+    def build_encoder(self, channels: int, **changes: Any) -> nn.Module:
+        """Build the encoder for images with `channels` channels; keywords change its options.
 
-        A ViT, or a timm backbone without classifier that has `channels` and `image_size` too.
-        Raises RecipeError for a size that is neither and for options that the encoder does not have.
+        Returns a ViT, or a timm backbone without classifier, with attributes `channels` and `image_size` added.
+        Raises RecipeError for an unknown size and for options that the encoder does not have.
         """
         if self.size not in SIZES:
             return self._build_timm(channels, **changes)
-        own = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels}
+        if self.patch_size is None:
+            raise RecipeError("patch_size=None: a ViT needs its patch size in pixels")
+        own: dict = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": channels}
         check_options(ViT, self.encoder, taken=(*own, "width", "heads"))
         options = own | self.encoder | changes
         return vit(self.size, **options)
 
-    def _build_timm(self, channels: int, **changes) -> nn.Module:
-        options = {"in_chans": channels, "num_classes": 0, "img_size": self.image_size, "patch_size": self.patch_size}
+    def _build_timm(self, channels: int, **changes: Any) -> nn.Module:
+        options: dict = {"in_chans": channels, "num_classes": 0, "img_size": self.image_size, "patch_size": self.patch_size}
         if timm.is_model(self.size):
             make = partial(timm.create_model, self.size)
-            if not timm.get_pretrained_cfg(self.size).fixed_input_size:
-                del options["img_size"]  # a convolutional network takes any
+            known = timm.get_pretrained_cfg(self.size)
+            if known is None or not known.fixed_input_size:
+                del options["img_size"]  # a convolutional network takes any image size
         elif self.size in timm.models.__dict__ and isinstance(make := getattr(timm.models, self.size), type):
             pass
         else:
             names = [*SIZES, *timm.list_models()]
-            raise RecipeError(f"size={self.size!r} is no size of a ViT, and no model or class of timm's; {nearest(self.size, names)}")
+            raise RecipeError(f"size={self.size!r} is neither a size of ViT nor a model or class of timm; {nearest(self.size, names)}")
         options = {name: value for name, value in options.items() if value is not None} | self.encoder | changes
         try:
-            encoder = make(**options)
+            encoder: Any = make(**options)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # how timm refuses options and sizes
             given = ", ".join(f"{name}={value}" for name, value in options.items())
             raise RecipeError(f"timm cannot build {self.size} with {given}: {error}") from error
@@ -261,11 +270,11 @@ class Recipe:
 
 
 def as_json(recipe: Recipe | TrainConfig | Protocol) -> dict:
-    """The recipe as JSON holds it (tuples become lists)."""
+    """The recipe as a JSON-compatible dict (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
-# Names of settings until November 2026, and what they are called now.
+# Names of settings until November 2026, and their current names.
 RENAMED = {
     "drops": "milestones",
     "label_share": "label_fraction",
@@ -277,7 +286,7 @@ RENAMED = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the new name, the nearest known names, or all of them, or the first twenty of many."""
+    """Hint for an error message: the new name, the nearest known names, or the known names (at most twenty)."""
     known = sorted(known)
     if RENAMED.get(name) in known:
         return f"it is now called {RENAMED[name]!r}"
@@ -287,7 +296,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_options(function: Any, options: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
-    """Raise RecipeError where `function` does not take one of the options by keyword, or it is among those already `taken`."""
+    """Raise RecipeError if `function` does not take one of the options by keyword, or if the option is in `taken`."""
     known = [name for name in inspect.signature(function).parameters if name not in taken]
     for name in options:
         if name not in known:
@@ -295,16 +304,16 @@ def check_options(function: Any, options: Mapping[str, Any], taken: Iterable[str
 
 
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
-    """The recipe with values changed by "path=value", such as "pretrain.base_lr=1e-3" or "method.sigma=2".
+    """Return the recipe with values changed by "path=value", such as "pretrain.base_lr=1e-3" or "method.sigma=2".
 
-    Protocols are reached by name, such as "finetune.stage.epochs=50". Values are JSON, or text. All values are changed at once, so that
-    some may make sense only together. Raises RecipeError with all faults, a line each, naming the path and the nearest field.
+    Address protocols by name, such as "finetune.stage.epochs=50". Values are JSON or text. All values are changed at once, so values
+    that are valid only together can be set. Raises RecipeError with all errors, one per line, with the path and the nearest field.
     """
     changes, faults = [], []
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            faults.append(f"{assignment!r} is no assignment; write path=value, such as pretrain.base_lr=1e-3")
+            faults.append(f"{assignment!r} is not an assignment; write path=value, such as pretrain.base_lr=1e-3")
             continue
         try:
             value = json.loads(text)
@@ -318,39 +327,39 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 
 
 def choose_arms(recipe: Recipe, names: Iterable[str] = ()) -> dict[str, Recipe]:
-    """The recipe of each arm, or of those named; a recipe without arms stands alone under an empty name.
+    """Return the recipe of each arm, or of the arms in `names`; a recipe without arms is returned under an empty name.
 
-    Raises RecipeError for a name that is no arm of the recipe.
+    Raises RecipeError for an unknown arm.
     """
     alone = dataclasses.replace(recipe, arms={})
     for name in names:
         if name not in recipe.arms:
-            raise RecipeError(f"ARMS: {name!r} is no arm of this recipe; {nearest(name, recipe.arms) if recipe.arms else 'it has none'}")
+            raise RecipeError(f"ARMS: {name!r} is not an arm of the recipe; {nearest(name, recipe.arms) if recipe.arms else 'it has none'}")
     return {name: override(alone, recipe.arms[name]) for name in names or recipe.arms} or {"": alone}
 
 
 def base_arm(recipe: Recipe, arm: str) -> str:
-    """The arm that `arm` adds something to: "vit" for "vit+rpl". Empty where it is no arm of the recipe, and for an arm without "+"."""
+    """The arm that `arm` extends: "vit" for "vit+rpl". Empty if the recipe has no such arm, and for an arm without "+"."""
     base, plus, _ = arm.partition("+")
     return base if plus and base in recipe.arms else ""
 
 
 def _replace(node: Any, changes: list[tuple[list[str], Any, str]], faults: list[str]) -> Any:
-    """The node with changes (path below it, value, whole path). Adds to `faults` what cannot be changed, and leaves that as it is."""
+    """Return the node with changes (path below it, value, full path). Invalid changes are skipped and reported in `faults`."""
     if isinstance(node, Mapping):
         return {**node, **{".".join(path): value for path, value, _ in changes}}
-    below: dict[str, list[tuple[list[str], Any, str]]] = {}  # by the field or protocol that they are in
+    below: dict[str, list[tuple[list[str], Any, str]]] = {}  # by field or protocol
     fields, values = {f.name for f in dataclasses.fields(node)}, {}
     protocols = {protocol.name: protocol for protocol in node.protocols} if isinstance(node, Recipe) else {}
     for (name, *rest), value, whole in changes:
         current = protocols.get(name) or getattr(node, name, None)
         if (name == "protocols" and protocols) or (name in protocols and not rest):
-            some = f"such as {next(iter(protocols))}.pool; they are {', '.join(protocols)}"
-            faults.append(f"{whole}: protocols are changed field by field, {some}")
+            some = f"such as {next(iter(protocols))}.pool; known: {', '.join(protocols)}"
+            faults.append(f"{whole}: change protocols field by field, {some}")
         elif name not in protocols and name not in fields:
             faults.append(f"{whole}: there is no {name!r} in a {type(node).__name__}; {nearest(name, [*fields, *protocols])}")
         elif rest and not dataclasses.is_dataclass(current) and not isinstance(current, Mapping):
-            faults.append(f"{whole}: {name} is {current!r} and has no parts")
+            faults.append(f"{whole}: {name} is {current!r} and has no fields")
         elif rest:
             below.setdefault(name, []).append((rest, value, whole))
         else:
@@ -367,13 +376,13 @@ def _replace(node: Any, changes: list[tuple[list[str], Any, str]], faults: list[
     try:
         return dataclasses.replace(node, **values)
     except ValueError as error:
-        place = changes[0][2].split(".")[: -len(changes[0][0])]  # a protocol's message has its name already
+        place = changes[0][2].split(".")[: -len(changes[0][0])]  # a protocol's message already contains its name
         faults.append(f"{error}" if isinstance(node, Protocol) else ".".join([*place, str(error)]))
         return node
 
 
 def _typed(value: Any, hint: Any, path: str) -> Any:
-    """The value as the field's type wants it. Raises RecipeError where it is of another."""
+    """Return the value converted to the type of the field. Raises RecipeError if it has another type."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
         origin, parts = typing.get_origin(option), typing.get_args(option)

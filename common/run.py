@@ -1,11 +1,11 @@
-"""The directory of one training: what it was asked, where it ran, what it logged, and a lock so that it runs once.
+"""The directory of one training: settings, environment, logs, results, and a lock against a second process.
 
-recipe.json        every setting; a directory with other settings is refused
-environment.json   commit, versions and device, one entry per start that the run goes back to
-metrics.jsonl      a line per logged step, bit-identical however often the run was stopped
-log.txt            what was said on the screen
-checkpoint.pt      where to go on from
-result.json        what came out; its presence says that the training is complete
+recipe.json        all settings; a directory with other settings is refused
+environment.json   commit, versions and device, one entry per start that contributed to the run
+metrics.jsonl      a line per logged step, bit-identical for any number of interruptions
+log.txt            the messages on the screen
+checkpoint.pt      the checkpoint for resuming
+result.json        the results; this file exists only if the training is complete
 """
 
 import json
@@ -24,13 +24,13 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class RunError(RuntimeError):
-    """A run that cannot start or go on, with the mend in the message."""
+    """A run that cannot start or continue; the message says how to fix it."""
 
 
 class Run:
-    """An open run directory. Use as a context manager; `main` is False on every process but the first, which then writes nothing.
+    """An open run directory. Use as a context manager; `main` is True only on the main process, and other processes write nothing.
 
-    Raises RunError where another process holds the directory, or it holds a run with other settings.
+    Raises RunError if another process has locked the directory, or if it contains a run with other settings.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], device: torch.device, main: bool = True):
@@ -44,24 +44,24 @@ class Run:
                 try:
                     held.enter_context(locked(self.directory / ".lock"))
                 except Locked:
-                    raise RunError(f"{self.directory} is in use by another run; wait for it, or name another folder with OUT=") from None
+                    raise RunError(f"{self.directory} is in use by another run; wait for it, or set another folder with OUT=") from None
                 self._start()
             self._held = held.pop_all()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._held.close()
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What came out, or None while the training is incomplete."""
+        """The content of result.json, or None if the training is not complete."""
         path = self.directory / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any] | None:
-        """Log what came out and write it to result.json, with the day, code and machine (commit "+mixed" after a change of code).
+        """Log the results and write them to result.json, with date, commit and environment ("+mixed" if the commit changed).
 
-        Returns what result.json then holds.
+        Returns the content of result.json.
         """
         if self.main:
             numbers = {name: value for name, value in result.items() if isinstance(value, (int, float))}
@@ -75,7 +75,7 @@ class Run:
         return self.result
 
     def say(self, line: str) -> None:
-        """To the screen and to log.txt."""
+        """Print a line to the screen and to log.txt."""
         if self.main:
             console.print(line, markup=False)
             with open(self.directory / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as log:
@@ -88,7 +88,7 @@ class Run:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl that were written after the checkpoint of this step, and any torn last line."""
+        """Remove the lines of metrics.jsonl that were written after the checkpoint of this step, and an incomplete last line."""
         if not self.main or not self.metrics.exists():
             return
         kept = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
@@ -96,18 +96,18 @@ class Run:
 
     @property
     def _begun(self) -> bool:
-        """Whether there is something to go on from; what stands there from other starts does not count."""
+        """Whether there is a checkpoint to resume from, or a result; other files of earlier starts do not count."""
         return self.checkpoint.exists() or self.result is not None
 
     def check_settings(self) -> None:
-        """Raise RunError where the directory holds a run with other settings. Reads only."""
+        """Raise RunError if the directory contains a run with other settings. Writes nothing."""
         recipe = self.directory / "recipe.json"
         if self._begun and recipe.exists() and (held := json.loads(recipe.read_text())) != self.settings:
             differing = ", ".join(_differences(held, self.settings))
-            raise RunError(f"{self.directory} holds a run with other settings ({differing}); name another folder with OUT=, or delete it")
+            raise RunError(f"{self.directory} holds a run with other settings ({differing}); set another folder with OUT=, or delete it")
 
     def _start(self) -> None:
-        """Note settings and environment."""
+        """Write settings and environment."""
         self.check_settings()
         recipe, starts = self.directory / "recipe.json", self.directory / "environment.json"
         write_text(recipe, json.dumps(self.settings, indent=1) + "\n")
@@ -117,7 +117,7 @@ class Run:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves the old one or the new one."""
+    """Write a small file atomically: a crash leaves the old file or the new one."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 
@@ -130,8 +130,8 @@ def _step_of(line: str) -> float:
 
 
 def _differences(held: Any, asked: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, as "path: held there, asked here"."""
+    """The differences of two JSON values, as "path: old there, new requested"."""
     if isinstance(held, dict) and isinstance(asked, dict):
         keys = [*held, *(k for k in asked if k not in held)]
         return [d for k in keys for d in _differences(held.get(k), asked.get(k), f"{path}.{k}" if path else k)]
-    return [] if held == asked else [f"{path}: {held} there, {asked} asked"]
+    return [] if held == asked else [f"{path}: {held} there, {asked} requested"]

@@ -1,4 +1,4 @@
-"""Signals that stop a run: it saves what can be saved and exits with EXIT_STOPPED, and the same command continues it."""
+"""Signals that stop a run: it saves a checkpoint and exits with EXIT_STOPPED, and the same command resumes it."""
 
 import signal
 import threading
@@ -25,17 +25,17 @@ def stop_requested() -> bool:
 
 
 def stop_if_requested() -> None:
-    """Raise Stopped if a signal has arrived. For the case that the exception of the handler was swallowed, as in a destructor."""
+    """Raise Stopped if a signal has arrived. Needed if the exception of the handler was suppressed, for example in a destructor."""
     if _received and not _deferred:
         raise Stopped
 
 
 @contextmanager
 def stop_on_signals(exiting: bool = False) -> Iterator[None]:
-    """Within the block STOP_SIGNALS raise Stopped, at once or at the end of `finish_first`. Nested calls and other threads do nothing.
+    """Within the block STOP_SIGNALS raise Stopped, immediately or at the end of `finish_first`. Nested calls and other threads do nothing.
 
-    exiting: the process ends after the block, so that later signals are ignored: torchrun sends SIGTERM to all processes as soon as the
-    first one has ended, and a process that is just about to exit with EXIT_STOPPED would be killed.
+    exiting: the process ends after the block, so later signals are ignored: torchrun sends SIGTERM to all processes as soon as the
+    first one has ended, and this would kill a process that is about to exit with EXIT_STOPPED.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(STOP_SIGNALS[0]) is _handle:
         yield
@@ -52,7 +52,7 @@ def stop_on_signals(exiting: bool = False) -> Iterator[None]:
 
 @contextmanager
 def finish_first() -> Iterator[None]:
-    """Within the block a signal, or several, only set `stop_requested`; Stopped is raised at its end."""
+    """Within the block signals only set `stop_requested`; Stopped is raised at the end of the block."""
     global _deferred
     with stop_on_signals():
         _deferred += 1

@@ -1,7 +1,7 @@
 """The only training loop: pre-training, fine-tuning and linear probing all go through `fit`.
 
-Everything random in a step is drawn from (seed, step, micro-batch, rank), and the images from (seed, epoch, image), so the
-step number is all there is to restore: a run killed at any moment goes on bit-identically from its last checkpoint.
+All random numbers of a step are drawn from (seed, step, micro-batch, rank), and those of the images from (seed, epoch, image). So the
+step number is the only random state to restore: a run killed at any moment resumes bit-identically from its last checkpoint.
 """
 
 import atexit
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -24,7 +25,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.checkpoint import PlainCheckpointIO, load_checkpoint, save_checkpoint
-from common.data import Augmentation, Data, Loader, Split
+from common.data import Augmentation, Batches, Data, Loader, Split
 from common.optim import Schedule, make_optimizer
 from common.processes import close_connections, on_any_process, sum_over_processes
 from common.randomness import reseed
@@ -35,18 +36,19 @@ from common.vit import Block
 
 __all__ = ["EXIT_STOPPED", "Stopped", "device_batch", "fit", "has_fast_bf16", "make_fabric"]
 
-# Steps after which the numbers of a step are read. A GPU has computed them by then, so that the loop does not wait for it.
+# The metrics of a step are read this many steps later. By then the GPU has computed them, so the loop does not wait for it.
 READ_AFTER = {"cuda": 4}
-# For a process that waits while the first one does alone what only one should do, such as a logistic regression. A process that dies is
-# noticed by the launcher, not by this.
+M = TypeVar("M", bound=nn.Module)
+# Limit for processes that wait while the main process works alone, for example on a logistic regression. The launcher, not this timeout,
+# detects a process that dies.
 TIMEOUT = timedelta(hours=12)
 
 for _name in ("lightning.fabric", "lightning.pytorch"):
-    logging.getLogger(_name).setLevel(logging.WARNING)  # what they say at INFO, the first line of a run says better
+    logging.getLogger(_name).setLevel(logging.WARNING)  # the first log line of a run replaces their INFO messages
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are computed by the hardware: CUDA GPUs, CPUs with AVX512-BF16 or AMX."""
+    """Whether the hardware computes bfloat16 matrix products: CUDA GPUs, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -54,38 +56,36 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "auto") -> Fabric:
-    """Lightning Fabric for one process or, under torchrun, for all of them; not yet launched.
+    """Create the Fabric object of Lightning for one process or, under torchrun, for all processes; it is not launched yet.
 
-    device: "auto", "cpu" or "cuda". precision: "auto" (bf16-mixed where the hardware has it), "bf16-mixed" or "32-true".
-    strategy, for several processes: "auto" and "ddp" copy the model to each, "fsdp" shares it out.
-    Raises RunError for a device that is asked for and absent.
+    device: "auto", "cpu" or "cuda". precision: "auto" (bf16-mixed if the hardware supports it), "bf16-mixed" or "32-true".
+    strategy, for several processes: "auto" and "ddp" replicate the model, "fsdp" shards it.
+    Raises RunError for an unknown device, and if "cuda" is requested and no GPU is available.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise RunError(f"device {device!r} is not known; choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RunError(
-            "DEVICE=cuda was asked for, but torch sees no CUDA GPU here; use DEVICE=cpu, or check the driver and the torch build"
-        )
+        raise RunError("DEVICE=cuda was requested, but torch finds no CUDA GPU; use DEVICE=cpu, or check the driver and the torch build")
     accelerator = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if precision == "auto":
         precision = "bf16-mixed" if has_fast_bf16(torch.device(accelerator)) else "32-true"
     local, world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = "auto"
+    chosen: str | FSDPStrategy | DDPStrategy = "auto"
     if world > 1 and strategy == "fsdp":
         chosen = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", timeout=TIMEOUT)
     elif world > 1:
         chosen = DDPStrategy(timeout=TIMEOUT)
     if world > 1:
         atexit.register(close_connections)
-    options = {"devices": local, "num_nodes": world // local, "precision": precision, "strategy": chosen}
+    options: dict = {"devices": local, "num_nodes": world // local, "precision": precision, "strategy": chosen}
     return Fabric(accelerator=accelerator, plugins=[PlainCheckpointIO()], **options)
 
 
 def device_batch(stage: TrainConfig, devices: int) -> int:
-    """Images given to one device at once: the largest whole part of the effective batch within the stage's `device_batch`.
+    """Images per micro-batch on one device: the largest divisor of the batch per device that does not exceed the stage's `device_batch`.
 
-    Raises RecipeError where the effective batch cannot be divided among the devices, and where it has no divisor near `device_batch`, so
-    that a step would be more than twice the micro-batches that are needed.
+    Raises RecipeError if the effective batch cannot be divided among the devices, and if it has no divisor near `device_batch`, so that a
+    step would have more than twice as many micro-batches as needed.
     """
     per_device, rest = divmod(stage.batch_size, devices)
     if rest or per_device < 1:
@@ -115,7 +115,7 @@ def make_loader(
     interpolation: str = "bicubic",
     alone: bool = False,
 ) -> Loader:
-    """A split in the micro-batches of a stage, for this process; `alone` where every process must see all images. See Loader."""
+    """Create a Loader for the micro-batches of a stage in this process. With `alone`, every process loads all images. See Loader."""
     world = fabric.world_size
     batch = device_batch(stage, world)
     return Loader(
@@ -138,20 +138,20 @@ def make_loader(
 def fit(
     run: Run,
     fabric: Fabric,
-    model: nn.Module,
+    model: M,
     stage: TrainConfig,
-    loader: Loader,
+    loader: Batches,
     seed: int,
     *,
     compile: bool = False,
     checkpoint_seconds: float = 20.0,
-) -> tuple[nn.Module, float]:
-    """Train a method (see common/method.py), cool-down and all; return it, or its average where the stage asks for one, and the hours.
+) -> tuple[M, float]:
+    """Train a method (see common/method.py), including the cool-down. Return the model (its EMA if the stage has `ema`) and the hours.
 
-    `loader` yields micro-batches of `device_batch(stage, world size)` images. Goes on from run.checkpoint where there is one,
-    and saves no more often than every `checkpoint_seconds`.
-    A step costs one exchange between the processes beside that of the gradients, and its numbers are read READ_AFTER steps later.
-    Raises RunError for a loss that is not finite, naming its step, and Stopped after a signal; a checkpoint is left to go on from.
+    `loader` yields micro-batches of `device_batch(stage, world size)` images. Resumes from run.checkpoint if it exists, and saves at
+    most once every `checkpoint_seconds`.
+    Each step has one exchange between processes besides that of the gradients; its metrics are read READ_AFTER steps later.
+    Raises RunError, with the step, for a loss that is not finite, and Stopped after a signal; the last checkpoint is kept for resuming.
     """
     rank, world = fabric.global_rank, fabric.world_size
     accumulate = stage.batch_size // (world * device_batch(stage, world))
@@ -160,18 +160,18 @@ def fit(
     at_step, after_step = (getattr(model, name, lambda step, total: None) for name in ("at_step", "after_step"))
     optimizer = make_optimizer(model, stage)
     schedule = Schedule(optimizer, stage, steps_per_epoch)
-    blank = copy.deepcopy(model)  # setting a model up for several devices may change it for good
-    trained, optimizer = fabric.setup(torch.compile(model) if compile else model, optimizer)
+    blank = copy.deepcopy(model)  # fabric.setup for several devices may change a model permanently
+    trained, optimizer = fabric.setup(torch.compile(model) if compile else model, optimizer)  # type: ignore[arg-type]  # a Module
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema)) if stage.ema else None
 
-    progress = {"step": 0, "hours": 0.0, "sums": {}, "count": 0}
-    state = {"model": trained, "optimizer": optimizer, "progress": progress}
+    progress: dict = {"step": 0, "hours": 0.0, "sums": {}, "count": 0}
+    state: dict = {"model": trained, "optimizer": optimizer, "progress": progress}
     if average is not None:
         state["average"] = average
     if run.checkpoint.exists():
         load_checkpoint(fabric, run.checkpoint, state)
         progress = state["progress"]
-        run.say(f"going on from step {progress['step']} of {total}")
+        run.say(f"resuming from step {progress['step']} of {total}")
     run.forget_after(progress["step"])
 
     started, step, sums, count = time.perf_counter() - 3600 * progress["hours"], progress["step"], progress["sums"], progress["count"]
@@ -185,7 +185,7 @@ def fit(
         return f"{kept}. Lower the learning rate, lengthen the warm-up, clip gradients (clip_norm), or use --precision 32-true"
 
     def read(keep: int) -> None:
-        """Check and sum up the numbers of all steps but the last `keep`."""
+        """Check and accumulate the metrics of all steps except the last `keep`."""
         nonlocal values, stopping, save_due, count
         while len(unread) > keep:
             numbers = unread.popleft()
@@ -229,10 +229,10 @@ def fit(
                 metrics = {name: value for name, value in output.metrics.items() if not callable(value)}
                 costly = {name: value() for name, value in output.metrics.items() if callable(value)} if logged else {}
                 losses.append({"loss": output.loss.detach(), **metrics, **costly})
-            norm = {}
+            norm: dict = {}
             if stage.clip_norm is not None:
                 norm["gradient_norm"] = fabric.clip_gradients(trained, optimizer, max_norm=stage.clip_norm, error_if_nonfinite=False)
-            # Saving takes at most a fiftieth of the time, however large the model is. Every process must agree, so the first decides.
+            # Saving takes at most 1/50 of the time, for a model of any size. All processes must agree, so the main process decides.
             due = rank == 0 and time.perf_counter() - saved_at > max(checkpoint_seconds, 50 * save_seconds)
             learning_rate = _rate(optimizer)
             unread.append(_exchange(fabric, step, learning_rate, losses, norm, {"stop": stop_requested(), "save": due}))
@@ -255,8 +255,8 @@ def fit(
                 save()
             if stopping:
                 break
-        if on_any_process(fabric, stopping or stop_requested()):  # a signal may arrive in the last save
-            run.say(f"stopped by a signal after step {step} of {total}; saved, and the same command goes on from here")
+        if on_any_process(fabric, stopping or stop_requested()):  # a signal may arrive during the last save
+            run.say(f"stopped by a signal after step {step} of {total}; checkpoint saved, the same command resumes from here")
             raise Stopped
     saved = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
     if stage.ema:
@@ -267,13 +267,13 @@ def fit(
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the head: the largest of all groups under layer decay."""
+    """The learning rate of the head: the largest of all parameter groups if layer decay is used."""
     return max(group["lr"] for group in optimizer.param_groups)
 
 
 @dataclass
 class _Numbers:
-    """What a step logged and decided, on its way from the device."""
+    """The metrics and flags of one step, while they are copied from the device."""
 
     step: int
     learning_rate: float
@@ -295,7 +295,7 @@ def _exchange(
     norm: dict[str, torch.Tensor],
     flags: dict[str, bool],
 ) -> _Numbers:
-    """Metrics averaged over micro-batches and processes, and flags that any process raised, in one exchange that nobody waits for."""
+    """Average metrics over micro-batches and processes, and combine the flags of all processes, in one exchange that does not block."""
     on_gpu = fabric.device.type == "cuda"
     names = [*losses[0], *norm, *flags]
     means = torch.stack([torch.stack([loss[name].float() for name in losses[0]]) for loss in losses]).mean(0)
@@ -312,7 +312,7 @@ def _exchange(
 
 @contextmanager
 def _progress_bar(run: Run, total: int, done: int) -> Iterator[Callable[[int, int, dict[str, float]], None]]:
-    """A function (step, images, values) that keeps a bar on a terminal, and writes a line for every tenth of the way to the log."""
+    """Yield a function (step, images, values) that updates a progress bar on a terminal and logs a line after each tenth of the steps."""
     begun, first = time.perf_counter(), done
     columns = (TextColumn(run.directory.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and run.main)) as bar:
@@ -332,14 +332,15 @@ def _progress_bar(run: Run, total: int, done: int) -> Iterator[Callable[[int, in
 
 @contextmanager
 def _tensorboard(run: Run, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A function (step, values) that writes to TensorBoard in the run's directory where that is installed.
+    """Yield a function (step, values) that writes to TensorBoard in the run's directory, if TensorBoard is installed.
 
-    `done` steps were trained before; points that an earlier process wrote after them are purged, as they come again.
+    `done` steps are already trained; points that an earlier process wrote for later steps are purged, because they are written again.
     """
+    SummaryWriter: Any = None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        SummaryWriter = None
+        pass
     if SummaryWriter is None or not run.main:
         yield lambda step, values: None
         return

@@ -35,7 +35,7 @@ def patchify(images_BCHW: Tensor, patch: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """A convolution of stride P, computed as a matrix product on patches so that hidden patches cost nothing."""
+    """A convolution of stride P, computed as a matrix product on patches, so that masked patches cost nothing."""
 
     def __init__(self, channels: int, patch: int, width: int):
         super().__init__()
@@ -47,9 +47,9 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with a bias per head and offset of two cells where `relative` is given (timm's RelPosBias)."""
+    """Multi-head self-attention. `relative` (timm's RelPosBias) adds a bias per head and relative offset to the scores."""
 
-    def __init__(self, width: int, heads: int, relative: nn.Module | None = None):
+    def __init__(self, width: int, heads: int, relative: RelPosBias | None = None):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -66,8 +66,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Queries: the last `queries` tokens, or all; keys and values: the first `keys` tokens, or all. Returns (B, queries, D).
 
-        A `window` says for all tokens which of these keys each sees; `scale` is a LayerScale. Raises ValueError, as attend does, where
-        the window does not fit.
+        `window` defines, for all tokens, which of these keys each token sees; `scale` is a LayerScale. Raises ValueError, as attend
+        does, if the window does not fit.
         """
         B, T, D = x_BTD.shape
         keys, queries = keys or T, queries or T
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             q = q_BQD.view(B, queries, self.heads, D // self.heads).transpose(1, 2)
             k, v = kv_BKD.view(B, keys, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if self.rel_pos is None else self.rel_pos.get_bias()[0]
-        seen = {} if window is None else {"time": window.time[:, -queries:]}
+        seen: dict = {} if window is None else {"time": window.time[:, -queries:]}
         seen |= {} if window is None else {"visible_from": window.visible_from[:, :keys], "visible_until": window.visible_until[:, :keys]}
         return _scaled(self.proj, scale, attend(q, k, v, bias_HQK=bias, **seen).transpose(1, 2).reshape(B, queries, D))
 
@@ -95,7 +95,7 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        relative: nn.Module | None = None,
+        relative: RelPosBias | None = None,
         grad_checkpointing: bool = False,
     ):
         super().__init__()
@@ -109,16 +109,16 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BTD: Tensor, keys: int | None = None, queries: int | None = None, window: Window | None = None) -> Tensor:
-        """`keys`, `queries` and `window` as in Attention; the tokens that ask come out."""
+        """`keys`, `queries` and `window` as in Attention. Returns the query tokens, (B, queries, D)."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(self._forward, x_BTD, keys, queries, window, use_reentrant=False)
         return self._forward(x_BTD, keys, queries, window)
 
     def _forward(self, x_BTD: Tensor, keys: int | None, queries: int | None, window: Window | None) -> Tensor:
-        asking_BQD = x_BTD[:, -(queries or 0) :]
-        asking_BQD = self._add(asking_BQD, self.attn(self.norm1(x_BTD), keys, queries, window, self.ls1))
-        hidden_BQD = self.mlp.act(self.mlp.fc1(self.norm2(asking_BQD)))
-        return self._add(asking_BQD, _scaled(self.mlp.fc2, self.ls2, hidden_BQD))
+        query_BQD = x_BTD[:, -(queries or 0) :]
+        query_BQD = self._add(query_BQD, self.attn(self.norm1(x_BTD), keys, queries, window, self.ls1))
+        hidden_BQD = self.mlp.act(self.mlp.fc1(self.norm2(query_BQD)))
+        return self._add(query_BQD, _scaled(self.mlp.fc2, self.ls2, hidden_BQD))  # type: ignore[arg-type]  # no Conv2d here
 
     def _add(self, x_BQD: Tensor, branch_BQD: Tensor) -> Tensor:
         """x + drop_path(branch), in one pass."""
@@ -128,7 +128,7 @@ class Block(nn.Module):
 
 
 def _scaled(layer: nn.Linear, scale: nn.Module | None, x_BTD: Tensor) -> Tensor:
-    """A LayerScale (or none) after a linear layer. It goes into the weights, which are fewer numbers than the tokens."""
+    """A linear layer followed by a LayerScale (or none). The scale is multiplied into the weights, which are smaller than the tokens."""
     if not isinstance(scale, LayerScale):
         return layer(x_BTD)
     return F.linear(x_BTD, scale.gamma[:, None] * layer.weight, scale.gamma * layer.bias)
@@ -137,10 +137,10 @@ def _scaled(layer: nn.Linear, scale: nn.Module | None, x_BTD: Tensor) -> Tensor:
 class ViT(nn.Module):
     """Vision Transformer encoder.
 
-    image_size and patch_size in pixels; position is "sincos" (fixed, saved, never trained), "learned" (both added to the
-    tokens), "relative" (added to the attention scores, a table per block, zero at first) or "none"; layer_scale is
-    LayerScale's initial value; drop_path the last block's stochastic-depth rate (linear from 0); with grad_checkpointing the blocks keep
-    no activations for the backward pass but compute them again: less memory, a third more time.
+    image_size and patch_size: in pixels. position: "sincos" (fixed, saved, never trained) or "learned" (both are added to the
+    tokens), "relative" (added to the attention scores, one table per block, initialised to zero) or "none". layer_scale: initial
+    value of LayerScale. drop_path: rate of the last block; rates increase linearly from 0. grad_checkpointing: recompute the
+    activations of the blocks in the backward pass instead of storing them: less memory, a third more time.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -161,7 +161,7 @@ class ViT(nn.Module):
         grad_checkpointing: bool = False,
     ):
         super().__init__()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.patch_size, self.channels, self.width = patch_size, channels, width
         if any(side % patch_size or side < patch_size for side in self.image_size):
             raise ValueError(f"image size {self.image_size[0]} x {self.image_size[1]} is not a multiple of the patch size {patch_size}")
@@ -177,7 +177,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if class_token else None
         if position == "sincos":
             table = torch.cat([torch.zeros(self.prefix_tokens, width), sincos_2d(self.grid, width)])
-            self.register_buffer("pos_embed", table[None])
+            self.pos_embed: Tensor | None = nn.Buffer(table[None])
         elif position == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
         else:
@@ -188,11 +188,11 @@ class ViT(nn.Module):
             Block(width, heads, mlp_ratio, layer_scale, *options, grad_checkpointing) for options in zip(rates, relative, strict=True)
         )
         self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(width, eps=1e-6)
         initialise(self)
 
     def embed(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
-        """Patch tokens without position, (B, N, D), or only those at the indices `keep`, in their order, (B, M, D)."""
+        """Return patch tokens without position: all, (B, N, D), or those at the indices `keep`, in that order, (B, M, D)."""
         if images_BCHW.shape[1:] != (self.channels, *self.image_size):
             raise ValueError(f"expected images of {(self.channels, *self.image_size)}, got {tuple(images_BCHW.shape[1:])}")
         patches_BNP = patchify(images_BCHW, self.patch_size)
@@ -201,25 +201,31 @@ class ViT(nn.Module):
     @property
     def patch_positions(self) -> Tensor:
         """The position embedding of the patches, (1, N, D)."""
+        assert self.pos_embed is not None
         return self.pos_embed[:, self.prefix_tokens :]
+
+    @property
+    def first_token(self) -> Tensor:
+        """The class token, with its position where there are positions, (1, 1, D)."""
+        assert self.cls_token is not None
+        return self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
 
     def encode(self, x_BMD: Tensor, context: int | None = None) -> Tensor:
         """Prepend the class token, run the blocks and the final norm: (B, M, D) to (B, T, D).
 
-        Where `context` is given, only the class token and the first `context` of the M tokens are keys, in every block (MP3).
-        Raises ValueError for a context of more tokens than there are or none, and for a subset under relative positions.
+        With `context`, the keys in every block are only the class token and the first `context` of the M tokens (MP3).
+        Raises ValueError if `context` is not within 1 .. M, and for a subset of the patches with relative positions.
         """
         return self._encode(x_BMD, context)[-1]
 
     def _encode(self, x_BMD: Tensor, context: int | None = None, count: int = 1) -> list[Tensor]:
-        """The outputs of the last `count` blocks, each through the final norm."""
+        """Return the outputs of the last `count` blocks, each after the final norm."""
         if context is not None and not 0 < context <= x_BMD.shape[1]:
-            raise ValueError(f"context={context}: it takes 1 to {x_BMD.shape[1]} of the {x_BMD.shape[1]} tokens {tuple(x_BMD.shape)}")
+            raise ValueError(f"context={context}: choose 1 to {x_BMD.shape[1]}, the number of tokens of {tuple(x_BMD.shape)}")
         if self.relative and (context is not None or x_BMD.shape[1] != self.grid[0] * self.grid[1]):
-            raise ValueError(f"relative positions need all {self.grid[0]} x {self.grid[1]} patches, each a key, in row-major order")
+            raise ValueError(f"relative positions need all {self.grid[0]} x {self.grid[1]} patches as keys, in row-major order")
         if self.cls_token is not None:
-            first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
-            x_BMD = torch.cat([first.to(x_BMD.dtype).expand(x_BMD.shape[0], -1, -1), x_BMD], dim=1)
+            x_BMD = torch.cat([self.first_token.to(x_BMD.dtype).expand(x_BMD.shape[0], -1, -1), x_BMD], dim=1)
         keys = None if context is None else self.prefix_tokens + context
         normed = []
         for number, block in enumerate(self.blocks, 1):
@@ -229,20 +235,20 @@ class ViT(nn.Module):
         return normed
 
     def forward(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
-        """Images to normed tokens (B, T, D), of all patches or of those at the indices `keep`."""
+        """Images to tokens (B, T, D) after the final norm, of all patches or of those at the indices `keep`."""
         return self.encode(self._place(images_BCHW, keep_BM))
 
     def last_blocks(self, images_BCHW: Tensor, count: int) -> list[Tensor]:
-        """The tokens (B, T, D) after each of the last `count` blocks, all through the final norm; the last ones are forward's.
+        """Return the tokens (B, T, D) after each of the last `count` blocks and the final norm; the last entry equals forward's output.
 
-        So VISSL's linear probes read several layers. Raises ValueError where there are not so many blocks, or none are asked for.
+        VISSL's linear probes use several layers in this way. Raises ValueError if `count` is not within 1 .. number of blocks.
         """
         if not 1 <= count <= len(self.blocks):
-            raise ValueError(f"the last {count} blocks were asked for; this encoder has {len(self.blocks)}, so ask for 1 to so many")
+            raise ValueError(f"the last {count} blocks were requested; this encoder has {len(self.blocks)}: choose 1 to {len(self.blocks)}")
         return self._encode(self._place(images_BCHW), count=count)
 
     def _place(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
-        """Patch tokens, each with the position of its cell."""
+        """Return patch tokens, each with the position embedding of its cell added."""
         x = self.embed(images_BCHW, keep_BM)
         if self.pos_embed is None:
             return x
@@ -250,9 +256,9 @@ class ViT(nn.Module):
 
 
 def vit(size: str, **options: Any) -> ViT:
-    """A ViT of a named size (micro, tiny, small, base, large, huge); options as in ViT, of which `depth` may be another than the size's.
+    """Build a ViT of a named size (micro, tiny, small, base, large, huge); options as in ViT. `depth` overrides that of the size.
 
-    Raises ValueError for another name.
+    Raises ValueError for an unknown name.
     """
     if size not in SIZES:
         raise ValueError(f"ViT size {size!r} is not known; choose one of {', '.join(SIZES)}")
@@ -261,9 +267,9 @@ def vit(size: str, **options: Any) -> ViT:
 
 
 def initialise(module: nn.Module) -> None:
-    """MAE's initialisation, which DropPos shares: Xavier-uniform matrices, zero biases, tokens and learned positions N(0, 0.02).
+    """Apply MAE's initialisation, also used by DropPos: Xavier-uniform matrices, zero biases, tokens and learned positions N(0, 0.02).
 
-    The patch convolution is drawn as a matrix, and its bias keeps torch's default. Relative positions start at zero.
+    The patch convolution is initialised as a matrix, and its bias keeps torch's default. Relative positions start at zero.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):

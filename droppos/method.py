@@ -1,7 +1,7 @@
 """DropPos (Wang et al., NeurIPS 2023, arXiv 2309.03576), from the images to the loss, in the paper's order.
 
-A ViT sees a random quarter of the patches. Most of those lose their position embedding. A light decoder says, for each
-that lost it, which of the L cells of the grid it came from.
+A ViT sees a random quarter of the patches. Most of these patches lose their position embedding. A light decoder predicts,
+for each patch without its position, which of the L grid cells it comes from.
 
 Shapes: B images, L cells of the grid, V visible patches, T tokens (class token first), D width.
 """
@@ -22,16 +22,16 @@ from common.vit import ViT
 class DropPos(nn.Module):
     """DropPos around an encoder with a class token and a position embedding.
 
-    mask_ratio: fraction of patches hidden (gamma). position_mask_ratio: fraction of the visible ones whose position is dropped
-    (gamma_pos). sigma: width of position smoothing in cells, falling linearly to zero over `sigma_epochs` steps of one
-    epoch each, or constant where that is None. smoothing: "paper" (true grid, every target sums to 1) or "released" (the
-    official code's grid and normalisation, faults 7.1 and 7.2 of README.md). distance: "squared" as in the official code,
-    "euclidean" as in the paper's text. attentive: weight tokens by their affinity to the class token, at `temperature`.
-    position_token: what stands in for a dropped position: a "learned" vector, "zeros", or "wrong" (other dropped
-    positions). ignore_confident: leave out tokens already as confident as their target. shuffle: permute the visible
-    tokens (changes nothing but rounding). position_weight: with a number, add MAE's pixel loss to that many times the
-    position loss.
-    Raises ValueError for ratios that leave nothing to see or nothing to predict.
+    mask_ratio: fraction of hidden patches (gamma). position_mask_ratio: fraction of the visible patches whose position is
+    dropped (gamma_pos). sigma: width of the position smoothing, in cells; it decreases linearly towards zero over
+    `sigma_epochs` epochs, in one step per epoch, and is constant if that is None. smoothing: "paper" (true grid, every
+    target sums to 1) or "released" (grid and normalisation of the official code: faults 7.1 and 7.2 in README.md).
+    distance: "squared" as in the official code, or "euclidean" as in the paper's text. attentive: weight tokens by their
+    affinity to the class token, a softmax at `temperature`. position_token: replaces a dropped position: a "learned"
+    vector, "zeros", or "wrong" (other dropped positions). ignore_confident: exclude tokens whose predicted probability of
+    the true cell is at least that of the soft label. shuffle: permute the visible tokens (changes only the rounding).
+    position_weight: if set, the loss is position_weight times the position loss, plus MAE's pixel loss.
+    Raises ValueError for ratios that leave no visible patch or nothing to predict.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class DropPos(nn.Module):
         if position_weight is not None:
             self.pixel_decoder = PixelDecoder(encoder, decoder_width, decoder_depth, decoder_heads)
         self.sigma_epoch = 0
-        self.register_buffer("target_LL", self._smoothed(sigma), persistent=False)
+        self.target_LL = nn.Buffer(self._smoothed(sigma), persistent=False)
 
     def forward(
         self,
@@ -84,23 +84,23 @@ class DropPos(nn.Module):
         noise_position: Tensor | None = None,
         noise_shuffle: Tensor | None = None,
     ) -> Output:
-        """images (B, C, H, W) to the loss. `targets` is not used.
+        """Compute the loss of images (B, C, H, W). `targets` is not used.
 
         noise_patch (B, L), noise_position (B, V) and noise_shuffle (B, V) replace the random draws; lowest noise first.
         """
         B, V = images.shape[0], self.visible
 
-        # Patch masking: the V patches of lowest noise stay, in noise order.
+        # Patch masking: keep the V patches of lowest noise, in noise order.
         order_BL = random_order(torch.rand(B, self.cells, device=images.device) if noise_patch is None else noise_patch)
         cell_BV = order_BL[:, :V]
 
-        # Position dropping: all but `placed` of the visible patches lose their position.
+        # Position masking: drop the positions of the visible patches, except for `placed` of them.
         noise_position = torch.rand(B, V, device=images.device) if noise_position is None else noise_position
         slot_BV = random_order(noise_position)
         dropped_BV = torch.ones_like(cell_BV, dtype=torch.bool).scatter_(1, slot_BV[:, : self.placed], False)
         position_BVD = self._positions(cell_BV, dropped_BV)
 
-        # Encoder on the visible patches, light decoder on what it gives.
+        # The encoder sees the visible patches; the light decoder sees the encoder's output.
         x_BVD = self.encoder.embed(images, cell_BV) + position_BVD
         if self.shuffle:
             shuffled = random_order(torch.rand(B, V, device=images.device) if noise_shuffle is None else noise_shuffle)
@@ -115,7 +115,7 @@ class DropPos(nn.Module):
         log_p_BVL = logit_BVL.log_softmax(-1)
         loss_BV = -(target_BVL * log_p_BVL).sum(-1)
 
-        # Attentive reconstruction, and the mean over the tokens whose position was dropped.
+        # Attentive reconstruction, and the weighted mean over the tokens whose position was dropped.
         weight_BV = dropped_BV.float()
         if self.ignore_confident:
             true_cell = cell_BV[..., None]
@@ -137,7 +137,7 @@ class DropPos(nn.Module):
         return Output(loss, metrics, named)
 
     def at_step(self, step: int, total_steps: int) -> None:
-        """sigma falls linearly, once per epoch: (1 - e / E) sigma for epoch e = 0 .. E-1."""
+        """Decrease sigma linearly, once per epoch: (1 - e / E) sigma in epoch e = 0 .. E-1."""
         if self.sigma_epochs is None:
             return
         epoch = step * self.sigma_epochs // total_steps
@@ -149,19 +149,19 @@ class DropPos(nn.Module):
         grid = self.encoder.grid
         if self.smoothing == "paper":
             return smoothed_targets(grid, sigma, distance=self.distance)
-        # The release takes image size // tokens per side for the side of the grid: 16 instead of 14 at 224 px (fault 7.1).
+        # The released code computes the grid side as image size // tokens per side: 16 instead of 14 at 224 px (fault 7.1).
         side = self.encoder.image_size[1] // grid[1]
         return smoothed_targets(grid, sigma, distance=self.distance, normalise="columns", assumed_side=side)
 
     def _positions(self, cell_BV: Tensor, dropped_BV: Tensor) -> Tensor:
-        """The position embedding of each visible patch, (B, V, D), with a stand-in where it is dropped."""
+        """Position embeddings of the visible patches, (B, V, D), with a replacement where they are dropped."""
         true_BVD = gather_tokens(self.encoder.patch_positions, cell_BV)
         if self.position_token == "learned":
             return torch.where(dropped_BV[..., None], self.dropped_position, true_BVD)
         if self.position_token == "zeros":
             return true_BVD * ~dropped_BV[..., None]
-        # "wrong": the dropped positions of each image change places among themselves, alike in every image of the batch.
-        # Sorted rather than found by nonzero(), which waits for a GPU.
+        # "wrong": permute the dropped positions of each image, with one permutation for all images of the batch.
+        # argsort instead of nonzero(), because nonzero() waits for the GPU.
         slot_BK = (~dropped_BV).int().argsort(dim=1, stable=True)[:, : self.visible - self.placed]
         order_K = torch.randperm(slot_BK.shape[1], device=cell_BV.device)
         taken = gather_tokens(true_BVD, slot_BK[:, order_K])
@@ -169,14 +169,14 @@ class DropPos(nn.Module):
 
     @torch.no_grad()
     def _affinity(self, images: Tensor, cell_BV: Tensor) -> Tensor:
-        """How close each visible patch is to the class token in the whole, unmasked image; (B, V), each row sums to 1."""
+        """Affinity of each visible patch to the class token in the whole, unmasked image; (B, V), each row sums to 1."""
         encoded_BTD = self.encoder(images).float()
         cosine_BL = F.cosine_similarity(encoded_BTD[:, :1], encoded_BTD[:, 1:], dim=-1)
-        # A softmax over all L cells, renormalised over the visible ones, is a softmax over the visible ones.
+        # A softmax over all L cells, renormalised over the visible cells, equals this softmax over the visible cells.
         return (cosine_BL.gather(1, cell_BV) / self.temperature).softmax(-1)
 
 
-# Where the tensors of the official checkpoints stand here; the longest matching prefix counts.
+# Maps name prefixes of the official checkpoints to those here; the longest matching prefix counts.
 OFFICIAL_NAMES = {
     "": "encoder.",
     "mask_pos_token": "dropped_position",

@@ -16,7 +16,7 @@ VARIANTS = {"attentive": (), "without attentive reconstruction": ("method.attent
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> DropPos:
-    """The method as the recipe wants it, without the labels. Raises RecipeError for an option that DropPos does not have."""
+    """Build the method; it needs no labels. Raises RecipeError for an option that DropPos does not have."""
     check_options(DropPos, recipe.method, taken=("encoder", "sigma_epochs"))
     return DropPos(encoder, sigma_epochs=recipe.pretrain.epochs, **recipe.method)
 
@@ -28,6 +28,18 @@ def illustrate(method: DropPos, images: torch.Tensor, targets: torch.Tensor, dat
     caption = f"{method.visible} of {method.cells} visible (framed: position dropped)"
     placed = named["cells"], named["predicted"], named["dropped"], named["dropped"]
     draw_positions(images, method.encoder.patch_size, *placed, caption, data, directory / "positions.png")
+
+
+# The official code has no linear probe; this is MAE's (its appendix A.1), on the mean of the patch tokens.
+_LINEAR = TrainConfig(
+    epochs=90,
+    batch_size=16384,
+    base_lr=0.1,
+    warmup_epochs=10,
+    optimizer="lars",
+    weight_decay=0.0,
+    augmentation=Augmentation(crop="resized", scale=(0.08, 1.0)),
+)
 
 
 def digits() -> Recipe:
@@ -45,20 +57,19 @@ def digits() -> Recipe:
         augmentation=Augmentation(crop="padding", padding=1, flip=0.0),
     )
     finetune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
-    common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
+    common: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     return Recipe(
-        data=("digits",),
         size="micro",
         image_size=8,
         patch_size=2,
         pretrain=pretrain,
         method={"mask_ratio": 0.25, "decoder_width": 96, "decoder_heads": 3, "attentive": False},
         protocols=(
-            Protocol("finetune", stage=finetune, **common),
-            Protocol("finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **common),
-            Protocol("finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **common),
-            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune", stage=finetune, **common),
+            Protocol(name="finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **common),
+            Protocol(name="finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **common),
+            Protocol(name="linear", kind="linear", stage=replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -66,7 +77,7 @@ def digits() -> Recipe:
 def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=droppos DATA=cifar10`, one GPU. Ours; no paper has it.
 
-    The paper's pre-training on a grid of 8 x 8, half of it visible: a quarter would leave 16 patches, 12 without position.
+    The paper's pre-training on a grid of 8 x 8 with half of the patches visible: a quarter would be 16 patches, 12 without position.
     Expected: not measured yet.
     """
     pretrain = TrainConfig(
@@ -89,16 +100,15 @@ def cifar10() -> Recipe:
     )
     linear = replace(_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
     return Recipe(
-        data=("cifar10", "cifar100"),
         size="small",
         image_size=32,
         patch_size=4,
         pretrain=pretrain,
         method={"mask_ratio": 0.5},
         protocols=(
-            Protocol("finetune", "finetune", finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
-            Protocol("linear", "linear", linear),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune", kind="finetune", stage=finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
+            Protocol(name="linear", kind="linear", stage=linear),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -107,9 +117,9 @@ def tiny_imagenet() -> Recipe:
     """Tiny ImageNet with a ViT-S/8: `make reproduce PAPER=droppos DATA=tiny-imagenet`, one GPU. Ours. Expected: not measured yet."""
     small = cifar10()
     crop = Augmentation(crop="resized", scale=(0.2, 1.0))
-    finetune = replace(small.protocols[0], stage=replace(small.protocols[0].stage, augmentation=DEIT_CROPS))
-    linear = replace(small.protocols[1], stage=replace(small.protocols[1].stage, augmentation=crop))
-    return replace(small, data=("tiny-imagenet",), image_size=64, patch_size=8, protocols=(finetune, linear, small.protocols[2]))
+    finetune = replace(small.protocols[0], stage=replace(small.protocols[0].training, augmentation=DEIT_CROPS))
+    linear = replace(small.protocols[1], stage=replace(small.protocols[1].training, augmentation=crop))
+    return replace(small, image_size=64, patch_size=8, protocols=(finetune, linear, small.protocols[2]))
 
 
 def imagenet_vitb16_200() -> Recipe:
@@ -141,15 +151,14 @@ def imagenet_vitb16_200() -> Recipe:
         augmentation=DEIT_CROPS,
     )
     return Recipe(
-        data=("folder",),
         size="base",
         image_size=224,
         patch_size=16,
         pretrain=pretrain,
         protocols=(
-            Protocol("finetune", "finetune", finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
-            Protocol("linear", "linear", _LINEAR),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune", kind="finetune", stage=finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
+            Protocol(name="linear", kind="linear", stage=_LINEAR),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -171,18 +180,9 @@ def imagenet_vitl16_800() -> Recipe:
     """
     recipe = imagenet_vitb16_200()
     finetune, *frozen = recipe.protocols
-    finetune = replace(finetune, stage=replace(finetune.stage, epochs=50, device_batch=64))
+    finetune = replace(finetune, stage=replace(finetune.training, epochs=50, device_batch=64))
     pretrain = replace(recipe.pretrain, epochs=800, warmup_epochs=40, device_batch=128)
     return replace(recipe, size="large", pretrain=pretrain, protocols=(finetune, *frozen))
 
 
-# The official code has no linear probe; this is MAE's (its appendix A.1), on the mean of the patch tokens.
-_LINEAR = TrainConfig(
-    epochs=90,
-    batch_size=16384,
-    base_lr=0.1,
-    warmup_epochs=10,
-    optimizer="lars",
-    weight_decay=0.0,
-    augmentation=Augmentation(crop="resized", scale=(0.08, 1.0)),
-)
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "tiny-imagenet": tiny_imagenet, "folder": imagenet_vitb16_200}

@@ -1,11 +1,11 @@
-"""The top-1 and top-5 of a classifier that MaPeT's authors released.
+"""Top-1 and top-5 accuracy of a classifier released by MaPeT's authors.
 
 python -m mapet.validate /datasets/imagenet --checkpoint vit_standard_base_patch16_224_KCLIP.tar
 
 They released six ViTs, fine-tuned on ImageNet-1k: vit_standard_{tiny,small,base}_patch16_224_{KCLIP,VQKD}.tar, torch files in spite of
-the name. Neither they nor the pages about them could be downloaded, so what they hold is taken from the official code: it is what timm's
-CheckpointSaver writes, of which state_dict is read, and its tensors tell what the network is like. Images are seen as the official
-validate.py shows them: the short side resized to 1 / 0.9 of the image size (248 for 224 pixels), bicubic, and the centre cut out.
+the name. We had no access to the files or the pages about them, so their format is taken from the official code: timm's CheckpointSaver
+writes them, and state_dict is read. The tensors determine the network. Images are preprocessed as in the official validate.py: resize
+the short side to 1 / 0.9 of the image size (248 for 224 pixels), bicubic, then center crop.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from torch import nn
@@ -33,54 +33,55 @@ from common.vit import SIZES, vit
 
 RELEASED = {SIZES[size][0]: size for size in ("tiny", "small", "base")}  # by width
 TOLD_BY = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3, "blocks.0.attn.q.weight": 2, "head.weight": 2}  # dimensions
-CROP = 0.9  # fraction of the resized short side that is seen, in the official validate.py whatever its command line says
-PROGRESS_SECONDS = 20.0  # between two lines about how far it is
+CROP = 0.9  # center crop / resized short side, in the official validate.py whatever its command line says
+PROGRESS_SECONDS = 20.0  # between two progress lines
 
 
 @dataclass
 class Options:
-    """What to evaluate, on what, and where."""
+    """Options of the command line."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A folder with one folder of images per class, or one whose val/ is such a folder; the order of their names is the head's."""
+    """A folder with one folder of images per class, or with such a folder val/. The sorted folder names are the classes of the head."""
     checkpoint: Path
     """One of the six released files."""
     batch_size: int = 256
-    """Images given to a device at once."""
+    """Images per device and batch."""
     workers: int = dataclasses.field(default_factory=default_workers)
-    """Processes that decode images, per device; by default the cores, shared among the processes of the machine, at most 8."""
+    """Loader processes per device; default: the cores divided by the training processes of the machine, at most 8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes a GPU where there is one."""
+    """Where to run; auto uses a GPU if there is one."""
     precision: Literal["auto", "bf16-mixed", "32-true"] = "32-true"
-    """auto is bf16-mixed where the hardware computes it, else 32-true."""
+    """auto is bf16-mixed if the hardware supports it, else 32-true."""
     skip_corrupt: bool = False
-    """Put the next readable image in the place of one that is not, instead of stopping."""
+    """Replace an unreadable image by the next readable one, instead of stopping."""
 
 
 def build_classifier(state: State) -> Classifier:
-    """The network that the official tensors are of, with weights of its own. Raises ConversionError where it is not one of the released."""
+    """Build the network of the official tensors, with new weights. Raises ConversionError if it is not one of the released networks."""
     if "mask_positional_token" in state or "decoder.weight" in state:
         raise ConversionError(
-            "this is a pre-training checkpoint: it has mask_positional_token or decoder, and no classifier that could be evaluated. "
-            "Give it to benchmarks.reproduce as --encoder, which fine-tunes it, or take one of the released vit_standard_* files"
+            "this is a pre-training checkpoint: it has mask_positional_token or decoder, but no classifier to evaluate. "
+            "Fine-tune it with benchmarks.reproduce --encoder, or use one of the released vit_standard_* files"
         )
     lacking = [name for name, dimensions in TOLD_BY.items() if name not in state or state[name].ndim != dimensions]
-    pools = [pool for name, pool in {"fc_norm.weight": "mean", "norm.weight": "class"}.items() if name in state]
+    pools: list[Any] = [pool for name, pool in {"fc_norm.weight": "mean", "norm.weight": "class"}.items() if name in state]
     if lacking or len(pools) != 1:
         lacks = f"lacks {', '.join(lacking)}" if lacking else f"has {'both' if pools else 'neither'} of fc_norm and norm"
-        raise ConversionError(f"this is none of MaPeT's classifiers, as it {lacks}; take one of the released vit_standard_* files")
+        raise ConversionError(f"this is not one of MaPeT's classifiers, as it {lacks}; use one of the released vit_standard_* files")
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    cells = state["pos_embed"].shape[1] - 1  # but for the class token
+    cells = state["pos_embed"].shape[1] - 1  # without the class token
     if width not in RELEASED or channels != 3 or cells < 1 or isqrt(cells) ** 2 != cells:
         fault = f"this classifier has width {width}, {channels} channels and {cells} patches"
         raise ConversionError(f"{fault}; the released ones have width 192 (tiny), 384 (small) or 768 (base), 3 channels, 14 x 14 patches")
-    scale = 0.1 if "blocks.0.ls1.gamma" in state else None  # the file has the value
+    scale = 0.1 if "blocks.0.ls1.gamma" in state else None  # the file contains the value
     encoder = vit(RELEASED[width], image_size=isqrt(cells) * patch, patch_size=patch, position="learned", layer_scale=scale)
-    return Classifier(encoder, len(state["head.weight"]), Protocol("validate", "knn", pool=pools[0]))  # a kind that trains nothing
+    protocol = Protocol(name="validate", kind="knn", pool=pools[0])  # a kind without training
+    return Classifier(encoder, len(state["head.weight"]), protocol)
 
 
 def load_classifier(path: Path) -> tuple[Classifier, Coverage, int]:
-    """A released classifier, what was loaded, and how many tensors its file has. Raises ConversionError for any other file."""
+    """Load a released classifier. Returns it, the coverage, and the number of tensors in the file. Raises ConversionError otherwise."""
     state = read_checkpoint(path)
     try:
         model = build_classifier(state)
@@ -90,19 +91,19 @@ def load_classifier(path: Path) -> tuple[Classifier, Coverage, int]:
 
 
 def open_images(path: Path, classes: int, skip_corrupt: bool) -> Data:
-    """The images to evaluate on, as `val`. Raises DataError unless there is one folder of images for each class."""
+    """Open the evaluation images, as `val`. Raises DataError unless there is one folder of images for each class."""
     folder = path / "val" if (path / "val").is_dir() else path
     if not folder.is_dir():
-        raise DataError(f"{path} is no folder: give one with a folder of images per class, or with val/ that is so")
+        raise DataError(f"{path} is not a folder: give one with a folder of images per class, or with such a folder val/")
     split = scan_folder(folder, skip_corrupt)
     if len(split.class_names) != classes:
         fault = f"{folder} has {len(split.class_names)} class folders, the first is {split.class_names[0]}"
-        raise DataError(f"{fault}, and the classifier has {classes} classes: give the data that it was trained on, every class of it")
+        raise DataError(f"{fault}, and the classifier has {classes} classes: give the data that it was trained on, with all classes")
     return Data(path.resolve().name, classes, 3, None, IMAGENET_MEAN, IMAGENET_STD, train=split.subset([]), val=split)
 
 
-def validate(options: Options) -> dict[str, float]:
-    """Evaluate, print what was loaded and what came out, and return top1 and top5 in percent."""
+def validate(options: Options) -> dict[str, float | None]:
+    """Evaluate, print what was loaded and the results, and return top1 and top5 in percent."""
     fabric = make_fabric(options.device, options.precision)
     fabric.launch()
     model, coverage, held = load_classifier(options.checkpoint)
@@ -125,11 +126,11 @@ def validate(options: Options) -> dict[str, float]:
 
     scaled = "with" if hasattr(encoder.blocks[0].ls1, "gamma") else "without"
     network = f"ViT-{RELEASED[encoder.width]}/{encoder.patch_size} {scaled} LayerScale, {model.pool} pooling, {classes} classes"
-    seeing = f"short side to {resize} px (bicubic), the central {side} px, ImageNet's mean and std"
+    seeing = f"short side to {resize} px (bicubic), center crop {side} px, ImageNet's mean and std"
     counts, notes = dataclasses.replace(coverage, notes=()), "".join(f"; {note}" for note in coverage.notes)
     say(f"{options.checkpoint.name}: {counts} (of {held} in the file, q and kv fused){notes}; {network}; images: {seeing}")
     model.to(fabric.device).register_forward_hook(progress)
-    loading = {"image_size": encoder.image_size, "batch_size": options.batch_size, "workers": options.workers}
+    loading: dict = {"image_size": encoder.image_size, "batch_size": options.batch_size, "workers": options.workers}
     (found,) = evaluate(model, data, protocol, fabric=fabric, **loading)
     spent = f"{time.perf_counter() - begun:.1f} s on {fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"
     say(f"{images} images of {data.name}: top-1 {found.top1:.3f} %, top-5 {found.top5:.3f} %, {spent}")
@@ -137,7 +138,7 @@ def validate(options: Options) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
+    """Run the command line. Returns the exit code: 0, or 2 for a user error."""
     keep_freed_memory()
     try:
         config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)

@@ -1,7 +1,7 @@
 """MP3 (Zhai et al., ICML 2022, arXiv 2207.07611), from the images to the loss, in the paper's order.
 
-A ViT without any position embedding sees all patches, but only a random part of them, the context, as keys and values. From
-content alone it says of every patch which of the N cells of the grid it came from.
+A ViT without position embeddings encodes all patches, but only a random subset of them, the context, serves as keys and values. From
+content alone, the ViT predicts for every patch which of the N grid cells it comes from.
 
 Shapes: B images, N patches (and cells), M context patches, T tokens (class token first), D width.
 """
@@ -16,10 +16,10 @@ from common.vit import ViT, initialise
 
 
 class MP3(nn.Module):
-    """MP3 around an encoder that knows no positions.
+    """MP3 around an encoder without positions.
 
-    eta: masking ratio, the fraction of the patches that are not context; the paper times 0.3, 0.5, 0.75 and 0.9 (Table 2).
-    Raises ValueError for an encoder with positions, for an eta outside [0, 1) and for one that leaves no context.
+    eta: masking ratio, the fraction of patches outside the context; the paper reports timings for 0.3, 0.5, 0.75 and 0.9 (Table 2).
+    Raises ValueError for an encoder with positions, and for an eta that is outside [0, 1) or leaves no context.
     """
 
     def __init__(self, encoder: ViT, *, eta: float = 0.75):
@@ -32,21 +32,21 @@ class MP3(nn.Module):
         initialise(self.head)
 
     def forward(self, images: Tensor, targets: Tensor | None = None, *, noise: Tensor | None = None) -> Output:
-        """images (B, C, H, W) to the loss. `targets` is not used. noise (B, N) replaces the random draw; lowest first.
+        """Compute the loss of images (B, C, H, W). `targets` is not used. noise (B, N) replaces the random draw; lowest first.
 
-        named: cells (B, N), the true cell of each token in the order that the encoder saw, its first M the context;
+        named: cells (B, N), the true cell of each token, in the encoder's token order (the first M are the context);
         predicted (B, N); logits (B, N, N); encoded (B, T, D).
         """
-        # The context: M random patches of each image, the same in every layer (Figure 1).
+        # Context: M random patches of each image, the same in every layer (Figure 1).
         noise = torch.rand(len(images), self.cells, device=images.device) if noise is None else noise
         cell_BN = random_order(noise)
 
-        # Masked attention. Without positions a ViT does not care for the order of its tokens, so the context goes first, once:
-        # then keys and values are a slice in every layer. All patches ask; only the context and the class token answer.
+        # Masked attention. Without positions, a ViT is permutation-equivariant. So the context is moved to the front once, and keys and
+        # values are a slice in every layer. Queries: all tokens; keys and values: the class token and the context.
         x_BND = self.encoder.embed(images, cell_BN)
         encoded_BTD = self.encoder.encode(x_BND, context=self.context)
 
-        # A linear head on every patch, context or not, and the cross-entropy with its own cell.
+        # A linear head on every patch, in the context or not, and the cross-entropy with the true cell.
         logit_BNN = self.head(encoded_BTD[:, self.encoder.prefix_tokens :]).float()
         loss = F.cross_entropy(logit_BNN.flatten(0, 1), cell_BN.flatten())
 
@@ -55,6 +55,6 @@ class MP3(nn.Module):
         return Output(loss, metrics, {"cells": cell_BN, "predicted": predicted_BN, "logits": logit_BNN, "encoded": encoded_BTD})
 
 
-# Nobody released official weights. The unofficial fork has timm's names, and a position embedding that it never used.
+# There are no official weights. The unofficial fork uses timm's names, and has a position embedding that it never uses.
 OFFICIAL_NAMES = {"": "encoder.", "head.": "head."}
 UNUSED_NAMES = ("pos_embed",)

@@ -1,7 +1,7 @@
 """MP3's recipes. Each docstring is a claim: where the settings come from, the command, the hardware, what to expect.
 
-We had no access to the paper's text; what is known of its settings is its Tables 2 and 3 and a reproducibility record. What each
-recipe chooses for itself is listed in README.md, section Deviations.
+We had no access to the paper's text; its settings are known only from Tables 2 and 3 and a reproducibility record. Our own choices are
+listed in README.md, section Deviations.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ VARIANTS = {f"eta {eta}": (f"method.eta={eta}",) for eta in (0.75, 0.3, 0.5, 0.9
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> MP3:
-    """The method as the recipe wants it, without the labels. Raises RecipeError for an option that MP3 does not have."""
+    """Build the method; it needs no labels. Raises RecipeError for an option that MP3 does not have."""
     check_options(MP3, recipe.method, taken=("encoder",))
     return MP3(encoder, **recipe.method)
 
@@ -37,10 +37,20 @@ def illustrate(method: MP3, images: torch.Tensor, targets: torch.Tensor, data: D
     draw_positions(images, method.encoder.patch_size, *placed, caption, data, directory / "positions.png")
 
 
+# DeiT's classifier reads the class token.
+_DEIT: dict = {"pool": "class", "drop_path": DEIT_DROP_PATH, **DEIT_LABELS}
+
+
+def _table3(stage: TrainConfig, **options: Any) -> tuple[Protocol, ...]:
+    """Fine-tuning with each position embedding of Table 3; pre-training has none."""
+    positions: dict = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
+    return tuple(Protocol(name=f"finetune_{name}", kind="finetune", stage=stage, position=p, **options) for name, p in positions.items())
+
+
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=mp3`. Ours; the paper does not have it.
 
-    Encoder, batches and budget are those of DropPos' digits recipe, so that the two can be held side by side; the rest was chosen by the
+    Encoder, batches and budget are those of DropPos' digits recipe, so that the two can be compared; the rest was chosen by the
     experiments in README.md's log. Hardware: two CPU cores, nine minutes a seed. Expected, over three seeds: position top-1 about 45
     (chance 6.25); with all labels and no, absolute, 2-D relative positions 80, 96, 91 (scratch 38, 84, 50); 20 per class 69 (46).
     """
@@ -53,10 +63,9 @@ def digits() -> Recipe:
         augmentation=Augmentation(crop="padding", padding=1, flip=0.0),
     )
     finetune = replace(pretrain, epochs=60, betas=(0.9, 0.999), warmup_epochs=5)
-    options = {"pool": "mean", "drop_path": 0.1, "smoothing": 0.1}
-    few = {"kind": "finetune", "position": "learned", **options}
+    options: dict = {"pool": "mean", "drop_path": 0.1, "smoothing": 0.1}
+    few: dict = {"kind": "finetune", "position": "learned", **options}
     return Recipe(
-        data=("digits",),
         size="micro",
         image_size=8,
         patch_size=2,
@@ -65,10 +74,10 @@ def digits() -> Recipe:
         encoder={"position": "none"},
         protocols=(
             *_table3(finetune, **options),
-            Protocol("finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **few),
-            Protocol("finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **few),
-            Protocol("linear", "linear", replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
-            Protocol("knn", "knn"),
+            Protocol(name="finetune_20_per_class", stage=replace(finetune, batch_size=100, epochs=100), labels_per_class=20, **few),
+            Protocol(name="finetune_5_per_class", stage=replace(finetune, batch_size=50, epochs=200), labels_per_class=5, **few),
+            Protocol(name="linear", kind="linear", stage=replace(finetune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
+            Protocol(name="knn", kind="knn"),
         ),
     )
 
@@ -77,7 +86,7 @@ def cifar10() -> Recipe:
     """CIFAR-100 (or 10) with a ViT-S/4, the paper's Table 3: `make reproduce PAPER=mp3 DATA=cifar100`, one GPU.
 
     Published after 2,000 epochs and DeiT's fine-tuning, CIFAR-100: no position 82.6, absolute 84.0, 2-D relative 84.2; from scratch 64.6,
-    73.4, 75.0. Patch 4 is the unofficial fork's; eta, learning rate, batch, augmentation and the epochs of fine-tuning are chosen.
+    73.4, 75.0. Patch 4 is the unofficial fork's; eta, learning rate, batch, augmentation and the epochs of fine-tuning are our choice.
     Expected of ours: not measured yet.
     """
     pretrain = TrainConfig(
@@ -89,22 +98,21 @@ def cifar10() -> Recipe:
         min_lr=1e-5,
         augmentation=Augmentation(crop="padding", padding=4),
     )
-    # RandomCrop instead of RandomResizedCrop is what DeiT's code does at 32 px.
+    # At 32 px DeiT's code uses RandomCrop with padding instead of RandomResizedCrop.
     finetune = replace(DEIT, device_batch=512, augmentation=replace(DEIT.augmentation, crop="padding", padding=4))
     return Recipe(
-        data=("cifar100", "cifar10"),
         size="small",
         image_size=32,
         patch_size=4,
         pretrain=pretrain,
         method={"eta": 0.5},
         encoder={"position": "none"},
-        protocols=(*_table3(finetune, **_DEIT), Protocol("knn", "knn")),
+        protocols=(*_table3(finetune, **_DEIT), Protocol(name="knn", kind="knn")),
     )
 
 
 def cifar10_short() -> Recipe:
-    """The same in 100 epochs, and as many of fine-tuning, to try things: `make reproduce PAPER=mp3 DATA=cifar10 RECIPE=cifar10_short`.
+    """The same with 100 epochs each, for experiments: `make reproduce PAPER=mp3 DATA=cifar10 RECIPE=cifar10_short`.
 
     Ours. Expected: not measured yet.
     """
@@ -117,21 +125,21 @@ def tiny_imagenet() -> Recipe:
     """Tiny ImageNet with a ViT-S/8, the paper's Table 3: `make reproduce PAPER=mp3 DATA=tiny-imagenet`, one GPU.
 
     Published after 2,000 epochs: no position 68.2, absolute 72.8, 2-D relative 73.2; from scratch 60.0, 57.6, 59.4. 64 px and patch 8
-    are not verified; the rest is chosen as for CIFAR. Expected of ours: not measured yet.
+    are not verified; the rest is as for CIFAR. Expected of ours: not measured yet.
     """
     small = cifar10()
     finetune = _table3(replace(DEIT, device_batch=512), **_DEIT)
     pretrain = replace(small.pretrain, augmentation=Augmentation(scale=(0.2, 1.0)))
-    protocols = (*finetune, Protocol("knn", "knn"))
-    return replace(small, data=("tiny-imagenet",), image_size=64, patch_size=8, pretrain=pretrain, protocols=protocols)
+    protocols = (*finetune, Protocol(name="knn", kind="knn"))
+    return replace(small, image_size=64, patch_size=8, pretrain=pretrain, protocols=protocols)
 
 
 def imagenet_vitb16() -> Recipe:
     """ImageNet-1k with a ViT-B/16: `make reproduce PAPER=mp3 DATA=/datasets/imagenet`, eight GPUs.
 
     100 epochs of pre-training (a reading note); fine-tuned by DeiT's recipe without positions, with absolute and with 2-D relative
-    ones. We had no access to the paper's table, so there is no published number to meet. eta is the one of Table 2 at which MP3 and MAE
-    cost the same; learning rate, batch and augmentation are chosen. Expected of ours: not measured yet.
+    ones. We had no access to the paper's table, so there is no published number. eta is the one of Table 2 at which MP3 and MAE cost the
+    same; learning rate, batch and augmentation are our choice. Expected of ours: not measured yet.
     """
     pretrain = TrainConfig(
         epochs=100,
@@ -144,22 +152,14 @@ def imagenet_vitb16() -> Recipe:
     )
     finetune = _table3(DEIT, **_DEIT)
     return Recipe(
-        data=("folder",),
         size="base",
         image_size=224,
         patch_size=16,
         pretrain=pretrain,
         method={"eta": 0.75},
         encoder={"position": "none"},
-        protocols=(*finetune, Protocol("knn", "knn")),
+        protocols=(*finetune, Protocol(name="knn", kind="knn")),
     )
 
 
-def _table3(stage: TrainConfig, **options: Any) -> tuple[Protocol, ...]:
-    """Fine-tuning with each of Table 3's positions, which pre-training did without."""
-    positions = {"none": "none", "absolute": "learned", "2d_relative": "relative"}
-    return tuple(Protocol(f"finetune_{name}", "finetune", stage, position=p, **options) for name, p in positions.items())
-
-
-# The class token is what DeiT classifies.
-_DEIT = {"pool": "class", "drop_path": DEIT_DROP_PATH, **DEIT_LABELS}
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "tiny-imagenet": tiny_imagenet, "folder": imagenet_vitb16}

@@ -1,1 +1,1 @@
-"""Positional Label: where a token is, as a second label in training."""
+"""Positional Label: the position of each token as an auxiliary training label."""

@@ -1,13 +1,12 @@
 """Positional Label's recipes. Each docstring is a claim: where the settings come from, the command, the hardware, what to expect.
 
-A recipe runs its arms side by side: a backbone alone, with absolute labels (+apl) and with relative labels (+rpl). The paper's text could
-not be read; settings are those of the two released trainings, ViT-B + APL and Swin-T + RPL. What is chosen here is listed in README.md,
+A recipe runs its arms side by side: a backbone alone, with absolute labels (+apl) and with relative labels (+rpl). We had no access to
+the paper's text; settings are those of the two released trainings, ViT-B + APL and Swin-T + RPL. Our own choices are listed in README.md,
 section Deviations.
 """
 
 from dataclasses import replace
-
-from torch import nn
+from typing import Any
 
 from common.data import Augmentation
 from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
@@ -27,16 +26,52 @@ VARIANTS = {
 }
 
 
-def build(recipe: Recipe, encoder: nn.Module, classes: int) -> PositionalLabel | PositionalMAE:
-    """The method as the recipe wants it: supervised, or on top of MAE and then without the classes.
+def build(recipe: Recipe, encoder: Any, classes: int) -> PositionalLabel | PositionalMAE:
+    """Build the method: supervised, or added to MAE, which needs no classes.
 
-    Raises RecipeError for an option that it does not have.
+    Raises RecipeError for an option that the method does not have.
     """
     if recipe.supervised:
         check_options(PositionalLabel, recipe.method, taken=("encoder", "classes"))
         return PositionalLabel(encoder, classes, **recipe.method)
     check_options(PositionalMAE, recipe.method, taken=("encoder",))
     return PositionalMAE(encoder, **recipe.method)
+
+
+# Both releases train for 150 epochs, half of Swin's, and clip gradients. Their colour jitter has no effect together with RandAugment.
+_RELEASED = TrainConfig(
+    epochs=150,
+    batch_size=512,
+    base_lr=5e-4,
+    lr_batch=512,
+    warmup_epochs=10,
+    min_lr=5e-6,
+    clip_norm=5.0,
+    device_batch=128,
+    augmentation=DEIT_CROPS,
+)
+_RELEASED_SWIN = replace(_RELEASED, batch_size=640, warmup_epochs=20, min_lr=6.25e-6)
+_SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
+_DEPTHS = ("encoder.depths=[2, 4]", "encoder.num_heads=[2, 4]")
+# As released with ViT: no class token; the classifier reads the mean of the tokens after the final norm.
+_MEAN_POOLED = ("encoder.class_token=false", "encoder.global_pool=avg", "encoder.fc_norm=false")
+
+
+def _arms(name: str, *changes: str) -> dict[str, tuple[str, ...]]:
+    labels = {name: "none", f"{name}+apl": "absolute", f"{name}+rpl": "relative"}
+    return {arm: (*changes, f"method.label={label}") for arm, label in labels.items()}
+
+
+def _swin_arms(*changes: str) -> dict[str, tuple[str, ...]]:
+    """The original Swin and the authors' variant. The original is a control: a gain could also come from the convolutions."""
+    return _arms("swin", *changes) | _arms("swin_released", *changes, "method.swin=released")
+
+
+def _recipe(pixels: int, stage: TrainConfig, arms: dict[str, tuple[str, ...]], labels: dict, drop_path: float) -> Recipe:
+    """Supervised training of the arms; each arm sets the size."""
+    own: dict = {"method": dict(labels), "encoder": {"drop_path_rate": drop_path}, "supervised": True}
+    size = next(iter(arms.values()))[0].partition("=")[2]
+    return Recipe(size=size, image_size=pixels, patch_size=None, pretrain=stage, protocols=(), arms=arms, **own)
 
 
 def digits() -> Recipe:
@@ -51,7 +86,7 @@ def digits() -> Recipe:
     nest = ("size=Nest", "patch_size=1", "encoder.embed_dims=[48, 96]", *_DEPTHS, "encoder.num_levels=2")
     arms = _arms("vit", *vit, *_MEAN_POOLED) | _arms("deit", *vit) | _swin_arms(*swin) | _arms("nest", *nest)
     stage = TrainConfig(epochs=60, batch_size=64, base_lr=6e-3, warmup_epochs=5, clip_norm=5.0, augmentation=_SHIFTS)
-    return _recipe("digits", 8, stage, arms, {"smoothing": 0.1}, drop_path=0.1)
+    return _recipe(8, stage, arms, {"smoothing": 0.1}, drop_path=0.1)
 
 
 def cifar10() -> Recipe:
@@ -65,61 +100,65 @@ def cifar10() -> Recipe:
     swin = ("size=SwinTransformer", "patch_size=2", "encoder.embed_dim=48", *stages, "encoder.window_size=4")
     nest = ("size=Nest", "patch_size=2", "encoder.embed_dims=[48, 96, 192]", *stages)
     arms = _arms("vit", *vit, *_MEAN_POOLED) | _arms("deit", *vit) | _swin_arms(*swin) | _arms("nest", *nest)
-    # At 32 px DeiT's code shifts images, and does not cut parts out of them.
+    # At 32 px DeiT's code uses RandomCrop with padding instead of RandomResizedCrop.
     stage = replace(_RELEASED, device_batch=512, augmentation=replace(DEIT_CROPS, crop="padding", padding=4))
-    return replace(_recipe("cifar10", 32, stage, arms, DEIT_LABELS, drop_path=0.1), data=("cifar10", "cifar100"))
+    return _recipe(32, stage, arms, DEIT_LABELS, drop_path=0.1)
 
 
 def imagenet_vit() -> Recipe:
     """ViT-B/16 on ImageNet-1k: `make reproduce PAPER=positional_label DATA=/datasets/imagenet ARGS="--data-name imagenet1k"`.
 
-    +apl is the authors' released training (two GPUs). No class token: the mean of the tokens is classified. Published top-1: 77.91 alone,
-    79.11 +apl, 79.07 +rpl. Expected of ours: not measured yet.
+    +apl is the authors' released training (two GPUs). No class token: the classifier reads the mean of the tokens. Published top-1: 77.91
+    alone, 79.11 +apl, 79.07 +rpl. Expected of ours: not measured yet.
     """
     arms = _arms("vit", "size=vit_base_patch16_224", *_MEAN_POOLED)
-    return _recipe("folder", 224, _RELEASED, arms, DEIT_LABELS | {"cutmix": 0.0}, drop_path=0.0)
+    return _recipe(224, _RELEASED, arms, DEIT_LABELS | {"cutmix": 0.0}, drop_path=0.0)
 
 
 def imagenet_deit() -> Recipe:
     """DeiT-B/16 on ImageNet-1k: `make reproduce PAPER=positional_label DATA=/datasets/imagenet RECIPE=imagenet_deit`.
 
-    The class token is classified, by DeiT's own recipe (repeated augmentation, no clipping) in 300 epochs: chosen, as nothing of it was
-    released. `--set size=deit_base_distilled_patch16_224` adds the distillation token, taught by the labels. Published top-1: 81.87
-    alone, 82.49 +apl, 82.85 +rpl. Expected of ours: not measured yet.
+    The classifier reads the class token. DeiT's own recipe (repeated augmentation, no clipping) in 300 epochs is our choice, as nothing was
+    released for it. `--set size=deit_base_distilled_patch16_224` adds the distillation token, trained with the labels. Published top-1:
+    81.87 alone, 82.49 +apl, 82.85 +rpl. Expected of ours: not measured yet.
     """
-    return _recipe("folder", 224, DEIT, _arms("deit", "size=deit_base_patch16_224"), DEIT_LABELS, DEIT_DROP_PATH)
+    return _recipe(224, DEIT, _arms("deit", "size=deit_base_patch16_224"), DEIT_LABELS, DEIT_DROP_PATH)
 
 
 def imagenet_swin() -> Recipe:
     """Swin-B on ImageNet-1k: `make reproduce PAPER=positional_label DATA=/datasets/imagenet RECIPE=imagenet_swin`.
 
-    Six arms: Swin as it is, and the authors' Swin without relative bias and with convolutions, each alone, +apl, +rpl. Settings of the
-    release for Swin-T; drop path .5 is Swin-B's own (not verified). Published top-1: 83.35 alone, 83.76 +apl, 84.09 +rpl, of which Swin is
-    not known. Expected of ours: not measured yet.
+    Six arms: the original Swin, and the authors' Swin without relative bias and with convolutions, each alone, +apl, +rpl. Settings of the
+    release for Swin-T; drop path .5 is from Swin-B (not verified). Published top-1: 83.35 alone, 83.76 +apl, 84.09 +rpl (which Swin is
+    not known). Expected of ours: not measured yet.
     """
-    return _recipe("folder", 224, _RELEASED_SWIN, _swin_arms("size=swin_base_patch4_window7_224"), DEIT_LABELS, drop_path=0.5)
+    return _recipe(224, _RELEASED_SWIN, _swin_arms("size=swin_base_patch4_window7_224"), DEIT_LABELS, drop_path=0.5)
 
 
 def imagenet_swin_tiny() -> Recipe:
     """Swin-T, likewise, RECIPE=imagenet_swin_tiny; swin_released+rpl is the authors' released training (two GPUs).
 
-    The paper prints no number of it. Expected of ours: not measured yet.
+    The paper has no number for it. Expected of ours: not measured yet.
     """
-    return _recipe("folder", 224, _RELEASED_SWIN, _swin_arms("size=swin_tiny_patch4_window7_224"), DEIT_LABELS, drop_path=0.2)
+    return _recipe(224, _RELEASED_SWIN, _swin_arms("size=swin_tiny_patch4_window7_224"), DEIT_LABELS, drop_path=0.2)
 
 
 def imagenet_nest() -> Recipe:
     """NesT-B on ImageNet-1k: `make reproduce PAPER=positional_label DATA=/datasets/imagenet RECIPE=imagenet_nest`.
 
-    Settings of the release for Swin-T, chosen, as nothing of it was released; drop path .5 is timm's for it. Published top-1: 83.67 alone,
+    We use the settings of the Swin-T release, as nothing was released for NesT; drop path .5 is timm's. Published top-1: 83.67 alone,
     84.13 +apl, 83.93 +rpl. Expected of ours: not measured yet.
     """
-    return _recipe("folder", 224, _RELEASED_SWIN, _arms("nest", "size=nest_base"), DEIT_LABELS, drop_path=0.5)
+    return _recipe(224, _RELEASED_SWIN, _arms("nest", "size=nest_base"), DEIT_LABELS, drop_path=0.5)
+
+
+def _mini(recipe: Recipe) -> Recipe:
+    return replace(recipe, pretrain=replace(recipe.pretrain, epochs=300, warmup_epochs=20))
 
 
 def mini_imagenet_vit() -> Recipe:
-    """ViT-B/16 on Mini-ImageNet: `make reproduce PAPER=positional_label DATA=mini-imagenet`. Split and schedule are chosen: 500 training
-    images of each class, 300 epochs. Published top-1: 58.28 alone, 64.43 +apl, 63.97 +rpl. Expected of ours: not measured yet."""
+    """ViT-B/16 on Mini-ImageNet: `make reproduce PAPER=positional_label DATA=mini-imagenet`. Split and schedule are ours: 500 training
+    images per class, 300 epochs. Published top-1: 58.28 alone, 64.43 +apl, 63.97 +rpl. Expected of ours: not measured yet."""
     return _mini(imagenet_vit())
 
 
@@ -139,69 +178,38 @@ def mini_imagenet_nest() -> Recipe:
 
 
 def digits_mae() -> Recipe:
-    """MAE with and without labels on digits: `make reproduce PAPER=positional_label RECIPE=digits_mae`. Our reading of "combine with".
+    """MAE with and without positional labels on digits: `make reproduce PAPER=positional_label RECIPE=digits_mae`.
 
-    Encoder, decoder and budget of the baseline's digits recipe. Hardware: two CPU cores. Expected top-1 alone, +apl, +rpl: fine-tuning 99,
-    99, 99; with 20 labels per class 90, 86, 88.
+    Our reading of "combine with". Encoder, decoder and budget of the baseline's digits recipe. Hardware: two CPU cores. Expected top-1
+    alone, +apl, +rpl: fine-tuning 99, 99, 99; with 20 labels per class 90, 86, 88.
     """
     pretrain = TrainConfig(epochs=200, batch_size=128, base_lr=6e-3, warmup_epochs=10, betas=(0.9, 0.95), augmentation=_SHIFTS)
     tune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
-    common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
+    common: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     protocols = (
-        Protocol("finetune", stage=tune, **common),
-        Protocol("finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),
-        Protocol("knn", "knn"),
+        Protocol(name="finetune", stage=tune, **common),
+        Protocol(name="finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),
+        Protocol(name="knn", kind="knn"),
     )
     method = {"mask_ratio": 0.5, "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 3}
-    return Recipe(("digits",), "micro", 8, 2, pretrain, protocols, method, arms=_arms("mae"))
+    return Recipe(size="micro", image_size=8, patch_size=2, pretrain=pretrain, protocols=protocols, method=method, arms=_arms("mae"))
 
 
 def imagenet_mae() -> Recipe:
-    """MAE ViT-B/16, 800 epochs, with and without labels: `make reproduce PAPER=positional_label DATA=... RECIPE=imagenet_mae`.
+    """MAE ViT-B/16, 800 epochs, with and without positional labels: `make reproduce PAPER=positional_label DATA=... RECIPE=imagenet_mae`.
 
-    Settings of MAE's Tables 8 and 9; our reading of "combine with". No number of it could be read. Expected of ours: not measured yet.
+    Settings of MAE's Tables 8 and 9; our reading of "combine with". We had no access to its numbers. Expected of ours: not measured yet.
     """
     pretrain = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
     tune = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
-    finetune = Protocol("finetune", "finetune", tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
-    return Recipe(("folder",), "base", 224, 16, pretrain, (finetune,), arms=_arms("mae"))
+    finetune = Protocol(name="finetune", kind="finetune", stage=tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
+    return Recipe(size="base", image_size=224, patch_size=16, pretrain=pretrain, protocols=(finetune,), arms=_arms("mae"))
 
 
-def _arms(name: str, *changes: str) -> dict[str, tuple[str, ...]]:
-    labels = {name: "none", f"{name}+apl": "absolute", f"{name}+rpl": "relative"}
-    return {arm: (*changes, f"method.label={label}") for arm, label in labels.items()}
-
-
-def _swin_arms(*changes: str) -> dict[str, tuple[str, ...]]:
-    """Swin as it is, and the authors' change of it: the controls without which a gain of the labels could be the convolutions'."""
-    return _arms("swin", *changes) | _arms("swin_released", *changes, "method.swin=released")
-
-
-def _recipe(data: str, pixels: int, stage: TrainConfig, arms: dict[str, tuple[str, ...]], labels: dict, drop_path: float) -> Recipe:
-    """Supervised training of the arms; the size stands in each of them."""
-    own = {"method": dict(labels), "encoder": {"drop_path_rate": drop_path}, "supervised": True}
-    size = next(iter(arms.values()))[0].partition("=")[2]
-    return Recipe((data,), size, pixels, None, stage, (), arms=arms, **own)
-
-
-def _mini(recipe: Recipe) -> Recipe:
-    return replace(recipe, data=("mini-imagenet",), pretrain=replace(recipe.pretrain, epochs=300, warmup_epochs=20))
-
-
-# Both releases train for 150 epochs, half of Swin's, and clip gradients. Their colour jitter is not in effect beside RandAugment.
-_RELEASED = TrainConfig(
-    epochs=150,
-    batch_size=512,
-    base_lr=5e-4,
-    lr_batch=512,
-    warmup_epochs=10,
-    min_lr=5e-6,
-    clip_norm=5.0,
-    device_batch=128,
-    augmentation=DEIT_CROPS,
-)
-_RELEASED_SWIN = replace(_RELEASED, batch_size=640, warmup_epochs=20, min_lr=6.25e-6)
-_SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
-_DEPTHS = ("encoder.depths=[2, 4]", "encoder.num_heads=[2, 4]")
-# As released with ViT: no class token, and the mean of the tokens after the final norm is classified.
-_MEAN_POOLED = ("encoder.class_token=false", "encoder.global_pool=avg", "encoder.fc_norm=false")
+DEFAULTS = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar10,
+    "mini-imagenet": mini_imagenet_vit,
+    "folder": imagenet_vit,
+}

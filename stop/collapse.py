@@ -1,4 +1,4 @@
-"""Whether the features of a method that predicts features collapse.
+"""Measures of collapse, for methods that predict features.
 
 Shapes: B images, N patches, D width.
 """
@@ -16,7 +16,7 @@ def feature_std(feature_BND: Tensor) -> Tensor:
 
 def rankme(feature_BND: Tensor) -> Tensor:
     """The effective rank of the images' mean features, 1 to min(B, D): the exponential of the entropy of their singular values (Garrido
-    et al. 2023). NaN for features that are not finite, which torch.linalg.svdvals would refuse with an error."""
+    et al. 2023). NaN for features that are not finite, for which torch.linalg.svdvals would raise an error."""
     mean_BD = feature_BND.mean(1)
     singular = torch.linalg.svdvals(mean_BD.nan_to_num(0.0, 0.0, 0.0))
     fraction = singular / singular.sum()
@@ -27,5 +27,5 @@ SPREAD = {"feature_std": feature_std, "rankme": rankme}
 
 
 def spread(feature_BND: Tensor) -> dict[str, Tensor]:
-    """All measures of whether features collapse, by name."""
+    """All measures of collapse, by name."""
     return {name: measure(feature_BND) for name, measure in SPREAD.items()}

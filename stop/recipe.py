@@ -1,9 +1,9 @@
 """StoP's recipes. Each docstring is a claim: where the settings come from, the command, the hardware, what to expect.
 
-A recipe runs I-JEPA (`ijepa`: the same method without noise) and StoP (`ijepa+stop`) side by side, on the same masks, augmentation and
-budget. Published linear probes are the best of a grid on the test images; `--set linear.choose_on=test` is that protocol, its rows end in
-`_on_test`, and without it the best is chosen on held-out training images. What the paper, the release and this code do differently is
-listed in README.md, section Deviations.
+A recipe runs I-JEPA (`ijepa`: the same method without noise) and StoP (`ijepa+stop`) with the same masks, augmentation and budget.
+Published linear probes report the best of a grid on the test images. By default the best is chosen on held-out training images;
+`--set linear.choose_on=test` is the published protocol, and its rows end in `_on_test`. README.md, section Deviations, lists all
+differences between the paper, the release and this code.
 """
 
 from dataclasses import replace
@@ -24,11 +24,10 @@ VARIANTS = {
     "paper": ("method.mode=paper",),
     "released, recomputed": ("encoder.grad_checkpointing=true",),
 }
-_ARMS = {"ijepa": ("method.mode=paper", "method.noise=none"), "ijepa+stop": ()}
 
 
 def build(recipe: Recipe, encoder: ViT, classes: int) -> StoP:
-    """The method as the recipe wants it, without the labels. Raises RecipeError for an option that StoP does not have."""
+    """Build the method; it needs no labels. Raises RecipeError for an option that StoP does not have."""
     check_options(StoP, recipe.method, taken=("encoder",))
     return StoP(encoder, **recipe.method)
 
@@ -41,13 +40,40 @@ def illustrate(method: StoP, images: torch.Tensor, targets: torch.Tensor, data: 
     draw_blocks(images, method.encoder.patch_size, named["context"], named["cells"], similarity, data, directory / "blocks.png")
 
 
+_ARMS = {"ijepa": ("method.mode=paper", "method.noise=none"), "ijepa+stop": ()}
+_CROPS = Augmentation(scale=(0.3, 1.0), interpolation="bilinear", grey=0.2, blur=0.5)
+_WHOLE = Augmentation(crop="squash")
+# Tables 10 and 11. Learning rates are absolute: the paper does not scale them with the batch. device_batch is the paper's batch per GPU,
+# on which the length of the released contexts depends.
+_BASE = TrainConfig(
+    epochs=600,
+    batch_size=2048,
+    base_lr=8e-4,
+    lr_batch=2048,
+    warmup_epochs=15,
+    warmup_lr=2e-4,
+    min_lr=1e-4,
+    weight_decay=0.04,
+    final_weight_decay=0.4,
+    device_batch=64,
+    augmentation=_CROPS,
+)
+_RELEASED = {"mode": "released", "masks": "released"}
+_LINEAR = Protocol(name="linear", kind="linear", stage=VISSL_SGD, layers=(1, 4), heads=("norm_affine", "linear"))
+_IMAGENET = (
+    _LINEAR,
+    Protocol(name="logistic_1pct", kind="logistic", label_fraction=0.01, interpolation="bilinear"),
+    Protocol(name="logistic_1pct_released", kind="logistic", label_fraction=0.01, interpolation="bilinear", resize=224, statistics="own"),
+)
+
+
 def digits() -> Recipe:
     """scikit-learn's handwritten digits: `make reproduce PAPER=stop`. Ours; no paper has it.
 
-    Enlarged to 12 px, for a grid of 6 x 6 cells: the smallest that has blocks of the papers' fractions. Chosen by the experiments in
+    Enlarged to 12 px, for a grid of 6 x 6 cells, the smallest on which blocks of the papers' sizes exist. Chosen by the experiments in
     README.md's log. Hardware: two CPU cores, five minutes an arm. Expected, over three seeds, of I-JEPA, StoP and a random encoder:
-    k-NN 87, 86, 78; logistic regression with 20 labels per class 92, 91, 85; linear probe of the last layer, the best on the test images
-    (`--set linear.choose_on=test`), 97, 97, 94, and the best on held-out images: not measured yet.
+    k-NN 87, 86, 78; logistic regression with 20 labels per class 92, 91, 85; linear probe of the last layer, the best on held-out
+    images, 97, 97, 93, and the best on the test images (`--set linear.choose_on=test`) 97, 97, 94.
     """
     pretrain = TrainConfig(
         epochs=100,
@@ -59,40 +85,71 @@ def digits() -> Recipe:
         augmentation=Augmentation(scale=(0.4, 1.0), flip=0.0),
     )
     still = Augmentation(crop="none", flip=0.0)
-    linear = TrainConfig(50, 128, 1.0, 128, milestones=(20, 40), optimizer="sgd", weight_decay=5e-4, augmentation=still)
+    linear = TrainConfig(
+        epochs=50, batch_size=128, base_lr=1.0, lr_batch=128, milestones=(20, 40), optimizer="sgd", weight_decay=5e-4, augmentation=still
+    )
     protocols = (
-        Protocol("linear", "linear", linear, layers=(1, 4), heads=("norm_affine", "linear"), lr_multipliers=(1.0, 0.3, 0.1)),
-        Protocol("logistic_20_per_class", "logistic", labels_per_class=20),
-        Protocol("knn", "knn"),
+        Protocol(
+            name="linear", kind="linear", stage=linear, layers=(1, 4), heads=("norm_affine", "linear"), lr_multipliers=(1.0, 0.3, 0.1)
+        ),
+        Protocol(name="logistic_20_per_class", kind="logistic", labels_per_class=20),
+        Protocol(name="knn", kind="knn"),
     )
     method = {"context_ratio": 0.3, "momentum": 0.998, "predictor_width": 96, "predictor_depth": 3}
-    # The stds keep what comes out as large as the papers' .02 does at 768 channels and patches of 768 numbers.
+    # These stds give outputs as large as the papers' .02 does with 768 channels and patches of 768 numbers.
     method |= {"init_std": 0.057, "patch_std": 0.28}
-    return Recipe(("digits",), "micro", 12, 2, pretrain, protocols, method, {"class_token": False}, arms=_ARMS)
+    return Recipe(
+        size="micro",
+        image_size=12,
+        patch_size=2,
+        pretrain=pretrain,
+        protocols=protocols,
+        method=method,
+        encoder={"class_token": False},
+        arms=_ARMS,
+    )
 
 
 def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=stop DATA=cifar10`, one GPU. Ours. Expected: not measured yet.
 
-    The paper's settings at a quarter of its batch and a half of its rate. First weights as for digits.
+    The paper's settings with a quarter of the batch size and half of the learning rate. Initialised as for digits.
     """
     pretrain = replace(_BASE, epochs=400, batch_size=512, base_lr=4e-4, lr_batch=512, warmup_lr=1e-4, min_lr=5e-5, device_batch=512)
     pretrain = replace(pretrain, augmentation=Augmentation(scale=(0.3, 1.0), interpolation="bilinear"))
     linear = replace(_LINEAR, stage=replace(VISSL_SGD, augmentation=Augmentation(crop="padding", padding=4)))
-    logistic = Protocol("logistic_1pct", "logistic", label_fraction=0.01)
+    logistic = Protocol(name="logistic_1pct", kind="logistic", label_fraction=0.01)
     method = {"init_std": 0.028, "patch_std": 0.08, "predictor_width": 192}
-    data, protocols = ("cifar10", "cifar100"), (linear, logistic, Protocol("knn", "knn"))
-    return Recipe(data, "small", 32, 4, pretrain, protocols, method, {"class_token": False}, arms=_ARMS)
+    protocols = (linear, logistic, Protocol(name="knn", kind="knn"))
+    return Recipe(
+        size="small",
+        image_size=32,
+        patch_size=4,
+        pretrain=pretrain,
+        protocols=protocols,
+        method=method,
+        encoder={"class_token": False},
+        arms=_ARMS,
+    )
 
 
 def imagenet_vitb16() -> Recipe:
     """StoP's ViT-B/16 (Table 10, `vit-b16.yaml`): `make reproduce PAPER=stop DATA=/datasets/imagenet ARGS="--data-name imagenet1k"`.
 
     Published top-1: 1 % of the labels 60.3 (I-JEPA 57.1), linear probe 72.6 (70.9) on the last layer, 74.5 (72.9) on the last four. The
-    authors' I-JEPA has less augmentation; here it has the same. Hardware of the paper: 32 V100; hours not published. Expected of ours: not
-    measured yet.
+    authors' I-JEPA has less augmentation; ours has the same as StoP. Hardware of the paper: 32 V100; hours not published. Expected of ours:
+    not measured yet.
     """
-    return Recipe(("folder",), "base", 224, 16, _BASE, _IMAGENET, dict(_RELEASED), {"class_token": False}, arms=_ARMS)
+    return Recipe(
+        size="base",
+        image_size=224,
+        patch_size=16,
+        pretrain=_BASE,
+        protocols=_IMAGENET,
+        method=dict(_RELEASED),
+        encoder={"class_token": False},
+        arms=_ARMS,
+    )
 
 
 def imagenet_vitl16() -> Recipe:
@@ -103,8 +160,10 @@ def imagenet_vitl16() -> Recipe:
     """
     # StoP gives no recipe for fine-tuning on 1 %; this is I-JEPA's for its ViT-L/16 (appendix A.2).
     crops = replace(DEIT_CROPS, erase=0.0)
-    stage = TrainConfig(50, 512, 3e-5, 512, weight_decay=0.05, layer_decay=0.75, device_batch=64, augmentation=crops)
-    tuned = Protocol("finetune_1pct", "finetune", stage, label_fraction=0.01, smoothing=0.1)
+    stage = TrainConfig(
+        epochs=50, batch_size=512, base_lr=3e-5, lr_batch=512, weight_decay=0.05, layer_decay=0.75, device_batch=64, augmentation=crops
+    )
+    tuned = Protocol(name="finetune_1pct", kind="finetune", stage=stage, label_fraction=0.01, smoothing=0.1)
     base = imagenet_vitb16()
     return replace(base, size="large", method=base.method | {"predictor_depth": 12}, protocols=(*base.protocols, tuned))
 
@@ -112,7 +171,7 @@ def imagenet_vitl16() -> Recipe:
 def imagenet_vith16() -> Recipe:
     """ViT-H/16, 300 epochs, as released (`vit-h16.yaml`): `make reproduce PAPER=stop DATA=/datasets/imagenet RECIPE=imagenet_vith16`.
 
-    Rate and weight decay stand still after epoch 250, as the authors' README says and the paper does not. The paper's numbers for
+    Learning rate and weight decay are constant after epoch 250, according to the authors' README (not the paper). The paper's numbers for
     "ViT-H/14" are expected: 1 % 65.4, linear probe 79.0 and 79.6. 32 V100. Expected of ours: not measured yet.
     """
     pretrain = replace(_BASE, epochs=300, base_lr=1e-3, min_lr=1e-6, warmup_epochs=40, freeze_epoch=250)
@@ -126,7 +185,7 @@ def imagenet_vith16() -> Recipe:
 def imagenet_vith14() -> Recipe:
     """ViT-H/14 as the paper has it (Table 12): `make reproduce PAPER=stop DATA=/datasets/imagenet RECIPE=imagenet_vith14`.
 
-    256 patches, the whole cosine, a mask token. Published as for imagenet_vith16. Expected of ours: not measured yet.
+    256 patches, the full cosine schedule, a mask token. Published as for imagenet_vith16. Expected of ours: not measured yet.
     """
     recipe = imagenet_vith16()
     return replace(recipe, patch_size=14, pretrain=replace(recipe.pretrain, freeze_epoch=None), method=recipe.method | {"mode": "paper"})
@@ -137,7 +196,7 @@ def imagenet_ablation() -> Recipe:
     DATA=/datasets/imagenet RECIPE=imagenet_ablation`.
 
     Published top-1: I-JEPA 54.3, learned positions 54.4, noise on the context 55.1, on both 56.8, on hidden patches 57.8. The fixed
-    covariance is a curve without numbers. The rates at both ends are the release's. Expected of ours: not measured yet.
+    covariance is only a curve, without numbers. The first and last learning rates are from the release. Expected of ours: not measured yet.
     """
     arms = _ARMS | {
         "ijepa+learned": (*_ARMS["ijepa"], "method.position=learned"),
@@ -156,8 +215,17 @@ def imagenette() -> Recipe:
     small = imagenet_vitb16()
     method = {"predictor_width": 192}
     return replace(
-        small, size="small", image_size=160, pretrain=pretrain, method=method, protocols=(*small.protocols[:2], Protocol("knn", "knn"))
+        small,
+        size="small",
+        image_size=160,
+        pretrain=pretrain,
+        method=method,
+        protocols=(*small.protocols[:2], Protocol(name="knn", kind="knn")),
     )
+
+
+def _transfer(stage: TrainConfig, resize: int | None = None) -> Recipe:
+    return replace(imagenet_vitb16(), protocols=(replace(_LINEAR, stage=stage, resize=resize),), arms={})
 
 
 def transfer_cifar100() -> Recipe:
@@ -185,34 +253,7 @@ def transfer_clevr_count() -> Recipe:
 
 def transfer_clevr_dist() -> Recipe:
     """Likewise on CLEVR/Dist, 6 classes: `DATA=/datasets/clevr-dist RECIPE=transfer_clevr_dist`. Published: StoP 71.3, I-JEPA 70.7."""
-    return _transfer(replace(transfer_clevr_count().protocols[0].stage, epochs=100), resize=0)
+    return _transfer(replace(transfer_clevr_count().protocols[0].training, epochs=100), resize=0)
 
 
-def _transfer(stage: TrainConfig, resize: int | None = None) -> Recipe:
-    return replace(imagenet_vitb16(), protocols=(replace(_LINEAR, stage=stage, resize=resize),), arms={})
-
-
-_CROPS = Augmentation(scale=(0.3, 1.0), interpolation="bilinear", grey=0.2, blur=0.5)
-_WHOLE = Augmentation(crop="squash")
-# Tables 10 and 11. Rates are absolute: the paper scales none with the batch. device_batch is a GPU's share of the paper, on which the
-# length of the released contexts depends.
-_BASE = TrainConfig(
-    epochs=600,
-    batch_size=2048,
-    base_lr=8e-4,
-    lr_batch=2048,
-    warmup_epochs=15,
-    warmup_lr=2e-4,
-    min_lr=1e-4,
-    weight_decay=0.04,
-    final_weight_decay=0.4,
-    device_batch=64,
-    augmentation=_CROPS,
-)
-_RELEASED = {"mode": "released", "masks": "released"}
-_LINEAR = Protocol("linear", "linear", VISSL_SGD, layers=(1, 4), heads=("norm_affine", "linear"))
-_IMAGENET = (
-    _LINEAR,
-    Protocol("logistic_1pct", "logistic", label_fraction=0.01, interpolation="bilinear"),
-    Protocol("logistic_1pct_released", "logistic", label_fraction=0.01, interpolation="bilinear", resize=224, statistics="own"),
-)
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16}

@@ -352,11 +352,11 @@ def test_a_gpu_sees_what_the_cpu_sees():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"flip": 2}, "flip=2: a probability lies in 0..1"),
+        ({"flip": 2}, "flip=2: a probability is in 0..1"),
         ({"erase": -0.1}, "erase=-0.1: a probability"),
-        ({"interpolation": "nearest"}, "interpolation='nearest': it is bilinear or bicubic"),
-        ({"padding": -1}, "padding=-1: it is 0 or more"),
-        ({"color_jitter": -0.4}, "color_jitter=-0.4: it is 0 or more"),
+        ({"interpolation": "nearest"}, "interpolation='nearest': choose bilinear or bicubic"),
+        ({"padding": -1}, "padding=-1: must be 0 or more"),
+        ({"color_jitter": -0.4}, "color_jitter=-0.4: must be 0 or more"),
     ],
 )
 def test_an_option_out_of_its_range_is_refused_by_name(option, message):

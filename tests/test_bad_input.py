@@ -43,9 +43,9 @@ def test_epochs_that_are_no_number_from_1_up_are_refused_by_value(capsys, epochs
     [
         (["linear.label_fraction=2"], "label_fraction=2.0 makes no sense: give a fraction above 0, at most 1"),
         (["linear.label_fraction=0.005"], "fraction of 0.005 is 7 of 1437 labels, for 10 classes"),
-        (["finetune_5_per_class.labels_per_class=500"], "ask for at most"),
-        (["knn.label_list={}"], "list.txt lists images by name, and these have none"),
-        (["knn.resize=16"], "resized to 16 pixels, but these have one size"),
+        (["finetune_5_per_class.labels_per_class=500"], "use at most"),
+        (["knn.label_list={}"], "list.txt lists images by name, but images in memory have no names"),
+        (["knn.resize=16"], "resized to 16 pixels, but all have one size"),
         (["linear.layers=[1, 7]"], "protocol linear: layers=(1, 7), and the encoder has 6"),
     ],
 )
@@ -58,7 +58,7 @@ def test_what_an_evaluation_could_not_do_is_refused_before_the_training(changes,
 
 def test_cuda_asked_for_and_absent_is_said_before_anything_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees no CUDA GPU here; use DEVICE=cpu" in refused(capsys, "droppos", "--device", "cuda", "--out", str(tmp_path))
+    assert "torch finds no CUDA GPU; use DEVICE=cpu" in refused(capsys, "droppos", "--device", "cuda", "--out", str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -130,7 +130,7 @@ def test_a_corrupt_image_stops_the_run_by_name_and_is_replaced_only_if_asked(cap
 def test_a_directory_with_a_run_of_other_settings_is_refused_and_kept(tmp_path):
     train(tmp_path, Tiny())
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(RunError, match="other settings .epochs: 2 there, 3 asked.*OUT="):
+    with pytest.raises(RunError, match="other settings .epochs: 2 there, 3 requested.*OUT="):
         train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=3))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_checkpoint_and_leaves_the
     run, _ = train(tmp_path, Tiny())  # goes on from step 4
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == [3, 6]
-    assert "going on from step" in (tmp_path / "log.txt").read_text()
+    assert "resuming from step" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))  # writing past this fails as on a full disk
     try:
-        with pytest.raises(RunError, match="could not be written .*the previous one is intact. Make room"):
+        with pytest.raises(RunError, match="could not be written .*the previous one is intact. Free some space"):
             train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

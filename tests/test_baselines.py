@@ -102,7 +102,7 @@ def test_the_soft_loss_adds_tau_squared_times_the_divergence_of_the_softened_ans
 @pytest.mark.parametrize("labels", [{}, {"smoothing": 0.1}, {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}])
 def test_without_distillation_the_loss_is_that_of_fine_tuning_the_class_token(labels):
     model, (images, targets) = deit(**labels), batch()
-    classifier = Classifier(model.encoder, CLASSES, Protocol("finetune", "finetune", DEIT, pool="class", **labels))
+    classifier = Classifier(model.encoder, CLASSES, Protocol(name="finetune", kind="finetune", stage=DEIT, pool="class", **labels))
     classifier.head.load_state_dict(model.head.state_dict())
     for mode in (True, False):
         losses = []
@@ -207,7 +207,7 @@ def test_relative_and_absent_positions_are_taken_and_a_distillation_token_where_
     for position in ("relative", "none"):
         assert DeiT(encoder(position=position), CLASSES)(images, targets).loss.isfinite()
     assert DeiT(encoder(position="none"), CLASSES, distillation="hard", **taught)(images, targets).loss.isfinite()
-    with pytest.raises(ValueError, match="no place among relative positions"):
+    with pytest.raises(ValueError, match="does not support relative positions"):
         DeiT(encoder(position="relative"), CLASSES, distillation="hard", **taught)
     with pytest.raises(ValueError, match="reads a class token"):
         DeiT(encoder(class_token=False), CLASSES)
@@ -223,8 +223,8 @@ def test_relative_and_absent_positions_are_taken_and_a_distillation_token_where_
         ({"smoothing": 1}, "smoothing=1 is not a number"),
         ({"mixup": -0.8}, "mixup=-0.8 is not a number"),
         ({"cutmix": float("nan")}, "cutmix=nan is not a number"),
-        ({"alpha": 0.3}, "of no use without a teacher: add distillation=hard"),
-        ({"teacher_weights": "teacher.pth"}, "of no use without a teacher"),
+        ({"alpha": 0.3}, "have no effect without a teacher: add distillation=hard"),
+        ({"teacher_weights": "teacher.pth"}, "have no effect without a teacher"),
     ],
 )
 def test_an_option_out_of_range_or_of_no_use_is_refused_with_its_value(options, message):
@@ -241,10 +241,10 @@ def test_an_option_that_deit_does_not_have_is_refused_with_the_nearest():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": "regnety160"}, "teacher='regnety160' is no model of timm's; did you mean regnety_160"),
-        ({"teacher": 160}, "teacher=160 is no model of timm's"),
+        ({"teacher": "regnety160"}, "teacher='regnety160' is not a timm model; did you mean regnety_160"),
+        ({"teacher": 160}, "teacher=160 is not a timm model"),
         ({"teacher": f"{TEACHER}.nobody"}, "Invalid pretrained tag .nobody.*teacher_weights=PATH"),
-        ({"teacher": "regnety_160.deit_in1k"}, "timm's weights of it know 1000 classes, the data have 5.*teacher_weights=PATH"),
+        ({"teacher": "regnety_160.deit_in1k"}, "timm's weights of it have 1000 classes, the data have 5.*teacher_weights=PATH"),
         ({"teacher": TEACHER, "teacher_weights": "nowhere.pth"}, "there is no checkpoint at nowhere.pth"),
     ],
 )
@@ -279,7 +279,7 @@ def test_without_a_file_timms_weights_are_taken_and_a_download_that_fails_is_sai
         raise OSError("no network")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RecipeError, match="not to be had .no network.; name a checkpoint of it: teacher_weights=PATH"):
+    with pytest.raises(RecipeError, match="cannot be loaded .no network.; give a checkpoint of it: teacher_weights=PATH"):
         distillation.load_teacher(TEACHER, None, 1000, (3, 32, 32))
 
 

@@ -190,7 +190,7 @@ def test_queries_without_keys_and_values_are_refused_by_name(lost, left, kind):
     state, ours = parted(copied(encoder(seed=1))), encoder()
     before, lost, left = copied(ours), f"blocks.1.attn.{lost}.{kind}", f"blocks.1.attn.{left}.{kind}"
     whole = state.pop(lost)
-    with pytest.raises(ConversionError, match=rf"^{left} .* goes with {lost}, which is missing"):
+    with pytest.raises(ConversionError, match=rf"^{left} .* needs {lost}, which is missing"):
         load_encoder(ours, state)
     with pytest.raises(ConversionError, match=rf"{lost}.* is \((15|31)"):
         load_encoder(ours, {left: state.pop(left), lost: whole[1:], **state})
@@ -377,7 +377,7 @@ def refusal(ours: ViT, state: dict[str, Tensor], **options) -> str:
 )
 def test_what_the_files_encoder_has_and_ours_has_not_is_refused_by_name(state, named):
     said = refusal(encoder(), state())
-    assert f"without a place here: {named}" in said and len(said) < 300
+    assert f"in the file but not here: {named}" in said and len(said) < 300
 
 
 @pytest.mark.parametrize(
@@ -397,10 +397,17 @@ def test_what_the_files_encoder_has_and_ours_has_not_is_refused_by_name(state, n
     ],
 )
 def test_an_encoder_that_can_be_built_is_refused_with_the_set_that_builds_it(source, setting):
-    recipe = Recipe(("digits",), "micro", 16, 4, TrainConfig(1, 1, 1.0), (), encoder={"position": "learned"})
+    recipe = Recipe(
+        size="micro",
+        image_size=16,
+        patch_size=4,
+        pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=1.0),
+        protocols=(),
+        encoder={"position": "learned"},
+    )
     state = ViT(**{"image_size": 16, "patch_size": 4, "width": 96, "depth": 6, "heads": 3, "position": "learned", **source}).state_dict()
     said = refusal(recipe.build_encoder(3), state)
-    assert said.startswith("the checkpoint is of another architecture: ") and f"; --set {setting} would fit" in said and len(said) < 300
+    assert said.startswith("the checkpoint has another architecture: ") and f"; --set {setting} would fit" in said and len(said) < 300
     built = override(recipe, setting.split(" --set ")).build_encoder(3)
     coverage = load_encoder(built, state)
     assert not coverage.missing and not coverage.unexpected and same(built.state_dict(), state)
@@ -435,12 +442,12 @@ def test_positions_that_the_caller_does_not_allow_to_be_left_out_are_refused_wit
     for position in ("none", "relative"):
         said = refusal(encoder(position=position), timm_vit(), allow_unused=("cls_token",))
         assert "a position embedding in the file, none here; --set encoder.position=learned would fit" in said
-    assert "without a place here: cls_token" in refusal(encoder(class_token=False), timm_vit(), allow_unused=())
+    assert "in the file but not here: cls_token" in refusal(encoder(class_token=False), timm_vit(), allow_unused=())
 
 
 def test_what_is_left_out_on_purpose_is_said():
-    assert "class token is left out" in str(load_encoder(encoder(class_token=False), timm_vit()))
-    assert "position embedding is left out" in str(load_encoder(encoder(position="none"), timm_vit()))
+    assert "class token is ignored" in str(load_encoder(encoder(class_token=False), timm_vit()))
+    assert "position embedding is ignored" in str(load_encoder(encoder(position="none"), timm_vit()))
     assert load_encoder(encoder(), timm_vit() | {"extra.weight": torch.ones(1)}, allow_unused=["extra.weight"]).unexpected == (
         "extra.weight",
     )
@@ -497,7 +504,7 @@ def test_what_stands_before_every_name_is_taken_off_and_said(prefix, container, 
     torch.save(content, tmp_path / "a.pth")
     coverage = load_encoder(ours, read_checkpoint(tmp_path / "a.pth"))
     assert same(ours.state_dict(), source.state_dict()) and not coverage.unexpected
-    assert all(f"{part}." in str(coverage) for part in prefix.split(".")[:-1]) and "taken off" in str(coverage)
+    assert all(f"{part}." in str(coverage) for part in prefix.split(".")[:-1]) and "removed" in str(coverage)
 
 
 def test_names_of_blocks_that_are_compiled_one_by_one_are_ours():
@@ -513,7 +520,7 @@ def test_a_whole_method_is_loaded_whatever_stands_before_its_names(prefix, tmp_p
     assert load_method(droppos(), official, OFFICIAL_NAMES).notes
     torch.save({"model": official}, tmp_path / "a.pth")
     coverage = load_method(ours, read_checkpoint(tmp_path / "a.pth"), OFFICIAL_NAMES)
-    assert same(ours.state_dict(), source.state_dict()) and "taken off" in str(coverage)
+    assert same(ours.state_dict(), source.state_dict()) and "removed" in str(coverage)
 
 
 def test_two_tensors_do_not_come_to_one_name():
@@ -556,14 +563,14 @@ def test_of_two_encoders_one_is_asked_for_and_the_command_that_is_offered_takes_
         load_encoder(encoder(), read_checkpoint(tmp_path / "both.pth"))
     said, ours = str(error.value), encoder()
     first, second = case.split()
-    assert f"both.pth holds 2 encoders, '{first}" in said and f" and '{second}" in said and "which of them?" in said and len(said) < 600
+    assert f"both.pth has 2 encoders, '{first}" in said and f" and '{second}" in said and "choose one and" in said and len(said) < 600
     run_offered(said)
     (taken,) = set(tmp_path.iterdir()) - {tmp_path / "both.pth"}
     load_encoder(ours, read_checkpoint(taken))
     assert same(ours.state_dict(), copied(encoder(seed=2)))
     load_encoder(ours, read_checkpoint(tmp_path / "both.pth", first))
     assert same(ours.state_dict(), copied(encoder(seed=1)))
-    with pytest.raises(ConversionError, match="holds 0 networks below 'neither'"):
+    with pytest.raises(ConversionError, match="has 0 networks below 'neither'"):
         read_checkpoint(tmp_path / "both.pth", "neither")
 
 
@@ -571,7 +578,7 @@ def test_beside_timms_state_dict_its_average_is_left_out_and_that_is_said(tmp_pa
     source, ours = encoder(seed=1), encoder()
     torch.save({"state_dict": source.state_dict(), "state_dict_ema": encoder(seed=2).state_dict()}, tmp_path / "a.pth")
     coverage = load_encoder(ours, read_checkpoint(tmp_path / "a.pth"))
-    assert same(ours.state_dict(), source.state_dict()) and "state_dict read, state_dict_ema not" in str(coverage)
+    assert same(ours.state_dict(), source.state_dict()) and "state_dict read, state_dict_ema ignored" in str(coverage)
 
 
 # ---- what a file holds beside tensors
@@ -610,8 +617,8 @@ def test_a_file_with_other_objects_is_refused_by_their_class_and_the_command_tha
     with pytest.raises(ConversionError) as error:
         read_checkpoint(tmp_path / "own.pth")
     said = str(error.value)
-    assert re.search(r"own\.pth holds (tests\.test_convert\.Settings|common\.vit\.\w+|.*torch\.nn)", said) and "truncated" not in said
-    assert "if you trust who made the file" in said and len(said) < 900
+    assert re.search(r"own\.pth contains (tests\.test_convert\.Settings|common\.vit\.\w+|.*torch\.nn)", said) and "truncated" not in said
+    assert "if you trust the source of the file" in said and len(said) < 900
     run_offered(said)
     load_encoder(ours, read_checkpoint(tmp_path / "own-tensors.pth"))
     assert same(ours.state_dict(), source.state_dict())
@@ -626,13 +633,13 @@ def whole(state: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.parametrize("function", [eval, exec, print, subprocess.run, getattr])
 def test_functions_in_a_file_are_refused_by_name(function, tmp_path):
     torch.save({"model": copied(encoder()), "hook": function}, tmp_path / "a.pth")
-    with pytest.raises(ConversionError, match=rf"a\.pth holds \w+\.{function.__name__} beside plain tensors"):
+    with pytest.raises(ConversionError, match=rf"a\.pth contains \w+\.{function.__name__} besides plain tensors"):
         read_checkpoint(tmp_path / "a.pth")
 
 
 def test_numpy_arrays_in_the_place_of_tensors_are_said_to_be_that(tmp_path):
     torch.save({"model": {name: tensor.numpy() for name, tensor in copied(encoder()).items()}}, tmp_path / "a.pth")
-    with pytest.raises(ConversionError, match="holds numpy arrays in the place of tensors"):
+    with pytest.raises(ConversionError, match="has numpy arrays instead of tensors"):
         read_checkpoint(tmp_path / "a.pth")
 
 

@@ -192,14 +192,14 @@ def test_a_missing_split_is_named_with_what_was_found(folder):
 def test_empty_class_folder_is_named(folder):
     (folder / "val" / "bee" / "0.png").unlink()
     (folder / "val" / "bee" / "1.png").rename(folder / "val" / "bee" / "notes.txt")
-    with pytest.raises(DataError, match="val/bee holds no images"):
+    with pytest.raises(DataError, match="val/bee has no images"):
         open_data(str(folder))
 
 
 def test_images_outside_class_folders_are_no_data_set(tmp_path):
     draw(tmp_path / "train" / "0.png")
     draw(tmp_path / "val" / "0.png")
-    with pytest.raises(DataError, match="train holds no class folders"):
+    with pytest.raises(DataError, match="train has no class folders"):
         open_data(str(tmp_path))
 
 
@@ -239,7 +239,7 @@ def test_only_what_a_person_put_there_is_an_image_at_every_level(level, folder):
 def test_a_class_folder_with_nothing_but_hidden_files_is_empty(folder):
     for path in (folder / "train" / "bee").iterdir():
         path.rename(path.with_name(f"._{path.name}"))
-    with pytest.raises(DataError, match="train/bee holds no images"):
+    with pytest.raises(DataError, match="train/bee has no images"):
         open_data(str(folder))
 
 
@@ -302,9 +302,9 @@ def test_images_in_memory_that_are_not_bytes_are_refused_with_the_conversion(ima
 
 def test_images_in_memory_have_the_channels_of_their_data_set(digits):
     rows_last = Split(torch.zeros(8, dtype=torch.int64), torch.zeros(8, 32, 32, 3, dtype=torch.uint8))
-    with pytest.raises(DataError, match=r"\(8, 32, 32, 3\) for digits with channels=1: give a split of \(N, 1, H, W\)"):
+    with pytest.raises(DataError, match=r"\(8, 32, 32, 3\) for digits with channels=1: use a split of \(N, 1, H, W\)"):
         batches(rows_last, digits, None)
-    with pytest.raises(DataError, match=r"\(8, 32, 32, 3\), and channels=1"):
+    with pytest.raises(DataError, match=r"\(8, 32, 32, 3\), but channels=1"):
         replace(digits, train=rows_last)
 
 
@@ -325,7 +325,7 @@ def test_float_pixels_from_0_to_1_are_scaled_and_others_refused(name, tmp_path):
     assert read(tmp_path, Image.fromarray(floats * 0), name) == (0, 0, 0)
     for pixels, low, high in ((floats * 200, 0.0, 200.0), (floats - 0.5, -0.5, 0.5), (floats * numpy.float32("nan"), "nan", "nan")):
         with pytest.raises(
-            DataError, match=f"image.* has float pixels from {low} to {high}, .* from 0 to 1: save it with 8 bits"
+            DataError, match=f"image.* has float pixels from {low} to {high}, .* range is 0 to 1: save it with 8 bits"
         ) as caught:
             read(tmp_path, Image.fromarray(pixels), name)
         assert "delete" not in str(caught.value).rpartition(" has ")[2]
@@ -336,10 +336,10 @@ def test_integers_of_16_and_32_bits_are_scaled_or_refused_and_never_black(tmp_pa
         pixels = numpy.array([[40_000, 65_535]]).astype(dtype)
         assert read(tmp_path, Image.fromarray(pixels)) == (155, 155, 155)
         assert read(tmp_path, Image.fromarray(pixels * 0)) == (0, 0, 0)
-        with pytest.raises(DataError, match="from 0 to 200, .*, where they would all be black: save it with 8 bits"):
+        with pytest.raises(DataError, match="from 0 to 200, .*, in which they would all be black: save it with 8 bits"):
             read(tmp_path, Image.fromarray(numpy.array([[0, 200]]).astype(dtype)))
     for low, high in ((-5, 300), (0, 2**20)):
-        with pytest.raises(DataError, match=f"from {low} to {high}, and these are read from 0 to 65535: save"):
+        with pytest.raises(DataError, match=f"from {low} to {high}, and the supported range is 0 to 65535: save"):
             read(tmp_path, Image.fromarray(numpy.array([[low, high]], dtype=numpy.int32)))
 
 
@@ -386,7 +386,7 @@ def test_nobody_is_told_to_delete_an_image_that_may_be_sound(tmp_path, monkeypat
         read_image(str(tmp_path / "gone.png"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "sysconf", lambda name: 4)
-        with pytest.raises(DataError, match="a.png has more pixels than fit into memory: give a smaller copy") as large:
+        with pytest.raises(DataError, match="a.png has more pixels than fit into memory: use a smaller copy") as large:
             read_image(str(tmp_path / "a.png"))
     monkeypatch.setattr(Image, "open", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(DataError, match="a.png cannot be opened .Input/output error") as system:

@@ -28,7 +28,7 @@ def encoder(**options) -> ViT:
 
 
 def protocol(kind: str = "finetune", **options) -> Protocol:
-    return Protocol(kind, kind, STAGE, **options)
+    return Protocol(name=kind, kind=kind, stage=STAGE, **options)
 
 
 def batch(count: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -284,7 +284,7 @@ def test_nearest_neighbours_among_features_that_are_not_finite_are_no_number(par
     given = [torch.randn(20, 4), torch.arange(20) % 3, torch.randn(9, 4), torch.arange(9) % 3]
     assert knn_accuracy(*given, classes=3) >= 0
     given[part][7, 2] = value
-    with pytest.raises(RunError, match=rf"features of 1 of {len(given[part])} images are not finite, the first is number 7"):
+    with pytest.raises(RunError, match=rf"features of 1 of {len(given[part])} images are not finite, the first is image 7"):
         knn_accuracy(*given, classes=3)
 
 
@@ -292,5 +292,5 @@ def test_nearest_neighbours_among_features_that_are_not_finite_are_no_number(par
 def test_answers_that_are_not_finite_are_not_counted_as_right_or_wrong(value):
     logits, targets = torch.zeros(6, CLASSES), torch.zeros(6, dtype=torch.long)
     logits[4, 0] = value
-    with pytest.raises(RunError, match="answers to 1 of 6 images are not finite"):
+    with pytest.raises(RunError, match="the logits of 1 of 6 images are not finite"):
         accuracy(CPU, ImagesAreLogits(), Batches((logits[:3], targets[:3]), (logits[3:], targets[3:])))

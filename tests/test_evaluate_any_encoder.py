@@ -98,7 +98,7 @@ def test_a_whole_classifier_is_counted_by_its_own_answers(data, fabric):
     images = (data.val.images / 255 - data.mean[0]) / data.std[0]
     with torch.no_grad():
         assert found.top1 == pytest.approx(100 * (classifier(images).argmax(1) == data.val.labels).double().mean().item())
-    with pytest.raises(ValueError, match="a classifier of 10 classes gives logits of shape"):
+    with pytest.raises(ValueError, match="a classifier of 10 classes must return logits of shape"):
         evaluate(timms(num_classes=3), data, "classify", fabric=fabric)
 
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_evaluated_is_refused_with_the_reason(data, fabric):
         evaluate(timm.create_model("vit_tiny_patch16_224", depth=1), data, "knn", image_size=(8, 8), fabric=fabric)
     with pytest.raises(ValueError, match="finetune needs an encoder"):
         evaluate(None, data, "finetune", fabric=fabric)
-    with pytest.raises(ValueError, match="gives a tuple"):
+    with pytest.raises(ValueError, match="returns a tuple"):
         evaluate(Tuple(), data, "knn", fabric=fabric)
 
 

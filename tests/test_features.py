@@ -47,7 +47,7 @@ def test_the_last_blocks_are_what_encoders_cut_off_there_give_through_the_final_
 
 @pytest.mark.parametrize("count", [0, -1, 4])
 def test_more_blocks_than_there_are_or_none_are_refused(count):
-    with pytest.raises(ValueError, match=f"the last {count} blocks were asked for; this encoder has 3"):
+    with pytest.raises(ValueError, match=f"the last {count} blocks were requested; this encoder has 3"):
         encoder().last_blocks(torch.randn(1, 1, 8, 8), count)
 
 
@@ -154,7 +154,7 @@ def spoiled(value: float = float("nan")) -> ViT:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_refused_and_not_kept(value, tmp_path):
     for cache in (None, tmp_path / "x"):
-        with pytest.raises(RunError, match="features of 20 of 20 images are not finite, the first is number 0"):
+        with pytest.raises(RunError, match="features of 20 of 20 images are not finite, the first is image 0"):
             features(CPU, spoiled(value), loader(), "mean", 1, cache)
     assert not list(tmp_path.iterdir())
 
@@ -264,7 +264,7 @@ def test_a_regression_on_features_that_are_not_finite_is_no_number(part):
     x, y = problem(4)
     given = [x.clone(), y, x.clone(), y]
     given[part][7, 2] = float("inf")
-    with pytest.raises(RunError, match="features of 1 of 120 images are not finite, the first is number 7"):
+    with pytest.raises(RunError, match="features of 1 of 120 images are not finite, the first is image 7"):
         logistic_accuracy(*given, classes=4, l2=0.0025)
     with pytest.raises(RunError, match="not finite"):
         fit_logistic(given[part], y, 4, 0.0025)

@@ -43,7 +43,7 @@ def test_another_holder_is_said_to_be_one(code, tmp_path, monkeypatch):
 def test_a_run_that_is_refused_leaves_no_lock(tmp_path):
     with Run(tmp_path, {"seed": 0}, torch.device("cpu")) as run:
         run.finish({"top1": 1.0})
-    with pytest.raises(RunError, match="other settings .seed: 0 there, 1 asked"):
+    with pytest.raises(RunError, match="other settings .seed: 0 there, 1 requested"):
         Run(tmp_path, {"seed": 1}, torch.device("cpu")).__enter__()
     with locked(tmp_path / ".lock"), pytest.raises(Locked), locked(tmp_path / ".lock"):
         pass

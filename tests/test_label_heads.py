@@ -313,7 +313,7 @@ def test_the_reference_of_these_tests_does_hold_the_concatenation():
 
 @pytest.mark.parametrize("head", [AbsoluteLabelHead, RelativeLabelHead])
 def test_one_cell_and_a_width_that_cannot_be_halved_twice_are_refused(head):
-    with pytest.raises(ValueError, match="a grid of 1 x 1 cells has no positions to tell apart; use larger images or smaller patches"):
+    with pytest.raises(ValueError, match="a grid of 1 x 1 cells has no positions to classify; use larger images or smaller patches"):
         head(16, (1, 1))
     for width in (18, 7):
         with pytest.raises(ValueError, match=f"must be a multiple of 4, got {width}"):

@@ -64,7 +64,7 @@ def test_a_share_of_everything_is_everything():
 def test_a_share_that_leaves_a_class_without_a_label_or_asks_for_more_than_it_has_is_refused():
     with pytest.raises(DataError, match="fraction of 0.1 is 2 of 20 labels, for 4 classes: .* 4 of 20"):
         split_of(5, 5, 5, 5).balanced(0.1, 0)
-    with pytest.raises(DataError, match="class 1 has 2 images, fewer than 9: ask for at most 2"):
+    with pytest.raises(DataError, match="class 1 has 2 images, fewer than 9: use at most 2"):
         split_of(30, 2).balanced(0.6, 0)
 
 
@@ -79,8 +79,8 @@ def test_a_list_names_images_with_or_without_their_class_and_keeps_the_order_of_
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["0_0.png", "gone.png", "1/0_0.png"], "names 2 of 3 images that are absent, the first is 'gone.png': give the list of this data"),
-        ([], "names no image: give the list"),
+        (["0_0.png", "gone.png", "1/0_0.png"], "lists 2 of 3 images that are absent, the first is 'gone.png': use a list of this data"),
+        ([], "lists no image: use a list"),
         (["0_1.png", "0/0_1.png"], "lists /data/train/0/0_1.png twice: delete"),
     ],
 )
@@ -92,12 +92,12 @@ def test_a_list_that_does_not_fit_is_refused_with_what_is_wrong(lines, message, 
 def test_a_name_that_two_classes_have_needs_its_class(listing):
     both = Split(torch.tensor([0, 1]), paths=["/d/cat/1.png", "/d/dog/1.png"])
     assert both.listed(listing("dog/1.png")).labels.tolist() == [1]
-    with pytest.raises(DataError, match="names '1.png', and 2 images are called so: write class/file name"):
+    with pytest.raises(DataError, match="lists '1.png', and 2 images have this name: write class/file name"):
         both.listed(listing("1.png"))
 
 
 def test_images_in_memory_have_no_names_to_list(listing):
-    with pytest.raises(DataError, match="they are in memory: use data in files, or no list"):
+    with pytest.raises(DataError, match="images in memory have no names: use data in files, or no list"):
         open_data("digits").train.listed(listing("0.png"))
 
 
@@ -253,7 +253,7 @@ def test_names_that_are_not_utf8_survive(tmp_path):
 
 
 def test_a_path_that_no_file_can_have_is_refused():
-    with pytest.raises(DataError, match="is no path: it holds a zero byte"):
+    with pytest.raises(DataError, match="is not a path: it contains a zero byte"):
         Split(torch.zeros(2), paths=["/d/a", "/d/b\0c"])
 
 
@@ -295,5 +295,5 @@ def test_the_default_view_is_the_usual_256_for_224_and_all_of_small_or_equal_ima
 def test_a_resize_below_the_models_size_or_of_images_in_memory_is_refused():
     with pytest.raises(DataError, match="resized to 95 pixels, smaller than the 96 pixels of the model: choose a larger"):
         loader(split_of(3), resize=95)
-    with pytest.raises(DataError, match="resized to 128 pixels, but these have one size"):
+    with pytest.raises(DataError, match="resized to 128 pixels, but all have one size"):
         loader(open_data("digits").train, resize=128)

@@ -70,7 +70,7 @@ def test_a_ratio_or_a_decoder_that_cannot_be_is_refused_with_its_value(options, 
 
 @pytest.mark.parametrize("options", [{"position": "none"}, {"position": "relative"}, {"class_token": False}])
 def test_mae_refuses_an_encoder_without_class_token_or_positions(options):
-    with pytest.raises(ValueError, match="the encoder needs both"):
+    with pytest.raises(ValueError, match="needs an encoder with a position embedding and a class token"):
         MAE(encoder(**{"position": "sincos", **options}))
 
 

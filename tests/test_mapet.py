@@ -303,7 +303,7 @@ def test_the_export_goes_into_timm_with_every_key():
 
 def test_positions_and_the_class_token_are_not_decayed_and_the_placeholder_is():
     model = mapet()
-    groups = make_optimizer(model, TrainConfig(1, 1, 1e-3, weight_decay=0.05)).param_groups
+    groups = make_optimizer(model, TrainConfig(epochs=1, batch_size=1, base_lr=1e-3, weight_decay=0.05)).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     assert "placeholder" in names and "head.weight" in names
@@ -338,9 +338,9 @@ def test_options_reach_the_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 17}, "context=17: .* give 1 to 16"),
+        ({"context": 17}, "context=17 .* use 1 to 16"),
         ({"context": 0}, "context=0"),
-        ({"target_limit": 4}, "target_limit=4 .* give 5 .* to 16"),
+        ({"target_limit": 4}, "target_limit=4 .* use 5 .* to 16"),
         ({"target_limit": 17}, "target_limit=17"),
         ({"vocabulary": 1}, "vocabulary=1"),
         ({"initialise": "xavier"}, "initialise='xavier' is not known"),
@@ -359,7 +359,7 @@ def test_an_encoder_without_class_token_or_positions_is_refused(options):
 
 def test_tokens_of_another_grid_are_refused_with_both_shapes():
     model, (images, _, _) = mapet(), inputs()
-    with pytest.raises(ValueError, match=r"16 patches, \(2, 16\); got targets \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"16 patches: give targets \(2, 16\), got targets \(2, 9\)"):
         model(images, torch.zeros(2, 9, dtype=torch.long))
     with pytest.raises(ValueError, match=r"got targets \(2,\)"):
         model(images, open_data("digits").val.labels[:2])

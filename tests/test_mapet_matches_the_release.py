@@ -99,7 +99,7 @@ def test_gradients_are_the_official_ones(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_fine_tuned_classifier_is_the_official_one(case):
-    model = Classifier(encoder(case), 10, Protocol("knn", "knn"))
+    model = Classifier(encoder(case), 10, Protocol(name="knn", kind="knn"))
     names = {name.removeprefix("encoder."): tensor for name, tensor in split_qkv(model.state_dict()).items()}
     state = fuse_qkv(parity.weights(names, untouched=(), fill=tuple(GOLDEN[case]["config"]["fill"])))
     coverage = load_method(model, state, {"": "encoder.", "fc_norm.": "fc_norm.", "head.": "head."})

@@ -173,7 +173,7 @@ def test_the_printed_accuracies_are_timms_on_the_same_images(pool, scaled, side,
     held = len(state)
     assert f"vit_standard_tiny_KCLIP.tar: {held - 24} tensors loaded, 0 missing, 0 unexpected (of {held} in the file" in first
     assert f"ViT-tiny/{patch} {'with' if scaled else 'without'} LayerScale, {pool} pooling, {CLASSES} classes" in first
-    assert f"short side to {int(side * patch / 0.9)} px (bicubic), the central {side * patch} px" in first
+    assert f"short side to {int(side * patch / 0.9)} px (bicubic), center crop {side * patch} px" in first
     assert last.startswith(f"{len(chosen)} images of images: top-1 {top1:.3f} %, top-5 {top5:.3f} %, ") and "32-true" in last
 
     ((_, model, loader),) = shown
@@ -225,7 +225,7 @@ NORM = {"norm.weight": torch.ones(192), "norm.bias": torch.zeros(192)}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: without(state, "head.weight", "pos_embed"), "as it lacks pos_embed, head.weight; take one of the released"),
+        (lambda state: without(state, "head.weight", "pos_embed"), "as it lacks pos_embed, head.weight; use one of the released"),
         (lambda state: state | {"pos_embed": state["pos_embed"][0]}, "as it lacks pos_embed;"),
         (lambda state: timms(state, "mean", 2, 4).state_dict(), "as it lacks blocks.0.attn.q.weight;"),
         (lambda state: state | NORM, "as it has both of fc_norm and norm;"),
@@ -256,13 +256,13 @@ def test_folders_that_are_not_the_classes_are_refused_with_both_numbers(released
         paint(tmp_path / "val" / f"class{number}" / "a.png", number)
     expected = f"{tmp_path / 'val'} has 3 class folders, the first is class0, and the classifier has 7 classes"
     assert expected in refused(capsys, tmp_path, released)
-    assert "val/class0 holds no class folders" in refused(capsys, tmp_path / "val" / "class0", released)
-    assert f"{tmp_path / 'gone'} is no folder" in refused(capsys, tmp_path / "gone", released)
+    assert "val/class0 has no class folders" in refused(capsys, tmp_path / "val" / "class0", released)
+    assert f"{tmp_path / 'gone'} is not a folder" in refused(capsys, tmp_path / "gone", released)
 
 
 def test_a_device_that_is_absent_and_a_batch_of_nothing_are_refused(folder, released, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees no CUDA GPU" in refused(capsys, folder, released, "--device", "cuda")
+    assert "torch finds no CUDA GPU" in refused(capsys, folder, released, "--device", "cuda")
     assert "batch_size=0: it must be at least 1" in refused(capsys, folder, released, "--batch-size", 0)
 
 
@@ -279,7 +279,9 @@ def test_fine_tuning_starts_from_all_of_pre_training_but_the_head(pool, fresh, t
     encoder = vit("tiny", image_size=8, patch_size=4, position="learned", layer_scale=0.1)
     coverage = load_encoder(encoder, read_checkpoint(saved(tmp_path / "mapet_tiny.tar", state)))
     assert coverage.missing == () and coverage.unexpected == ("decoder.bias", "decoder.weight", "mask_positional_token")
-    ours = Classifier(encoder, CLASSES, Protocol("finetune", "finetune", TrainConfig(1, 2, 1e-3), pool=pool)).state_dict()
+    ours = Classifier(
+        encoder, CLASSES, Protocol(name="finetune", kind="finetune", stage=TrainConfig(epochs=1, batch_size=2, base_lr=1e-3), pool=pool)
+    ).state_dict()
     found = {}
     for name, tensor in ours.items():
         name = name.removeprefix("encoder.")

@@ -145,21 +145,21 @@ def test_a_missing_folder_is_named_with_the_layout(root, tmp_path):
     refused(tmp_path, f"{tmp_path / 'mini-imagenet'} not found", "mini-imagenet/<class>/*.jpg", "3 folders of 6 images")
 
 
-MEND = "3 classes of 6 images: complete it. Another selection is another data set: open it as a folder with train/ and val/"
+MEND = "3 classes of 6 images: complete it. For another selection of images, open it as a folder with train/ and val/"
 
 
 @pytest.mark.parametrize("images", [5, 7])
 def test_a_class_with_too_few_or_too_many_images_is_named(images, root):
     bee = root / "mini-imagenet" / CLASSES[2]
     (bee / "6.jpg").touch() if images == 7 else (bee / "0.jpg").unlink()
-    refused(root, "mini-imagenet holds 3 classes", f"{images} images in {CLASSES[2]}", MEND)
+    refused(root, "mini-imagenet contains 3 classes", f"{images} images in {CLASSES[2]}", MEND)
     assert not (root / SPLIT).exists()
 
 
 def test_more_or_fewer_classes_are_another_data_set(root, tmp_path):
-    refused(fill(tmp_path / "two", ("train", "val"), 9), "holds 2 classes (train, val), 9 images in train, 9 images in val;", MEND)
+    refused(fill(tmp_path / "two", ("train", "val"), 9), "contains 2 classes (train, val), 9 images in train, 9 images in val;", MEND)
     fill(root, ("cat",))
-    refused(root, "holds 4 classes (ant, ant-lion, bee, honey, ...);", MEND)
+    refused(root, "contains 4 classes (ant, ant-lion, bee, honey, ...);", MEND)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_more_or_fewer_classes_are_another_data_set(root, tmp_path):
     [
         ("path,split\n", "", "begins with 'ant-lion/0.jpg,train' and not with 'path,split'"),
         ("path,split", "file,part", "begins with 'file,part' and not"),
-        ("ant/0.jpg,train", "ant/9.jpg,train", "names 'ant/9.jpg', and there is no such image"),
+        ("ant/0.jpg,train", "ant/9.jpg,train", "lists 'ant/9.jpg', and there is no such image"),
         ("ant/0.jpg,train", "ant/0.jpg,train\nant/0.jpg,val", "lists 'ant/0.jpg' twice"),
         ("ant/0.jpg,train\n", "", "misses 1 of 18 images, the first is 'ant/0.jpg'"),
         ("ant/0.jpg,train", "ant/0.jpg,test", "has the line 'ant/0.jpg,test', which is not a path, a comma and train or val"),
@@ -183,7 +183,7 @@ def test_a_fault_in_the_split_file_is_named_with_its_mend(old, new, fault, root)
     content = (root / SPLIT).read_text()
     assert old in content
     (root / SPLIT).write_text(content.replace(old, new))
-    refused(root, f"{root / SPLIT} {fault}", "mend it, or delete it to have it made again")
+    refused(root, f"{root / SPLIT} {fault}", "fix it, or delete it to create it again")
     (root / SPLIT).unlink()
     assert len(mini(root).val) == 3
 
@@ -191,4 +191,4 @@ def test_a_fault_in_the_split_file_is_named_with_its_mend(old, new, fault, root)
 @pytest.mark.parametrize("content", [b"", "path,split\nant/0.jpg,train\n".encode("utf-16"), b"\xff\xfe\x00"])
 def test_a_split_file_that_is_no_text_is_named_too(content, root):
     (root / SPLIT).write_bytes(content)
-    refused(root, f"{root / SPLIT} begins with", "delete it to have it made again")
+    refused(root, f"{root / SPLIT} begins with", "delete it to create it again")

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.ledger.published import claims, matches
 from benchmarks.ledger.rows import frame, summary
-from benchmarks.ledger.screen import comparison
+from benchmarks.ledger.tables import comparison
 from benchmarks.papers import choose_recipe, paper_module
 from common.convert import ConversionError, load_encoder
 from common.data import open_data

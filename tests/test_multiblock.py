@@ -159,10 +159,10 @@ def test_released_targets_have_the_official_shares_of_sizes():
         ((14, 14), {"context_scale": (0.88, 0.9)}, r"context_scale=\(0.88, 0.9\).* nearest is 13 x 13: .*context_scale=\(0.862, 0.9\)"),
         ((14, 14), {"context_ratio": 0.9}, r"context_ratio=0.9 of 196 cells, of which one target takes up to 36: use 0.0051 to 0.816"),
         ((14, 14), {"context_ratio": 0.001}, "context_ratio=0.001"),
-        ((14, 14), {"target_scale": (0.2, 0.15)}, r"target_scale=\(0.2, 0.15\) is no range"),
-        ((14, 14), {"target_scale": (0.2, 1.5)}, r"target_scale=\(0.2, 1.5\) is no range"),
+        ((14, 14), {"target_scale": (0.2, 0.15)}, r"target_scale=\(0.2, 0.15\) is not a range"),
+        ((14, 14), {"target_scale": (0.2, 1.5)}, r"target_scale=\(0.2, 1.5\) is not a range"),
         ((14, 14), {"sampling": "random"}, "masks='random' is not known"),
-        ((8, 8), {"sampling": "released"}, "min_keep=10: on a grid of 8 x 8 cells there are blocks of 3 x 3.* use min_keep=8 or less"),
+        ((8, 8), {"sampling": "released"}, "min_keep=10: on a grid of 8 x 8 cells some blocks have only 3 x 3.* use min_keep=8 or less"),
         ((4, 4), {"sampling": "released"}, "min_keep=10: on a grid of 4 x 4 .* use min_keep=0 or less, or masks='uniform'"),
     ],
 )

@@ -30,7 +30,7 @@ def names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]
 
 def classifier(pool: str = "mean", **options) -> Classifier:
     encoder = ViT(image_size=8, patch_size=4, width=16, depth=2, heads=2, **options)
-    return Classifier(encoder, 5, Protocol("finetune", "finetune", FINETUNE, pool=pool))
+    return Classifier(encoder, 5, Protocol(name="finetune", kind="finetune", stage=FINETUNE, pool=pool))
 
 
 def rates(stage: TrainConfig, epochs: list[float]) -> list[float]:
@@ -67,7 +67,7 @@ def test_fine_tuning_does_not_decay_tokens_positions_biases_and_norms(layer_deca
 
 
 def test_frozen_parameters_are_not_given_to_the_optimizer():
-    probe = LinearProbe(ViT(image_size=8, patch_size=4, width=16, depth=1, heads=2), 5, Protocol("linear", "linear", STAGE))
+    probe = LinearProbe(ViT(image_size=8, patch_size=4, width=16, depth=1, heads=2), 5, Protocol(name="linear", kind="linear", stage=STAGE))
     assert set(names(probe, make_optimizer(probe, STAGE))) == {"heads.0.1.weight", "heads.0.1.bias"}
 
 
@@ -134,7 +134,17 @@ def test_with_class_token_pooling_the_final_norm_learns_at_the_heads_rate():
 
 
 # I-JEPA's and StoP's schedules at 625 steps an epoch. Their counters advance before a step, so their step n is the one after our n.
-STOP = TrainConfig(600, 2048, 8e-4, 2048, warmup_epochs=15, warmup_lr=2e-4, min_lr=1e-4, weight_decay=0.04, final_weight_decay=0.4)
+STOP = TrainConfig(
+    epochs=600,
+    batch_size=2048,
+    base_lr=8e-4,
+    lr_batch=2048,
+    warmup_epochs=15,
+    warmup_lr=2e-4,
+    min_lr=1e-4,
+    weight_decay=0.04,
+    final_weight_decay=0.4,
+)
 STOP_HUGE = replace(STOP, epochs=300, base_lr=1e-3, warmup_epochs=40, min_lr=1e-6, freeze_epoch=250)
 IJEPA_HUGE = replace(STOP_HUGE, freeze_epoch=None)
 
@@ -166,14 +176,23 @@ def test_ijepa_and_stop_have_the_official_rates_and_weight_decays(stage, step, r
 
 
 def test_with_drops_the_rate_is_a_tenth_after_each_and_nothing_in_between():
-    vissl = TrainConfig(28, 256, 0.01, milestones=(8, 16, 24), optimizer="sgd")
+    vissl = TrainConfig(epochs=28, batch_size=256, base_lr=0.01, milestones=(8, 16, 24), optimizer="sgd")
     epochs = [0, 7.9, 8, 15.9, 16, 23.9, 24, 27.9]
     assert rates(vissl, epochs) == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
 
 
 # MaPeT's fine-tuning of ViT-B: the sheet's rates, which timm's scheduler gave in the official configuration, without layer decay.
 MAPET = TrainConfig(
-    100, 1024, 5e-4, 1024, warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-6, cooldown_epochs=10, cosine_from_start=True, final_weight_decay=0.4
+    epochs=100,
+    batch_size=1024,
+    base_lr=5e-4,
+    lr_batch=1024,
+    warmup_epochs=20,
+    warmup_lr=1e-6,
+    min_lr=1e-6,
+    cooldown_epochs=10,
+    cosine_from_start=True,
+    final_weight_decay=0.4,
 )
 
 
@@ -243,7 +262,7 @@ def test_adamw_steps_are_the_closed_form_with_decay_on_the_matrix_only():
 
 def test_sgd_steps_are_nesterovs_with_decay_on_the_matrix_only():
     layer = small_layer()
-    optimizer = make_optimizer(layer, TrainConfig(1, 256, 0.1, optimizer="sgd", weight_decay=5e-4))
+    optimizer = make_optimizer(layer, TrainConfig(epochs=1, batch_size=256, base_lr=0.1, optimizer="sgd", weight_decay=5e-4))
     expected, momenta = [p.detach().double() for p in layer.parameters()], [0.0, 0.0]
     for step in (1, 2, 3):
         gradients = set_gradients(layer, step)

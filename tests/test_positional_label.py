@@ -391,7 +391,7 @@ def test_a_visible_token_keeps_the_label_of_its_cell_whatever_comes_before_it(la
 @pytest.mark.parametrize(
     ("ratio", "message"),
     [
-        (0.9, "mask_ratio=0.9 leaves 1 of 16 patches; some must be left, and some hidden"),
+        (0.9, "mask_ratio=0.9 leaves 1 of 16 patches visible; use at least 2, but not all"),
         (0.0, "mask_ratio=0.0 leaves 16 of 16 patches"),
         (0.99, "mask_ratio=0.99 leaves none of the 16 tokens"),
         (1.5, "mask_ratio=1.5 is not a fraction between 0 and 1"),
@@ -424,8 +424,8 @@ def test_what_is_exported_is_timms_vit_without_head_and_decoder(tmp_path):
     ("options", "message"),
     [
         ({"label": "sideways"}, "label='sideways' is not known; choose 'none', 'absolute' or 'relative'"),
-        ({"label": "absolute", "queries": 3}, "queries=3 is of relative labels, and label is 'absolute'"),
-        ({"label": "none", "queries": 3}, "queries=3 is of relative labels, and label is 'none'"),
+        ({"label": "absolute", "queries": 3}, "queries=3 needs label='relative', but label is 'absolute'"),
+        ({"label": "none", "queries": 3}, "queries=3 needs label='relative', but label is 'none'"),
         ({"queries": 0}, "queries=0 is less than 1"),
     ],
 )
@@ -443,5 +443,5 @@ def test_an_unknown_swin_is_refused_with_the_known_ones():
 def test_images_of_another_size_than_the_first_are_refused_with_both_grids():
     model = PositionalLabel(prepared(timm.create_model("test_resnet", num_classes=0), (96, 96)), K).eval()
     assert model(pictures((96, 96))).named["tokens"].shape[1] == 9
-    with pytest.raises(ValueError, match="the grid is 2 x 3 here and was 3 x 3; images must be of one size"):
+    with pytest.raises(ValueError, match="the grid is 2 x 3, but was 3 x 3 at first; use images of one size"):
         model(pictures((64, 96)))

@@ -50,7 +50,7 @@ def settings(line: str) -> list[str]:
 def test_two_protocols_and_a_pretraining_that_are_wrong_are_named_at_once_and_what_is_to_be_set_works(tmp_path):
     changes = ["pretrain.batch_size=4096", "linear.stage.batch_size=16384", "finetune_5_per_class.stage.batch_size=64"]
     head, *lines = refused(run_of(tmp_path, *changes))
-    assert head.startswith("3 things")
+    assert head.startswith("3 problems")
     assert sorted(line.split(":")[0] for line in lines) == ["pretrain", "protocol finetune_5_per_class", "protocol linear"]
     fixes = [change for line in lines for change in settings(line)]
     assert "linear.stage.batch_size=1024" in fixes
@@ -68,8 +68,8 @@ def test_two_protocols_and_a_pretraining_that_are_wrong_are_named_at_once_and_wh
         (["finetune.mixup=0.8", "finetune.stage.device_batch=1"], 1, "protocol finetune: a batch of"),
         (["finetune_5_per_class.labels_per_class=500"], 1, "protocol finetune_5_per_class:"),
         (["linear.label_fraction=0.005"], 1, "protocol linear: a fraction of 0.005"),
-        (["pretrain.layer_decay=0.7"], 1, "pretrain: layer_decay=0.7, and DropPos does not say what its layers are"),
-        (["linear.stage.layer_decay=0.7"], 1, "protocol linear: layer_decay=0.7, and LinearProbe does not say what its layers are"),
+        (["pretrain.layer_decay=0.7"], 1, "pretrain: layer_decay=0.7, but DropPos does not define its layers"),
+        (["linear.stage.layer_decay=0.7"], 1, "protocol linear: layer_decay=0.7, but LinearProbe does not define its layers"),
         (["linear.layers=[1,7]"], 1, "protocol linear: layers=(1, 7), and the encoder has 6"),
         (["knn.resize=16"], 1, "protocol knn: images are to be resized to 16 pixels"),
     ],
@@ -94,7 +94,7 @@ def test_a_class_token_that_the_encoder_does_not_have_is_refused(tmp_path):
 
 def test_logistic_regression_needs_a_label_of_every_class(tmp_path):
     run = run_of(tmp_path)
-    run.recipe = replace(run.recipe, protocols=(Protocol("logistic", "logistic"),))
+    run.recipe = replace(run.recipe, protocols=(Protocol(name="logistic", kind="logistic"),))
     run.data = replace(run.data, train=run.data.train.subset((run.data.train.labels != 3).nonzero()[:, 0]))
     assert any("1 of 10 classes have no label" in line for line in refused(run))
 
@@ -134,8 +134,8 @@ def test_a_ledger_that_cannot_be_read_is_refused_before_the_training_that_it_is_
         ("method.vocabulary=1", 1, "vocabulary"),
         ("pretrain.augmentation.flip=0.5", 1, "flip"),
         ("targets.store=absent", 1, "there is no token store"),
-        ("targets.sample=10", 1, "make no 64 clusters"),
-        ("pretrain.batch_size=128", 2, "several processes do not make them"),
+        ("targets.sample=10", 1, "cannot form 64 clusters"),
+        ("pretrain.batch_size=128", 2, "several processes cannot make them"),
     ],
 )
 def test_tokens_that_cannot_be_had_are_refused_and_none_are_made(change, processes, message, tmp_path):
@@ -159,7 +159,7 @@ def test_a_later_stage_that_was_run_with_other_settings_is_refused_before_an_ear
     with Run(run.root / "finetune-scratch", held.settings(held.recipe.protocols[0], "scratch"), run.fabric.device) as begun:
         begun.finish({"hours": 0.0})
     (line,) = refused(run)
-    assert line.startswith("finetune-scratch: ") and f"protocol.smoothing: 0.3 there, {protocol.smoothing} asked" in line
+    assert line.startswith("finetune-scratch: ") and f"protocol.smoothing: 0.3 there, {protocol.smoothing} requested" in line
     preflight.check([held])
 
 

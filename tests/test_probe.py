@@ -31,7 +31,7 @@ def encoder() -> ViT:
 def probe(stage: TrainConfig = STAGE, **options) -> LinearProbe:
     model = encoder()
     torch.manual_seed(1)
-    return LinearProbe(model, 10, Protocol("linear", "linear", stage, **options))
+    return LinearProbe(model, 10, Protocol(name="linear", kind="linear", stage=stage, **options))
 
 
 def loader(augmentation: Augmentation | None, seed: int = 0, batch: int = 100) -> Loader:
@@ -177,7 +177,7 @@ def test_training_on_features_is_training_on_images(tmp_path):
 )
 def test_features_are_computed_once_only_where_every_epoch_shows_the_same(change):
     def protocol(**options) -> Protocol:
-        return Protocol("linear", "linear", replace(STAGE, augmentation=replace(STILL, **options)))
+        return Protocol(name="linear", kind="linear", stage=replace(STAGE, augmentation=replace(STILL, **options)))
 
     assert can_cache(protocol()) and can_cache(protocol(repeats=3, padding=2, scale=(0.5, 1.0), interpolation="bilinear"))
     assert not can_cache(protocol(**change)) and not can_cache(replace(protocol(), heads=("linear", "attentive")))
@@ -245,7 +245,7 @@ def test_a_name_says_on_test_where_the_test_images_choose_among_several_and_nowh
 
 
 def grid_of(count: int, **options) -> Protocol:
-    return Protocol("linear", "linear", STAGE, lr_multipliers=tuple(range(1, count + 1)), **options)
+    return Protocol(name="linear", kind="linear", stage=STAGE, lr_multipliers=tuple(range(1, count + 1)), **options)
 
 
 def test_a_tenth_of_each_class_is_held_out_and_the_rest_is_trained_on():
@@ -281,7 +281,7 @@ def test_a_grid_of_one_and_a_choice_on_the_test_images_hold_nothing_out():
 
 
 def test_a_grid_that_has_no_second_image_of_any_class_to_choose_by_is_refused_with_what_helps():
-    message = r"protocol linear: the best of 3 classifiers .* no class has a second one: .* --set linear.choose_on=test"
+    message = r"protocol linear: the best of 3 classifiers .* no class has a second image: .* --set linear.choose_on=test"
     with pytest.raises(RecipeError, match=message):
         hold_out(grid_of(3), torch.arange(10), 0)
     assert len(hold_out(grid_of(1), torch.arange(10), 0)[0]) == 10

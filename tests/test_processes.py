@@ -190,11 +190,11 @@ def test_a_run_that_one_process_is_told_to_stop_goes_on_with_another_number_of_p
     said, _ = process.communicate(timeout=200)
     assert process.returncode == (75 if numbers[0] == 1 else 1), said
     assert len(re.findall(r"exitcode +: 75", said)) == (0 if numbers[0] == 1 else 2), said  # torchrun lists how each process ended
-    assert "saved, and the same command goes on from here" in said
+    assert "checkpoint saved, the same command resumes from here" in said
     assert not list(tmp_path.glob("*/*/finetune*"))
     before = losses(tmp_path)
     said = finish(launch(numbers[1], *arguments))
-    assert "going on from step" in said
+    assert "resuming from step" in said
     after = losses(tmp_path)
     assert before.items() <= after.items() and len(after) > len(before)
     assert after[max(after)] < after[min(after)]

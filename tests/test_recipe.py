@@ -20,15 +20,14 @@ from positional_label import recipe as positional_label
 
 STAGE = TrainConfig(epochs=10, batch_size=64, base_lr=1e-3)
 RECIPE = Recipe(
-    data=("digits", "folder"),
     size="micro",
     image_size=8,
     patch_size=2,
     pretrain=STAGE,
     protocols=(
-        Protocol("finetune", "finetune", STAGE),
-        Protocol("finetune_5_per_class", "finetune", STAGE, labels_per_class=5),
-        Protocol("knn", "knn"),
+        Protocol(name="finetune", kind="finetune", stage=STAGE),
+        Protocol(name="finetune_5_per_class", kind="finetune", stage=STAGE, labels_per_class=5),
+        Protocol(name="knn", kind="knn"),
     ),
     method={"sigma": 1.0},
 )
@@ -55,7 +54,7 @@ QUICK = settings(deadline=None, max_examples=100, derandomize=True)
         ("method.attentive=false", replace(RECIPE, method={"sigma": 1.0, "attentive": False})),
         ("method.smoothing=released", replace(RECIPE, method={"sigma": 1.0, "smoothing": "released"})),
         ("encoder.layer_scale=0.1", replace(RECIPE, encoder={"layer_scale": 0.1})),
-        ('data=["cifar10"]', replace(RECIPE, data=("cifar10",))),
+        ("pretrain.milestones=[5, 10]", replace(RECIPE, pretrain=replace(STAGE, milestones=(5, 10)))),
     ],
 )
 def test_an_assignment_changes_what_it_names_and_nothing_else(assignment, changed):
@@ -82,7 +81,7 @@ def test_an_assignment_changes_what_it_names_and_nothing_else(assignment, change
     ],
 )
 def test_every_setting_of_a_frozen_evaluation_can_be_changed(assignment, value):
-    recipe = replace(RECIPE, protocols=(Protocol("frozen", "logistic", STAGE, decays=(0.5,)),))
+    recipe = replace(RECIPE, protocols=(Protocol(name="frozen", kind="logistic", stage=STAGE, decays=(0.5,)),))
     assert getattr(override(recipe, [f"frozen.{assignment}"]).protocols[0], assignment.partition("=")[0]) == value
 
 
@@ -127,7 +126,7 @@ def test_later_assignments_build_on_earlier_ones():
         "method=5",
         "finetune.position=absolute",
         "finetune.pool=max",
-        "data=digits",
+        "pretrain.milestones=5",
     ],
 )
 def test_a_value_of_another_type_is_refused_by_path(assignment):
@@ -157,7 +156,7 @@ def test_an_old_option_of_the_encoder_is_refused_with_the_new_one():
 
 
 @pytest.mark.parametrize(
-    "assignment", ["pretrain.betas=[0.9]", "pretrain.betas=[0.9, 0.95, 0.99]", 'pretrain.betas=["a", "b"]', "data=[3]"]
+    "assignment", ["pretrain.betas=[0.9]", "pretrain.betas=[0.9, 0.95, 0.99]", 'pretrain.betas=["a", "b"]', 'pretrain.milestones=["a"]']
 )
 def test_a_list_of_another_length_or_with_other_members_is_refused(assignment):
     with pytest.raises(RecipeError, match="does not fit"):
@@ -173,7 +172,7 @@ def test_a_list_of_another_length_or_with_other_members_is_refused(assignment):
         ("finetun.stage.epochs=3", "did you mean finetune"),
         ("finetune.epochs=3", "there is no 'epochs' in a Protocol"),
         ("pretrain.augmentation.flipp=1", "did you mean flip"),
-        ("qqqqq=1", "known: .*data.*finetune.*pretrain"),
+        ("qqqqq=1", "known: .*arms.*finetune.*pretrain"),
         ("=1", "known: .*pretrain"),
     ],
 )
@@ -185,19 +184,19 @@ def test_an_unknown_path_is_refused_with_the_nearest_name(assignment, suggestion
 
 @pytest.mark.parametrize("assignment", ["pretrain.epochs", "", "pretrain.epochs 3"])
 def test_what_is_no_assignment_is_refused_with_an_example(assignment):
-    with pytest.raises(RecipeError, match="no assignment; write path=value"):
+    with pytest.raises(RecipeError, match="not an assignment; write path=value"):
         override(RECIPE, [assignment])
 
 
 @pytest.mark.parametrize("assignment", ["pretrain.epochs.more=3", "knn.stage.epochs=3", "image_size.x=1"])
 def test_a_path_into_what_has_no_parts_is_refused(assignment):
-    with pytest.raises(RecipeError, match="has no parts"):
+    with pytest.raises(RecipeError, match="has no fields"):
         override(RECIPE, [assignment])
 
 
 @pytest.mark.parametrize("assignment", ["protocols.finetune.pool=class", 'protocols=["knn"]', "protocols=3"])
 def test_protocols_as_a_whole_are_refused_with_their_names(assignment):
-    with pytest.raises(RecipeError, match="field by field, such as finetune.pool; they are finetune, finetune_5_per_class, knn"):
+    with pytest.raises(RecipeError, match="field by field, such as finetune.pool; known: finetune, finetune_5_per_class, knn"):
         override(RECIPE, [assignment])
 
 
@@ -213,7 +212,7 @@ def test_a_path_that_ends_too_early_is_refused(assignment):
 def test_the_recipe_as_json_survives_json_and_holds_every_setting():
     written = as_json(RECIPE)
     assert json.loads(json.dumps(written)) == written
-    assert written["data"] == ["digits", "folder"] and written["pretrain"]["betas"] == [0.9, 0.999]
+    assert written["pretrain"]["betas"] == [0.9, 0.999]
     assert written["pretrain"]["augmentation"]["crop"] == "resized" and written["method"] == {"sigma": 1.0}
     assert [protocol["name"] for protocol in written["protocols"]] == ["finetune", "finetune_5_per_class", "knn"]
     assert written["protocols"][2]["stage"] is None
@@ -293,11 +292,11 @@ def test_an_arm_is_compared_with_the_one_it_adds_to_where_the_recipe_has_that_ar
 
 
 def test_an_unknown_arm_is_refused_with_the_nearest_or_all_that_there_are():
-    with pytest.raises(RecipeError, match=r"ARMS: 'vit\+alp' is no arm of this recipe; did you mean vit\+apl"):
+    with pytest.raises(RecipeError, match=r"ARMS: 'vit\+alp' is not an arm of the recipe; did you mean vit\+apl"):
         choose_arms(positional_label.digits(), ["vit", "vit+alp"])
-    with pytest.raises(RecipeError, match=r"'zzzz' is no arm of this recipe; known: vit, vit\+apl, vit\+rpl"):
+    with pytest.raises(RecipeError, match=r"'zzzz' is not an arm of the recipe; known: vit, vit\+apl, vit\+rpl"):
         choose_arms(positional_label.imagenet_vit(), ["zzzz"])
-    with pytest.raises(RecipeError, match="'vit' is no arm of this recipe; it has none"):
+    with pytest.raises(RecipeError, match="'vit' is not an arm of the recipe; it has none"):
         choose_arms(RECIPE, ["vit"])
 
 
@@ -333,8 +332,13 @@ def test_every_arm_on_imagenet_is_the_papers_backbone_trained_as_its_docstring_s
     ("size", "offered"), [("vit_bse_patch16_224", "vit_base_patch16_224"), ("swin_tiny_patch4_windw7_224", "swin_tiny_patch4_window7_224")]
 )
 def test_an_unknown_backbone_is_refused_with_the_nearest_of_timms(size, offered):
-    with pytest.raises(RecipeError, match=f"size='{size}' is no size of a ViT, and no model or class of timm's; did you mean .*{offered}"):
+    with pytest.raises(RecipeError, match=f"size='{size}' is neither a size of ViT nor a model or class of timm; did you mean .*{offered}"):
         override(RECIPE, [f"size={size}"]).build_encoder(3)
+
+
+def test_a_vit_without_a_patch_size_is_refused_by_name():
+    with pytest.raises(RecipeError, match="patch_size=None: a ViT needs its patch size"):
+        override(RECIPE, ["patch_size=null"]).build_encoder(1)
 
 
 # ---- sharing a batch
@@ -370,7 +374,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(batch, devices):
 def test_every_paper_has_a_recipe_for_the_default_data_that_builds(paper):
     module = paper_module(paper)
     name, recipe = choose_recipe(module, "digits", None)
-    assert "digits" in recipe.data and name in recipes(module)
+    assert name == "digits" and name in recipes(module)
     images, targets = torch.rand(2, 1, recipe.image_size, recipe.image_size), torch.tensor([3, 1])
     for arm, own in choose_arms(recipe).items():
         method = module.build(own, own.build_encoder(1), 10).eval()
@@ -379,6 +383,17 @@ def test_every_paper_has_a_recipe_for_the_default_data_that_builds(paper):
         assert method(images, targets).loss.isfinite(), arm
         if isinstance(method.encoder, ViT):
             assert method.encoder.grid[0] == own.image_size // own.patch_size
+
+
+@pytest.mark.parametrize("paper", [*papers(), *baselines()])
+def test_the_default_recipe_of_a_data_set_is_declared_and_no_other_is_made(paper, tmp_path, monkeypatch):
+    module, made = paper_module(paper), []
+    assert {"digits", "folder"} <= set(module.DEFAULTS) and set(module.DEFAULTS.values()) <= set(recipes(module).values())
+    for data, function in module.DEFAULTS.items():
+        assert choose_recipe(module, str(tmp_path) if data == "folder" else data, None) == (function.__name__, function())
+    monkeypatch.setitem(module.DEFAULTS, "digits", lambda: made.append("digits"))
+    choose_recipe(module, "digits", None)
+    assert made == ["digits"]
 
 
 @pytest.mark.parametrize("paper", [*papers(), *baselines()])
@@ -426,7 +441,7 @@ def test_every_recipe_builds_its_method_and_says_how_to_run_it(paper, name, monk
 
 
 def test_a_vit_of_another_depth_than_its_size_is_built_so_and_says_so():
-    own = Recipe(("digits",), "micro", 16, 4, TrainConfig(1, 1, 1.0), ())
+    own = Recipe(size="micro", image_size=16, patch_size=4, pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=1.0), protocols=())
     deep = override(own, ["encoder.depth=12"])
     assert (len(own.build_encoder(3).blocks), len(deep.build_encoder(3).blocks)) == (6, 12)
     assert (own.backbone, deep.backbone) == ("vit_micro_patch4_16", "vit_micro_depth12_patch4_16")

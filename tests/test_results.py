@@ -12,7 +12,7 @@ import pandas
 import pytest
 import torch
 
-from benchmarks.ledger.rows import GIVEN, TYPES, Row, append, frame, load, summary
+from benchmarks.ledger.rows import GIVEN, TYPES, Row, append, frame, load, record, summary
 from benchmarks.papers import ROOT
 from common import environment
 
@@ -132,6 +132,17 @@ def test_an_empty_file_and_a_word_in_place_of_a_number_are_refused_by_name(tmp_p
     (tmp_path / "results.csv").write_text(content)
     with pytest.raises(ValueError, match=r"results\.csv is not a run ledger"):
         load(tmp_path / "results.csv")
+
+
+def test_the_log_of_an_earlier_run_of_the_same_name_stays(tmp_path: Path) -> None:
+    log, run, row = tmp_path / "droppos/logs/a.txt", tmp_path / "run", replace(ROW, log="droppos/logs/a.txt")
+    (run / "pretrain").mkdir(parents=True)
+    log.parent.parent.mkdir()
+    for commit, lines in (("old", "loss 1\n"), ("new", "loss 2\n"), ("new", "loss 2\n"), ("new", "loss 2\nresumed\n")):
+        (run / "pretrain" / "log.txt").write_text(lines)
+        record([replace(row, commit=commit)], run, tmp_path)
+    assert log.read_text() == "# pretrain\nloss 1\n# pretrain\nloss 2\n# pretrain\nloss 2\nresumed\n"
+    assert list(load(tmp_path / "droppos/results.csv")["commit"]) == ["old", "new"]
 
 
 def test_a_number_that_is_not_finite_never_enters_the_ledger(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_run_killed_at_random_moments_logs_what_an_undisturbed_run_logs(data, 
 
     logs = {name: sorted((tmp_path / name).glob("*/*/*/metrics.jsonl")) for name in arguments}
     assert len(logs["undisturbed"]) == len(logs["killed"]) >= 5
-    resumed = [path for path in (tmp_path / "killed").glob("*/*/*/log.txt") if "going on from step" in path.read_text()]
+    resumed = [path for path in (tmp_path / "killed").glob("*/*/*/log.txt") if "resuming from step" in path.read_text()]
     assert resumed, "no run went on from a checkpoint"
     for undisturbed, killed in zip(logs["undisturbed"], logs["killed"], strict=True):
         assert killed.read_text() == undisturbed.read_text(), killed.parent.name

@@ -50,7 +50,7 @@ def stop(**options) -> StoP:
 
 
 def protocol(kind: str, **options) -> Protocol:
-    return Protocol(kind, kind, TrainConfig(1, 8, 0.1), **options)
+    return Protocol(name=kind, kind=kind, stage=TrainConfig(epochs=1, batch_size=8, base_lr=0.1), **options)
 
 
 METHODS = {

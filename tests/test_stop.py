@@ -182,7 +182,7 @@ def test_the_target_encoder_starts_as_the_context_encoder_and_gets_no_gradient()
     model(images()).loss.backward()
     both = dict(model.encoder.named_parameters()), dict(model.context_encoder.named_parameters())
     assert all(torch.equal(both[0][name], both[1][name]) and both[0][name].grad is None for name in both[0])
-    groups = make_optimizer(model, TrainConfig(1, 256, 1e-3)).param_groups
+    groups = make_optimizer(model, TrainConfig(epochs=1, batch_size=256, base_lr=1e-3)).param_groups
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     assert not trained & {id(parameter) for parameter in both[0].values()}
     assert trained >= {id(parameter) for parameter in [*both[1].values(), *model.predictor.parameters()]}

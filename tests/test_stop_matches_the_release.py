@@ -106,7 +106,7 @@ def _norms(case: str) -> dict[str, float | None]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_of_adamw_and_of_the_average_ends_where_the_official_one_does(case):
     model, golden = stop(**CASES[case]), GOLDEN[case]
-    optimizer = make_optimizer(model, TrainConfig(1, 256, 1e-3, weight_decay=0.04))
+    optimizer = make_optimizer(model, TrainConfig(epochs=1, batch_size=256, base_lr=1e-3, weight_decay=0.04))
     model(images(), cells=cells(), noise=(None, noise())).loss.backward()
     optimizer.step()
     model.after_step(0, 1000)

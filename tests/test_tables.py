@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ledger import screen, tables
+from benchmarks.ledger import tables
+from benchmarks.ledger.__main__ import main, update
 from benchmarks.ledger.published import PUBLISHED
 from benchmarks.ledger.rows import Row, append, frame, summary
 from tests.test_results import ROW
@@ -56,9 +57,9 @@ def cells(readme: Path, *words: str) -> list[str]:
 def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readmes = [root / "README.md", root / "RESULTS.md", root / "droppos" / "README.md"]
     untouched = [readme.read_text() for readme in readmes]
-    assert tables.main(["--check"], root) == 1
+    assert main(["--check"], root) == 1
     out = capsys.readouterr().out
-    assert re.findall(r"^(\S+): table '(\w+)' is stale.*`make table`$", out, re.MULTILINE) == [
+    assert re.findall(r"^(\S+): table '(\w+)' is out of date.*`make table`$", out, re.MULTILINE) == [
         ("README.md:3", "digits"),
         ("README.md:8", "speed"),
         ("RESULTS.md:3", "results"),
@@ -67,8 +68,8 @@ def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytes
         ("droppos/README.md:3", "measured"),
     ]
     assert [readme.read_text() for readme in readmes] == untouched, "--check wrote something"
-    assert tables.main([], root) == 0
-    assert tables.main(["--check"], root) == 0
+    assert main([], root) == 0
+    assert main(["--check"], root) == 0
     written = readmes[1].read_text()
     assert written.startswith("# Title\n\n<!-- table: results -->\n\nNo published") and written.endswith("<!-- /table -->\n\nend")
     for path, old, new in [
@@ -77,20 +78,20 @@ def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytes
         ("droppos/README.md", "42.6", "43.6"),
     ]:
         (root / path).write_text((root / path).read_text().replace(old, new))
-        assert tables.main(["--check"], root) == 1
-        assert tables.main([], root) == 0
+        assert main(["--check"], root) == 1
+        assert main([], root) == 0
     assert "94.2" in readmes[1].read_text() and "99.0" not in readmes[1].read_text()
 
 
 def test_published_numbers_that_nobody_measured_are_folded_by_paper_and_say_so(root: Path) -> None:
-    tables.update(root)
+    update(root)
     text = (root / "RESULTS.md").read_text()
     before, _, fold = text.partition("\n<details><summary>droppos: 2 published numbers, not measured yet</summary>\n\n| Data |")
     assert "84.2" in fold.partition("\n\n</details>\n")[0] and "84.2" not in before and text.count("<details>") == 1
     assert cells(root / "RESULTS.md", "84.2") == ["ImageNet-1K", "DropPos", "ViT-B/16", "-", "800", "finetune", "84.2"]
     assert "\n\nnot measured yet\n\n" in (root / "droppos" / "README.md").read_text()
     record(root, IMAGENET)
-    tables.update(root)
+    update(root)
     before, _, fold = (root / "RESULTS.md").read_text().partition("\n<details><summary>droppos: 1 published number, not measured yet")
     assert "83.0" in before and "84.2" in fold and "83.0" not in fold.partition("</details>")[0]
 
@@ -113,7 +114,7 @@ def test_of_a_baseline_the_results_have_what_was_measured_and_its_own_page_all(r
     append(folder / "results.csv", [row])
     (folder / "logs").mkdir()
     (root / row.log).touch()
-    assert tables.update(root)[1] == []
+    assert update(root)[1] == []
     shown = cells(root / "RESULTS.md", "81.8")
     assert shown[:7] == ["deit", "ImageNet-1K", "DeiT-B", "ViT-B/16", "-", "300", "scratch"]
     assert shown[7:11] == ["81.8", "80.50", "-1.30", "1"] and shown[11:] == ["imagenet-b16", DEVICE, "[logs](benchmarks/baselines/logs)"]
@@ -122,14 +123,14 @@ def test_of_a_baseline_the_results_have_what_was_measured_and_its_own_page_all(r
 
 
 def test_only_what_the_authors_say_of_their_own_method_counts_as_published(root: Path) -> None:
-    tables.update(root)
+    update(root)
     assert not re.search(r"83\.1|82\.91|42\.6", (root / "RESULTS.md").read_text())
     assert cells(root / "droppos" / "README.md", "82.91")[-2:] == ["a user", "third party"]
 
 
 def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path) -> None:
     record(root, IMAGENET, replace(IMAGENET, start="scratch", value=80.0, pretrain_epochs=0, log="droppos/logs/scratch.txt"))
-    tables.update(root)
+    update(root)
     assert cells(root / "RESULTS.md", "83.0")[5:12] == ["200", "finetune", "83.0", "82.75", "-0.25", "1", "imagenet-b16"]
     assert cells(root / "RESULTS.md", "83.0")[-1] == "[logs](droppos/logs)"
     assert cells(root / "droppos" / "README.md", "pretrained")[-3:] == ["0.02", IMAGENET.commit, "[log](logs/2026-11-20-digits-seed0.txt)"]
@@ -139,10 +140,10 @@ def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path
 def test_numbers_of_different_data_are_never_subtracted(root: Path, change: dict) -> None:
     other = replace(IMAGENET, **change)
     record(root, other)
-    tables.update(root)
+    update(root)
     assert "droppos: 2 published numbers, not measured yet" in (root / "RESULTS.md").read_text()
     assert cells(root / "RESULTS.md", "82.75")[2] == {"backbone": "vit_micro"}.get(*change, "ViT-B/16")
-    said = screen.comparison("droppos", frame([other, replace(other, start="scratch", value=80.0)]), root).iloc[0]
+    said = tables.comparison("droppos", frame([other, replace(other, start="scratch", value=80.0)]), root).iloc[0]
     assert said["Difference"] == "+2.75"
     near = other.protocol == "finetune" and other.data == "imagenet1k"
     assert said.get("Published") == ("83.0 (ImageNet-1K, ViT-B/16, 200 ep)" if near else None)
@@ -155,20 +156,20 @@ def test_a_run_is_compared_with_its_own_baselines_over_seeds(root: Path) -> None
     knn = replace(ROW, protocol="knn", value=95.0)
     rows += [knn, replace(knn, start="random", value=90.0, pretrain_epochs=0), replace(knn, start="pixels", value=97.0)]
     rows += [replace(ROW, protocol="pretrain", metric="position_top1", value=60.0)]
-    said = screen.comparison("droppos", frame(rows), root)
+    said = tables.comparison("droppos", frame(rows), root)
     assert said.to_numpy().tolist() == [
         ["finetune", "92.00 ± 2.00", "81.00 ± 1.00", "+11.00"],
         ["knn", "95.00", "90.00", "+5.00"],
         ["knn, raw pixels", "-", "97.00", "-"],
         ["pretrain (position top1)", "60.00", "-", "-"],
     ]
-    nearer = screen.comparison("droppos", frame([replace(IMAGENET, pretrain_epochs=800), replace(IMAGENET, protocol="knn")]), root)
+    nearer = tables.comparison("droppos", frame([replace(IMAGENET, pretrain_epochs=800), replace(IMAGENET, protocol="knn")]), root)
     assert nearer.set_index("Protocol")["Published"].to_dict() == {"finetune": "84.2 (ImageNet-1K, ViT-B/16, 800 ep)", "knn": "-"}
 
 
 def shown(capsys: pytest.CaptureFixture[str], root: Path, *rows: Row) -> str:
     """What the screen shows of a run, in one line."""
-    screen.show("droppos", rows, root)
+    tables.show("droppos", rows, root)
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -206,8 +207,8 @@ def test_arms_on_the_screen_stand_side_by_side_and_what_was_published_of_other_d
 def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(root, ROW, replace(ROW, protocol="linear", value=12.34, log="droppos/logs/lost.txt"))
     (root / "droppos" / "logs" / "lost.txt").unlink()
-    assert tables.main([], root) == 1
-    assert tables.main(["--check"], root) == 1
+    assert main([], root) == 1
+    assert main(["--check"], root) == 1
     assert "droppos/results.csv: the log 'droppos/logs/lost.txt' is missing" in capsys.readouterr().err
     assert "12.34" not in (root / "RESULTS.md").read_text() + (root / "droppos" / "README.md").read_text()
     assert "97.30" in (root / "RESULTS.md").read_text()
@@ -228,15 +229,15 @@ def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.Cap
 )
 def test_unknown_marker_is_named_with_its_line(root: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
     (root / "README.md").write_text(text)
-    assert tables.main(["--check"], root) == tables.main([], root) == 1
+    assert main(["--check"], root) == main([], root) == 1
     assert message in capsys.readouterr().err
     assert (root / "README.md").read_text() == text
 
 
 def test_a_readme_that_lost_its_table_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tables.update(root)
+    update(root)
     (root / "droppos" / "README.md").unlink()
-    assert tables.main(["--check"], root) == 1
+    assert main(["--check"], root) == 1
     assert "droppos/README.md: table 'published' is missing" in capsys.readouterr().err
 
 
@@ -246,7 +247,7 @@ def test_a_broken_ledger_is_named_and_stops_no_other_table(root: Path, capsys: p
     (root / "benchmarks" / "README.md").write_text("<!-- table: speed -->\n<!-- /table -->\n")
     (root / "benchmarks/speed").mkdir()
     (root / "benchmarks/speed/steps.csv").write_text("step,ratio to a|b\nDropPos,\n")
-    assert tables.main([], root) == 1
+    assert main([], root) == 1
     assert "droppos/results.csv is not a run ledger" in capsys.readouterr().err
     assert "| Step | Ratio to a\\|b |\n| --- | --- |\n| DropPos | - |\n" in (root / "benchmarks" / "README.md").read_text()
 
@@ -254,11 +255,11 @@ def test_a_broken_ledger_is_named_and_stops_no_other_table(root: Path, capsys: p
 def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> None:
     (root / "droppos" / "published.csv").write_text(HEADER + "\n")
     record(root, ROW)
-    assert tables.update(root)[1] == []
+    assert update(root)[1] == []
     assert "\n\nNo published number is measured yet.\n\n<!-- /table -->\n\nbetween" in (root / "RESULTS.md").read_text()
     assert cells(root / "RESULTS.md", "97.30")[1] == "droppos"
     assert "no published number is known" in (root / "droppos" / "README.md").read_text()
-    assert "Published" not in screen.comparison("unheard_of", frame([ROW]), root)
+    assert "Published" not in tables.comparison("unheard_of", frame([ROW]), root)
 
 
 # ---- arms, which add something to another method
@@ -321,14 +322,14 @@ def test_another_recipe_backbone_or_precision_is_never_taken_for_the_method_alon
         rows = arms(SWIN)[-2:] + [replace(row, **change) for row in arms(SWIN)[:2]]
         said = tables.side_by_side("droppos", summary(frame(rows)), added)
         assert [cell for cell in said["+ RPL"] if "93.50" in cell] == ["93.50 ± 1.41"], change
-        assert screen.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["-", "-"], change
+        assert tables.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["-", "-"], change
 
 
 def test_a_start_without_pretraining_is_the_baseline_of_every_arm(added: Path) -> None:
     rows = arms(MAE) + [replace(MAE, start="scratch", value=80.0, pretrain_epochs=0)]
     said = tables.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
     assert said[["Alone", "+ RPL", "From scratch"]].tolist() == ["91.00 ± 1.41", "93.50 ± 1.41 (+2.50)", "80.00"]
-    assert screen.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["+11.00", "+12.00", "+13.50"]
+    assert tables.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["+11.00", "+12.00", "+13.50"]
     knn = replace(MAE, protocol="knn")
     rows = [knn, replace(knn, start="random", value=40.0), replace(knn, start="pixels", value=95.0)]
     said = tables.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
@@ -336,10 +337,10 @@ def test_a_start_without_pretraining_is_the_baseline_of_every_arm(added: Path) -
 
 
 def test_a_paper_that_adds_nothing_to_others_needs_no_side_by_side_table(root: Path) -> None:
-    tables.update(root)
-    assert tables.update(root)[1] == []
+    update(root)
+    assert update(root)[1] == []
     record(root, *arms(SWIN))
-    assert [fault for fault in tables.update(root)[1] if "'side by side' is missing" in fault]
+    assert [fault for fault in update(root)[1] if "'side by side' is missing" in fault]
 
 
 # ---- RESULTS.md
@@ -352,7 +353,7 @@ def print_numbers(root: Path, *lines: str) -> None:
 
 def lines_of(root: Path, name: str, page: str = "RESULTS.md") -> list[dict[str, str]]:
     """The lines of the first table between a marker of a page, by its headings; a folded one too."""
-    _, found = tables.update(root)
+    _, found = update(root)
     assert all("is missing" in fault for fault in found), found
     text = (root / page).read_text().partition(f"<!-- table: {name} -->")[2].partition("<!-- /table -->")[0]
     (first, *_) = [part for part in text.split("\n\n") if part.startswith("|")] or ["| |\n| |"]
@@ -414,7 +415,7 @@ def test_a_published_number_of_something_added_stands_beside_that_arm_and_no_oth
         ["Swin-B + RPL", "100", "84.09", "93.50 ± 1.41", "+9.41", "imagenet_swin swin+rpl"],
     ]
     assert "<details>" not in (added / "RESULTS.md").read_text()
-    alone = screen.comparison("droppos", frame(arms(SWIN)[:2]), added)
+    alone = tables.comparison("droppos", frame(arms(SWIN)[:2]), added)
     assert "Published" not in alone
 
 
@@ -443,7 +444,7 @@ def test_the_best_by_the_test_images_stands_apart_from_that_by_held_out_ones_and
     ]
     (line,) = lines_of(root, "together")
     assert line["Linear"] == "best: 72.00<br>best on test: 73.00"
-    shown = screen.comparison("droppos", frame(rows), root)
+    shown = tables.comparison("droppos", frame(rows), root)
     assert dict(zip(shown["Protocol"], shown["Published"], strict=True)) == dict.fromkeys(
         ["linear best", "linear best on test"], "72.9 (ImageNet-1K, ViT-B/16, 200 ep)"
     )
@@ -456,7 +457,11 @@ def test_runs_of_one_recipe_on_two_devices_are_told_apart_and_one_device_is_said
     record(root, replace(IMAGENET, device="H100", value=82.9), replace(IMAGENET, device="H100", precision="32-true", value=83.1))
     expected = [(DEVICE, "82.75"), ("H100, 32-true", "83.10"), ("H100, bf16-mixed", "82.90")]
     assert [(line["Device"], line["Ours"]) for line in lines_of(root, "results")] == expected
-    assert [(line["Device"], line["All labels"]) for line in lines_of(root, "together")] == expected
+    assert [(line["Device"], line["All labels"]) for line in lines_of(root, "together")] == [
+        (str(number), value) for number, (_, value) in enumerate(expected, 1)
+    ]
+    above = "; ".join(f"({number}) {device}" for number, (device, _) in enumerate(expected, 1))
+    assert f"\n\nDevices: {above}.\n\n| Data |" in (root / "RESULTS.md").read_text()
 
 
 def test_protocols_stand_in_one_line_per_run_and_those_of_a_kind_in_one_cell(root: Path) -> None:
@@ -561,6 +566,20 @@ def test_supervised_methods_are_marked_and_their_frozen_features_stand_in_the_sa
 
 
 # ---- the root README
+
+
+def test_side_by_side_shows_the_newest_of_two_devices(added: Path) -> None:
+    new = [replace(row, device="H100", date="2026-11-25", value=row.value + 1) for row in arms(SWIN)]
+    both, alone = (tables.side_by_side("droppos", summary(frame(rows)), added) for rows in ([*new, *arms(SWIN)], new))
+    assert both.equals(alone)
+
+
+def test_the_readme_has_one_row_a_method_with_its_newest_numbers(root: Path) -> None:
+    old = replace(ROW, data="digits", protocol="knn", start="pretrained", metric="top1", date="2026-11-20")
+    record(root, old, replace(old, device="H100", commit="new", date="2026-11-25", value=old.value - 1))
+    (line,) = lines_of(root, "digits", "README.md")
+    assert line["k-NN (random)"] == f"{old.value - 1:.2f}"
+    assert "\n\nDevice: H100, bf16-mixed.\n\n" in (root / "README.md").read_text()
 
 
 def test_the_readme_has_few_labels_and_knn_on_digits_of_recipes_as_they_stand_without_the_arms_that_something_is_added_to(

@@ -205,7 +205,7 @@ def test_images_of_another_shape_are_refused(height, width, channels):
 
 def test_an_encoder_that_cannot_be_opened_is_refused_with_the_mend(tmp_path, monkeypatch):
     path, given = save_run(tmp_path / "run", vit("micro", image_size=16, patch_size=4)), {"mean": MEAN, "std": STD}
-    with pytest.raises(RecipeError, match="does not tell how its images were normalised: give mean and std"):
+    with pytest.raises(RecipeError, match="does not contain mean and std of its images: give those of its training data"):
         Encoder(path, mean=MEAN)
     with pytest.raises(ConversionError, match="there is no checkpoint at .*nowhere"):
         Encoder(tmp_path / "nowhere.safetensors", **given)
@@ -227,7 +227,7 @@ def test_an_encoder_that_cannot_be_opened_is_refused_with_the_mend(tmp_path, mon
     monkeypatch.delattr(timm.models.ResNet, "forward_intermediates")
     with pytest.raises(RecipeError, match="resnet10t gives no grid of features at 64 pixels .*forward_intermediates"):
         Encoder("resnet10t", pretrained=False, size=64)
-    with pytest.raises(ValueError, match="8 x 6 pixels are no multiple of patch_size=4"):
+    with pytest.raises(ValueError, match="8 x 6 pixels are not a multiple of patch_size=4"):
         Pixels(4, (8, 6), MEAN, STD)
 
 
@@ -458,10 +458,10 @@ def test_a_sample_of_other_weights_is_refused(tmp_path):
 def test_what_cannot_be_sampled_is_refused_with_the_mend(tmp_path, monkeypatch):
     file = tmp_path / "s.npy"
     for options, message in {
-        "vectors=369 cannot be had, 23 images have 368 cells: choose fewer, or more images": {"vectors": 369},
-        "vectors=0 cannot be had": {"vectors": 0},
-        "images=24 cannot be had, the split has 23": {"n": 24},
-        "images=0 cannot be had": {"n": 0},
+        "vectors=369 is not possible, 23 images have 368 cells: choose fewer, or more images": {"vectors": 369},
+        "vectors=0 is not possible": {"vectors": 0},
+        "images=24 is not possible, the split has 23": {"n": 24},
+        "images=0 is not possible": {"n": 0},
     }.items():
         with pytest.raises(RecipeError, match=options):
             sample(file, **message)
@@ -479,7 +479,7 @@ def test_what_cannot_be_sampled_is_refused_with_the_mend(tmp_path, monkeypatch):
         patch.setattr(kmeans.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(4800))
         sample(file)
     (tmp_path / "s.npy.json").unlink()
-    with pytest.raises(RunError, match="is there, but s.npy.json does not say that it is whole: delete it"):
+    with pytest.raises(RunError, match="exists, but s.npy.json does not say that it is complete: delete it"):
         sample(file)
 
 
@@ -529,9 +529,9 @@ def test_a_map_on_disk_is_given_to_faiss_as_it_lies_and_few_vectors_are_no_matte
 
 
 def test_centroids_that_cannot_be_found_are_refused_with_the_mend(monkeypatch):
-    with pytest.raises(RecipeError, match="codes=31 cannot be found in 30 sampled vectors: sample more"):
+    with pytest.raises(RecipeError, match="codes=31 is not possible with 30 sampled vectors: sample more"):
         fit_centroids(blobs(30), 31)
-    with pytest.raises(RecipeError, match="codes=0 cannot be found"):
+    with pytest.raises(RecipeError, match="codes=0 is not possible"):
         fit_centroids(blobs(30), 0)
     monkeypatch.setattr(kmeans, "ENTRIES", 40)  # ten rows at once
     for value in (numpy.nan, numpy.inf):
@@ -607,7 +607,7 @@ def test_a_cells_id_is_that_of_the_centroid_nearest_to_its_features(tiny_clip):
 
 
 def test_centroids_of_other_features_are_refused():
-    with pytest.raises(ValueError, match="features are 12 wide, centroids 10: take what belongs together"):
+    with pytest.raises(ValueError, match="features are 12 wide, centroids 10: use a matching pair"):
         NearestCentroid(Counted(), torch.zeros(4, 10))(images(1, 8))
 
 
@@ -725,8 +725,8 @@ def test_a_file_with_a_tensor_that_is_not_known_is_refused_by_name(tmp_path, nam
 def test_a_file_of_another_shape_is_refused(tmp_path):
     for change, message in (
         ({"encode_task_layer.0.weight": torch.zeros(5, 128)}, "other shapes: encode_task_layer.0.weight"),
-        ({"encoder.pos_embed": torch.zeros(1, 9, 128)}, "9 tokens, which are no class token and a square grid"),
-        ({"encoder.pos_embed": torch.zeros(9, 128)}, "it has no encoder.pos_embed, or of another shape"),
+        ({"encoder.pos_embed": torch.zeros(1, 9, 128)}, "9 tokens, which is not a class token and a square grid"),
+        ({"encoder.pos_embed": torch.zeros(9, 128)}, "not a VQ-KD tokenizer: no encoder.pos_embed, or of another shape"),
     ):
         with pytest.raises(ConversionError, match=message):
             load_vqkd(saved(tmp_path, released() | change))

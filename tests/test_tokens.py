@@ -190,7 +190,7 @@ def test_images_that_the_store_does_not_know_are_refused_by_the_first_and_their_
     prepare(open_data(str(folder)), tmp_path / "tokens")
     for name in ("bee/2x", "bee/9"):
         draw(folder / "train" / f"{name}.png")
-    said = "tokens for 2 of 12 images, the first is train/bee/2x.png: these are not the images it was made from; give those, or delete the"
+    said = "tokens for 2 of 12 images, the first is train/bee/2x.png: these are not the images it was made from; use those, or delete the"
     with pytest.raises(DataError, match=re.escape(said)):
         prepare(open_data(str(folder)), tmp_path / "tokens")
 
@@ -208,9 +208,7 @@ def test_images_that_were_replaced_under_their_names_are_refused_where_the_set_i
         prepare(data, tokens)
         return
     for given, count in ((data, 10), (replace(data, train=data.train.subset([9, 6])), 2)):
-        said = (
-            f"made from other images than 1 of these {count}, the first is train/bee/1.png, which has the name of one: give those, or del"
-        )
+        said = f"made from other images than 1 of these {count}, the first is train/bee/1.png; the names are the same: use the original"
         with pytest.raises(DataError, match=said):
             prepare(given, tokens)
     assert len(prepare(replace(data, train=data.train.subset([0, 9])), tokens).train) == 2
@@ -260,7 +258,7 @@ DAMAGES = [
     (cut("images.json", 1000), "truncated or damaged"),
     (tokens(lambda ids: ids.astype(numpy.int32)), r"holds \(50, 16\) torch.int32, .* 50 names, of 16 cells each, .* torch.int16"),
     (tokens(lambda ids: ids.astype("U3")), "truncated or damaged"),
-    (tokens(lambda ids: ids[:-1]), r"holds \(49, 16\) torch.int16, and there are 50 names"),
+    (tokens(lambda ids: ids[:-1]), r"holds \(49, 16\) torch.int16, but 50 names"),
     (tokens(lambda ids: ids[:, :-1]), r"holds \(50, 15\) torch.int16"),
     (tokens(lambda ids: numpy.int16(-1) - ids), "it holds ids from -8 to -1, and the vocabulary has 0 to 7"),
     (tokens(lambda ids: ids + numpy.int16(8)), "it holds ids from 8 to 15, and the vocabulary has 0 to 7; delete it"),
@@ -279,7 +277,7 @@ def test_a_damaged_store_is_refused_with_what_is_wrong_and_the_mend(whole, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocabulary": 9}, "made with vocabulary=8, and the recipe wants vocabulary=9: change the recipe, or have other tokens made"),
+        ({"vocabulary": 9}, "made with vocabulary=8, and the recipe wants vocabulary=9: change the recipe, or make other tokens"),
         ({"patch_size": 4}, r"made with grid=\[4, 4\], and the recipe wants grid=\[2, 2\]"),
     ],
 )
@@ -306,7 +304,7 @@ def test_a_store_of_another_view_is_refused(folder, tmp_path):
         ({"targets": {"redos": 0}}, "targets.redos=0: give a whole number from 1 up"),
         ({"targets": {"sample": "all"}}, r"targets.sample='all' does not fit; expected int \| None"),
         ({"targets": {"features": 3}}, "targets.features=3 does not fit; expected str"),
-        ({"targets": {"sample": 7}}, "7 vectors make no 8 clusters: set targets.sample or method.vocabulary to fit"),
+        ({"targets": {"sample": 7}}, "7 vectors cannot form 8 clusters: set targets.sample or method.vocabulary to fit"),
         ({"vocabulary": 2**15 + 1}, "method.vocabulary=32769: give a whole number from 2 to 32768"),
         ({"vocabulary": "many"}, "method.vocabulary='many': give a whole number"),
     ],
@@ -512,7 +510,7 @@ def test_preparing_makes_the_store_and_stops_and_a_second_call_says_where_it_is(
     said = capsys.readouterr().out
     assert f"tokens: {place}" in said and "of 1797 images" not in said and contents(place) == before
     assert main(["droppos", *arguments[1:], "--prepare"]) == 2
-    assert "droppos learns from nothing that is made before" in capsys.readouterr().out
+    assert "droppos has no targets to compute before training" in capsys.readouterr().out
 
 
 def test_several_processes_refuse_to_make_a_store_and_say_who_makes_it(tmp_path):

@@ -90,7 +90,7 @@ def test_a_signal_finishes_the_step_saves_and_stops_with_the_documented_code(tmp
     resumed, _ = train(tmp_path / "stopped", Tiny())
     undisturbed, _ = train(tmp_path / "undisturbed", Tiny())
     assert resumed.metrics.read_text() == undisturbed.metrics.read_text()
-    assert "going on from step 4 of 6" in (tmp_path / "stopped" / "log.txt").read_text()
+    assert "resuming from step 4 of 6" in (tmp_path / "stopped" / "log.txt").read_text()
 
 
 def test_a_run_is_filed_under_the_commits_that_it_came_from(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""DeiT (Touvron et al., ICML 2021, arXiv 2012.12877): a ViT learns from labels, and if wished from a teacher through a token.
+"""DeiT (Touvron et al., ICML 2021, arXiv 2012.12877): a ViT trained with labels, and optionally with a teacher and a distillation token.
 
 Shapes: B images, N patches, T tokens (class token first, then the distillation token, if any), D width, K classes.
 """
@@ -17,16 +17,16 @@ from common.method import Output
 from common.recipe import DEIT, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 
-VARIANTS = {}  # benchmarks.speed has timm's supervised step already
+VARIANTS: dict[str, tuple[str, ...]] = {}  # none: benchmarks.speed already times timm's supervised step
 
 
 class DeiT(nn.Module):
     """A classifier on the class token of an encoder.
 
     mixup, cutmix, smoothing: as in common.evaluate.Supervision. distillation: "none", "hard" (the teacher's decision is a second
-    label, equation 3) or "soft" (its probabilities at `temperature`, equation 2), by a distillation token with a head of its own.
+    label, equation 3) or "soft" (its probabilities at `temperature`, equation 2), with a distillation token that has its own head.
     teacher, teacher_weights: see load_teacher. alpha: the teacher's weight in the loss; None is the paper's: .5 if hard, .1 if soft.
-    Raises ValueError for options out of range or of no use, and what load_teacher raises.
+    Raises ValueError for options that are out of range or have no effect, and whatever load_teacher raises.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class DeiT(nn.Module):
         if distillation not in ("none", "hard", "soft"):
             raise ValueError(f"distillation={distillation!r} is not known; choose 'none', 'hard' or 'soft'")
         if distillation == "none" and (teacher_weights is not None or alpha is not None):
-            raise ValueError("teacher_weights and alpha are of no use without a teacher: add distillation=hard or distillation=soft")
+            raise ValueError("teacher_weights and alpha have no effect without a teacher: add distillation=hard or distillation=soft")
         if encoder.cls_token is None or (encoder.relative and distillation != "none"):
-            raise ValueError("DeiT reads a class token, and a distillation token has no place among relative positions")
+            raise ValueError("DeiT reads a class token, and its distillation token does not support relative positions")
         self.distillation, self.temperature = distillation, temperature
         self.alpha = {"none": 0.0, "hard": 0.5, "soft": 0.1}[distillation] if alpha is None else alpha
         ranges = {"mixup": (mixup, 0, 100), "cutmix": (cutmix, 0, 100), "smoothing": (smoothing, 0, 0.99)}
@@ -68,8 +68,8 @@ class DeiT(nn.Module):
         self.encoder = encoder  # after the loop: it keeps the initialisation of common.vit
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
-        """images (B, C, H, W) and, in training, classes (B,). `named["logits"]` (B, K) are the class token's; in evaluation the mean
-        of both heads' where there are two, as in DeiT's code. `top1` in percent, of images that are not blended."""
+        """Compute the loss of images (B, C, H, W) and, in training, classes (B,). `named["logits"]` (B, K) are those of the class token;
+        in evaluation with two heads, the mean of both, as in DeiT's code. `top1` in percent, unless images are blended."""
         if self.training:
             images, targets = self.supervision.blend(images, targets)
         tokens_BTD = self._encode(images)
@@ -90,7 +90,7 @@ class DeiT(nn.Module):
         return position_parameters(self)
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Images to normed tokens (B, T, D). The encoder puts the class token in front of what it is given."""
+        """Encode images to normed tokens (B, T, D). The encoder prepends the class token."""
         if self.distillation == "none":
             return self.encoder(images)
         x_BND = self.encoder.embed(images) + (0 if self.encoder.pos_embed is None else self.encoder.patch_positions)
@@ -110,6 +110,20 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> DeiT:
     return DeiT(encoder, classes, **recipe.method)
 
 
+def _recipe(size: str, pixels: int, patch: int, stage: TrainConfig, labels: dict, *protocols: Protocol) -> Recipe:
+    encoder = {"position": "learned", "drop_path": DEIT_DROP_PATH}
+    return Recipe(
+        size=size,
+        image_size=pixels,
+        patch_size=patch,
+        pretrain=stage,
+        protocols=protocols,
+        method=dict(labels),
+        encoder=encoder,
+        supervised=True,
+    )
+
+
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, 8 x 8: `make reproduce PAPER=deit`. Ours; the paper does not have it.
 
@@ -117,19 +131,19 @@ def digits() -> Recipe:
     """
     shifts = Augmentation(crop="padding", padding=1, flip=0.0)
     stage = TrainConfig(epochs=200, batch_size=128, base_lr=2e-3, warmup_epochs=10, augmentation=shifts)
-    return _recipe(("digits",), "micro", 8, 2, stage, {"smoothing": 0.1}, Protocol("knn", "knn", pool="class"))
+    return _recipe("micro", 8, 2, stage, {"smoothing": 0.1}, Protocol(name="knn", kind="knn", pool="class"))
 
 
 def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=deit DATA=cifar10`, one GPU. Ours. Expected: not measured yet."""
     # At 32 px the official code shifts images, and does not cut parts out of them.
     stage = replace(DEIT, device_batch=512, augmentation=replace(DEIT.augmentation, crop="padding", padding=4))
-    return _recipe(("cifar10", "cifar100"), "small", 32, 4, stage, DEIT_LABELS, Protocol("knn", "knn", pool="class"))
+    return _recipe("small", 32, 4, stage, DEIT_LABELS, Protocol(name="knn", kind="knn", pool="class"))
 
 
 def imagenet_vitb16() -> Recipe:
     """DeiT-B, Table 9: `make reproduce PAPER=deit DATA=/datasets/imagenet`. Expected top-1 81.8 ± .2; the paper's 8 GPUs took 53 h."""
-    return _recipe(("folder",), "base", 224, 16, DEIT, DEIT_LABELS)
+    return _recipe("base", 224, 16, DEIT, DEIT_LABELS)
 
 
 def imagenet_vits16() -> Recipe:
@@ -145,6 +159,4 @@ def imagenet_vitb16_distilled() -> Recipe:
     return replace(imagenet_vitb16(), method={**DEIT_LABELS, "distillation": "hard", "teacher": "regnety_160.deit_in1k"})
 
 
-def _recipe(data: tuple[str, ...], size: str, pixels: int, patch: int, stage: TrainConfig, labels: dict, *protocols: Protocol) -> Recipe:
-    encoder = {"position": "learned", "drop_path": DEIT_DROP_PATH}
-    return Recipe(data, size, pixels, patch, stage, protocols, method=dict(labels), encoder=encoder, supervised=True)
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16}

@@ -13,6 +13,17 @@ from common.recipe import VISSL_LARS, Protocol, Recipe
 _stop = paper_module("stop")
 build, illustrate = _stop.build, _stop.illustrate
 VARIANTS: dict[str, tuple[str, ...]] = {}  # benchmarks.speed times I-JEPA as a variant of StoP's
+# Appendix A.2: the best of the last layer and the last four, with and without batch norm, of three rates and two weight decays.
+# There it is chosen on the test images: see Protocol.choose_on.
+_LINEAR = Protocol(
+    name="linear",
+    kind="linear",
+    stage=VISSL_LARS,
+    layers=(1, 4),
+    heads=("norm_affine", "linear"),
+    lr_multipliers=(1.0, 5.0, 0.1),
+    decays=(5e-4, 0.0),
+)
 
 
 def digits() -> Recipe:
@@ -46,7 +57,7 @@ def imagenet_vith14() -> Recipe:
     """
     large = imagenet_vitl16()
     pretrain = replace(large.pretrain, epochs=300, warmup_epochs=40, warmup_lr=2e-4)
-    tuned = replace(large.protocols[-1], stage=replace(large.protocols[-1].stage, weight_decay=0.4, device_batch=32))
+    tuned = replace(large.protocols[-1], stage=replace(large.protocols[-1].training, weight_decay=0.4, device_batch=32))
     return replace(large, size="huge", patch_size=14, pretrain=pretrain, protocols=(_LINEAR, tuned))
 
 
@@ -56,14 +67,4 @@ def imagenet_vith16_448() -> Recipe:
     return replace(huge, image_size=448, patch_size=16, pretrain=replace(huge.pretrain, device_batch=16))
 
 
-# Appendix A.2: the best of the last layer and the last four, with and without batch norm, of three rates and two weight decays.
-# There it is chosen on the test images: see Protocol.choose_on.
-_LINEAR = Protocol(
-    "linear",
-    "linear",
-    VISSL_LARS,
-    layers=(1, 4),
-    heads=("norm_affine", "linear"),
-    lr_multipliers=(1.0, 5.0, 0.1),
-    decays=(5e-4, 0.0),
-)
+DEFAULTS = {"digits": digits, "folder": imagenet_vitb16}

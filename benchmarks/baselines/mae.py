@@ -1,4 +1,4 @@
-"""MAE (He et al., CVPR 2022, arXiv 2111.06377): a ViT sees a quarter of the patches, a light decoder paints the others.
+"""MAE (He et al., CVPR 2022, arXiv 2111.06377): a ViT sees a quarter of the patches, a light decoder reconstructs the others.
 
 Shapes: B images, C channels, P patch side, N patches, M visible patches, T tokens (class token first), D width.
 """
@@ -17,10 +17,9 @@ from common.method import Output
 from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT, patchify
 
-# What benchmarks.speed times: MAE beside each eta of MP3's Table 2. Pre-training is at .75.
+# Timed by benchmarks.speed: MAE at each eta of MP3's Table 2. Pre-training uses .75.
 VARIANTS = {f"eta {eta}": (f"method.mask_ratio={eta}",) for eta in (0.75, 0.3, 0.5, 0.9)}
-
-# Where the tensors of the official checkpoints stand here; the longest matching prefix counts.
+# Maps name prefixes of the official checkpoints to those here; the longest matching prefix counts.
 OFFICIAL_NAMES = {
     "": "encoder.",
     "mask_token": "decoder.mask_token",
@@ -33,22 +32,24 @@ OFFICIAL_NAMES = {
 
 
 class MAE(nn.Module):
-    """MAE around an encoder with a class token and a position embedding; the loss is on pixels normalised patch by patch.
+    """MAE around an encoder with a class token and a position embedding; the targets are pixels, normalised per patch.
 
-    mask_ratio: fraction of the patches that is hidden. Raises ValueError where it leaves nothing visible or nothing hidden, and as
-    PixelDecoder.
+    mask_ratio: fraction of hidden patches. Raises ValueError if it leaves no visible or no hidden patch, and for whatever PixelDecoder
+    refuses.
     """
 
-    def __init__(self, encoder: ViT, *, mask_ratio: float = 0.75, decoder_width=512, decoder_depth=8, decoder_heads=16):
+    def __init__(
+        self, encoder: ViT, *, mask_ratio: float = 0.75, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int = 16
+    ):
         super().__init__()
         self.encoder, self.cells = encoder, encoder.grid[0] * encoder.grid[1]
         self.visible = kept_tokens(self.cells, mask_ratio, "mask_ratio")
         if self.visible == self.cells:
-            raise ValueError(f"mask_ratio={mask_ratio} hides none of the {self.cells} patches, so there is nothing to paint")
+            raise ValueError(f"mask_ratio={mask_ratio} hides none of the {self.cells} patches, so there is nothing to reconstruct")
         self.decoder = PixelDecoder(encoder, decoder_width, decoder_depth, decoder_heads)
 
     def forward(self, images: Tensor, targets: Tensor | None = None, *, noise: Tensor | None = None) -> Output:
-        """images (B, C, H, W) to the loss. `targets` is not used. noise (B, N) replaces the random draw: the lowest stay visible."""
+        """Compute the loss of images (B, C, H, W). `targets` is unused. noise (B, N) replaces the random draw; the lowest stay visible."""
         order_BN = random_order(torch.rand(len(images), self.cells, device=images.device) if noise is None else noise)
         encoded_BTD = self.encoder(images, order_BN[:, : self.visible])
         loss = self.decoder.loss(encoded_BTD, order_BN, images)
@@ -63,9 +64,9 @@ def build(recipe: Recipe, encoder: ViT, classes: int) -> MAE:
 
 @torch.no_grad()
 def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directory: Path) -> None:
-    """reconstruction.png in the directory: a few images (B, C, H, W), what the model saw of them, and what it painted around that.
+    """Write reconstruction.png to the directory: a few images (B, C, H, W), their visible patches, and the reconstruction of the others.
 
-    The model knows a patch only up to its mean and std. Here each painted patch is given the true ones.
+    The model predicts a patch only up to its mean and std. Here each reconstructed patch gets the true ones.
     """
     named, patch, (rows, columns) = method.eval()(images).named, method.encoder.patch_size, method.encoder.grid
     painted_BNPC = method.decoder(named["encoded"], named["order"]).float().unflatten(-1, (patch * patch, -1))
@@ -76,7 +77,7 @@ def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directo
     true_BNPC, painted_BNPC = ((x * std_C + mean_C).clamp(0, 1) for x in (true_BNPC, painted_BNPC))
     visible = (permutation_ranks(named["order"]) < method.visible)[..., None, None]
     shown = true_BNPC, true_BNPC.where(visible, 0.45), true_BNPC.where(visible, painted_BNPC)
-    titles = "image", f"{method.visible} of {method.cells} patches visible", "painted, given the true mean\nand std of each patch"
+    titles = "image", f"{method.visible} of {method.cells} patches visible", "reconstruction, with the true\nmean and std of each patch"
     figure = Figure(figsize=(8.4, 2.6 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), 3, squeeze=False)
     for column, (title, x_BNPC) in enumerate(zip(titles, shown, strict=True)):
@@ -86,6 +87,25 @@ def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directo
             axis.set_axis_off()
         axes[0][column].set_title(title, fontsize=10)
     figure.savefig(directory / "reconstruction.png", dpi=100)
+
+
+_PRETRAIN = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
+_FINETUNE = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
+_LINEAR = TrainConfig(
+    epochs=90,
+    batch_size=16384,
+    base_lr=0.1,
+    warmup_epochs=10,
+    optimizer="lars",
+    weight_decay=0.0,
+    augmentation=Augmentation(scale=(0.08, 1.0)),
+)
+
+
+def _protocols(tune: TrainConfig, linear: TrainConfig) -> tuple[Protocol, ...]:
+    """Tables 9 and 10: fine-tuning on the mean of the patch tokens with positions that learn, and a probe of the class token."""
+    whole = Protocol(name="finetune", kind="finetune", stage=tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
+    return whole, Protocol(name="linear_last", kind="linear", stage=linear, pool="class")
 
 
 def digits() -> Recipe:
@@ -98,16 +118,16 @@ def digits() -> Recipe:
     shifts = Augmentation(crop="padding", padding=1, flip=0.0)
     pretrain = replace(_PRETRAIN, epochs=200, batch_size=128, base_lr=6e-3, warmup_epochs=10, augmentation=shifts)
     tune = replace(pretrain, epochs=60, base_lr=2e-3, betas=(0.9, 0.999), warmup_epochs=5)
-    common = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
+    common: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1}
     protocols = (
-        Protocol("finetune", stage=tune, **common),
-        Protocol("finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),
-        Protocol("finetune_5_per_class", stage=replace(tune, batch_size=50, epochs=200), labels_per_class=5, **common),
-        Protocol("linear", "linear", replace(tune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
-        Protocol("knn", "knn"),
+        Protocol(name="finetune", stage=tune, **common),
+        Protocol(name="finetune_20_per_class", stage=replace(tune, batch_size=100, epochs=100), labels_per_class=20, **common),
+        Protocol(name="finetune_5_per_class", stage=replace(tune, batch_size=50, epochs=200), labels_per_class=5, **common),
+        Protocol(name="linear", kind="linear", stage=replace(tune, epochs=50, optimizer="lars", base_lr=10.0, weight_decay=0.0)),
+        Protocol(name="knn", kind="knn"),
     )
     method = {"mask_ratio": 0.5, "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 3}
-    return Recipe(("digits",), "micro", 8, 2, pretrain, protocols, method)
+    return Recipe(size="micro", image_size=8, patch_size=2, pretrain=pretrain, protocols=protocols, method=method)
 
 
 def cifar10() -> Recipe:
@@ -116,7 +136,13 @@ def cifar10() -> Recipe:
     pretrain = replace(_PRETRAIN, epochs=400, batch_size=512, base_lr=7.5e-4, warmup_epochs=20, device_batch=512)
     tune = replace(_FINETUNE, batch_size=512, device_batch=512, augmentation=crops)
     linear = replace(_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
-    return Recipe(("cifar10", "cifar100"), "small", 32, 4, pretrain, (*_protocols(tune, linear), Protocol("knn", "knn")))
+    return Recipe(
+        size="small",
+        image_size=32,
+        patch_size=4,
+        pretrain=pretrain,
+        protocols=(*_protocols(tune, linear), Protocol(name="knn", kind="knn")),
+    )
 
 
 def imagenet_vitb16_800() -> Recipe:
@@ -124,7 +150,7 @@ def imagenet_vitb16_800() -> Recipe:
 
     The paper prints no number of this; users report a fine-tuned top-1 of 83.3 (issue 30 of the official repository).
     """
-    return Recipe(("folder",), "base", 224, 16, _PRETRAIN, _protocols(_FINETUNE, _LINEAR))
+    return Recipe(size="base", image_size=224, patch_size=16, pretrain=_PRETRAIN, protocols=_protocols(_FINETUNE, _LINEAR))
 
 
 def imagenet_vitb16_1600() -> Recipe:
@@ -135,12 +161,4 @@ def imagenet_vitb16_1600() -> Recipe:
     return replace(imagenet_vitb16_800(), pretrain=replace(_PRETRAIN, epochs=1600))
 
 
-def _protocols(tune: TrainConfig, linear: TrainConfig) -> tuple[Protocol, ...]:
-    """Tables 9 and 10: fine-tuning on the mean of the patch tokens with positions that learn, and a probe of the class token."""
-    whole = Protocol("finetune", "finetune", tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
-    return whole, Protocol("linear_last", "linear", linear, pool="class")
-
-
-_PRETRAIN = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
-_FINETUNE = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
-_LINEAR = TrainConfig(90, 16384, 0.1, warmup_epochs=10, optimizer="lars", weight_decay=0.0, augmentation=Augmentation(scale=(0.08, 1.0)))
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16_800}

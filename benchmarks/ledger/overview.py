@@ -1,13 +1,13 @@
-"""The tables of RESULTS.md and of the root README: published numbers beside ours, and what was measured here; top-1 of classification."""
+"""The tables of RESULTS.md and of the root README: our top-1 beside published numbers, and all our runs."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas
 
-from benchmarks.ledger.cells import NOT_YET, counted, markdown, number, protocol, run_name
 from benchmarks.ledger.published import claims, matches, measured, title, with_baselines
 from benchmarks.ledger.rows import GIVEN
+from benchmarks.ledger.tables import NOT_YET, counted, markdown, number, protocol, run_name
 from benchmarks.papers import baselines, papers
 
 TASKS = ["classification", "low_shot", "linear_probe", "transfer"]
@@ -26,7 +26,7 @@ RUN = ["Data", "Method", "Backbone", "Epochs", "Device"]  # what tells one run f
 
 
 def results_table(root: Path) -> str:
-    """Published numbers with ours beside them, a row each; those not measured yet folded by paper. Of baselines what we measured."""
+    """One row per published number that we measured too. The others are folded by paper; of baselines they are left out."""
     table, folds = [], ""
     for paper in [*papers(root), *baselines(root)]:
         rows = claims(paper, root).query("task in @TASKS and metric == 'top1'")
@@ -51,22 +51,23 @@ def printed(row: Any) -> dict[str, str]:
 
 
 def together_table(root: Path) -> str:
-    """Measured numbers side by side: a row per run over its seeds, a column per kind of protocol."""
-    return by_run(measured_lines(root), RUN[:-1], [*dict.fromkeys(HEADINGS.values())])
+    """All our numbers: a row per run (mean over seeds), a column per kind of protocol."""
+    return by_run(measured_lines(root), RUN, [*dict.fromkeys(HEADINGS.values())])
 
 
 def digits_table(root: Path) -> str:
-    """The smoke test: few labels and k-NN on digits, of recipes as they stand; arms only with what the paper adds."""
+    """The smoke test: the newest numbers with few labels and of k-NN on digits, of unchanged recipes, without the base arms."""
     lines = measured_lines(root)
     base = pandas.MultiIndex.from_frame(lines.query("base_arm != ''")[["paper", "recipe", "base_arm"]])
     added_to = pandas.MultiIndex.from_frame(lines[["paper", "recipe", "arm"]]).isin(base)
     lines = lines[~added_to | (lines["Method"] == PIXELS)].query("data == 'digits' and heading in @DIGITS")
     lines = lines[(lines[["overrides", "encoder_file", "split"]] == "").all(axis=1)]
+    lines = lines[lines["date"] == lines.groupby(["paper", "Method", "heading"])["date"].transform("max")]
     return by_run(lines.replace({"heading": DIGITS}), ["Method", "Epochs"], [*DIGITS.values()])
 
 
 def measured_lines(root: Path) -> pandas.DataFrame:
-    """The summary lines of top-1, of methods and of raw pixels, with what a table by run needs: the columns RUN, `heading` and `cell`.
+    """The summary lines of top-1, of methods and of raw pixels, with the columns of `by_run`: RUN, `heading` and `cell`.
 
     A cell has the number in percent, in brackets that without pre-training, and before it what sets protocols of one heading apart.
     """
@@ -97,22 +98,24 @@ def measured_lines(root: Path) -> pandas.DataFrame:
 
 
 def by_run(lines: pandas.DataFrame, columns: list[str], headings: list[str]) -> str:
-    """A table of `measured_lines`: a row per run, with these of its columns, a column per heading. One device is said once above it."""
+    """A table of `measured_lines`: a row per combination of these columns, a column per heading. The devices are named above it."""
     if lines.empty:
         return markdown(lines)
-    runs = lines.groupby(RUN, sort=False).agg(fewest=("seeds", "min"), most=("seeds", "max"), log=("log", "first"))
-    cells = lines.groupby([*RUN, "heading"], sort=False)["cell"].agg(lambda cells: "<br>".join(dict.fromkeys(cells))).unstack("heading")
+    devices = {device: str(number) for number, device in enumerate(lines["Device"].unique(), 1)}
+    columns = [name for name in columns if name != "Device" or len(devices) > 1]
+    above = "; ".join(f"({number}) " * ("Device" in columns) + device for device, number in devices.items())
+    lines = lines.replace({"Device": devices})
+    runs = lines.groupby(columns, sort=False).agg(fewest=("seeds", "min"), most=("seeds", "max"), log=("log", "first"))
+    cells = lines.groupby([*columns, "heading"], sort=False)["cell"].agg(lambda cells: "<br>".join(dict.fromkeys(cells))).unstack("heading")
     table = runs.join(cells.fillna("")).reset_index()
     table["Seeds"] = [str(low) if low == high else f"{low} to {high}" for low, high in zip(table["fewest"], table["most"], strict=True)]
     table["Logs"] = table["log"].map(logs_link)
-    devices = table["Device"].unique()
-    columns = [*columns, *(["Device"] if len(devices) > 1 else []), "Seeds"]
     headings = [name for name in dict.fromkeys([*headings, *cells]) if name in cells]
-    return f"Device: {devices[0]}.\n\n" * (len(devices) == 1) + markdown(table[[*columns, *headings, "Logs"]])
+    return f"Device{'s' * (len(devices) > 1)}: {above}.\n\n" + markdown(table[[*columns, "Seeds", *headings, "Logs"]])
 
 
 def heading(protocol: str) -> tuple[str, str]:
-    """Where a protocol's numbers stand: the heading, and what is said in the cell. Of finetune_none these are All labels and none."""
+    """The column of a protocol and its note in the cell: ("All labels", "none") for finetune_none."""
     known = max((known for known in HEADINGS if f"{protocol}_".startswith(f"{known}_")), key=len, default=protocol)
     return HEADINGS.get(known, known.replace("_", " ")), protocol.removeprefix(known).replace("_", " ").strip()
 

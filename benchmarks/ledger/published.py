@@ -70,8 +70,8 @@ def matches(rows: pandas.DataFrame, lines: pandas.DataFrame) -> pandas.DataFrame
     """
     kinds = [[*{plain(row.protocol), plain(row.protocol + row.setting.rpartition("=")[2])}] for row in rows.itertuples()]
     rows = rows.assign(row=rows.index, kind=kinds, adds=rows["added"].map(plain)).explode("kind")
-    kinds = [plain(name.removesuffix(ON_TEST)) for name in lines["protocol"]]
-    lines = lines.assign(line=lines.index, kind=kinds, adds=lines["added"].map(plain))
+    names = [plain(name.removesuffix(ON_TEST)) for name in lines["protocol"]]
+    lines = lines.assign(line=lines.index, kind=names, adds=lines["added"].map(plain))
     pairs = rows.merge(lines, on=["metric", "kind", "adds"], suffixes=("_published", ""))
     short = pairs["backbone"].map(title).str.partition("/")[0] if len(pairs) else ""
     printed, epochs = pairs["backbone_published"], pairs["pretrain_epochs_published"]

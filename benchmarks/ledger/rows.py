@@ -12,6 +12,7 @@ from typing import get_type_hints
 import pandas
 
 from common.files import replacing
+from common.run import console
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,22 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         ledger.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def record(rows: Sequence[Row], directory: Path, root: Path) -> None:
+    """Append the rows of a run to its paper's ledger, and join the logs of all stages under `directory` into the log that the rows name.
+
+    The log of an earlier run of the same name stays above: its rows stay in the ledger too.
+    """
+    log = root / rows[0].log
+    log.parent.mkdir(exist_ok=True)
+    logs = sorted(directory.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
+    text = "".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in logs)
+    earlier = log.read_text(encoding="utf-8") if log.exists() else ""
+    if text not in earlier:
+        log.write_text(text if text.startswith(earlier) else earlier + text, encoding="utf-8")
+    append(log.parent.parent / "results.csv", rows)
+    console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` updates the READMEs")
 
 
 def summary(ledger: pandas.DataFrame) -> pandas.DataFrame:

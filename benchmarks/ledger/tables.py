@@ -1,34 +1,97 @@
-"""Every table of numbers, made from the CSV files of results, published numbers and speed: in the READMEs and in RESULTS.md.
+"""Tables of one paper: what a run prints at its end, and what `make table` writes into the paper's README."""
 
-A page asks for a table with the line `<!-- table: NAME -->` and ends it with `<!-- /table -->`; what stands between is replaced.
-`python -m benchmarks.ledger` writes, `--check` only says what is stale.
-"""
-
-import argparse
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
+from rich.table import Table
 
-from benchmarks.ledger.cells import NOT_YET, baseline_text, counted, log_link, markdown, number, protocol, run_name
-from benchmarks.ledger.overview import digits_table, results_table, together_table
-from benchmarks.ledger.published import KIN, matches, measured, published, title, with_baselines
-from benchmarks.ledger.rows import load
-from benchmarks.papers import BASELINES, ROOT, baselines, folder, papers
-from benchmarks.speed.measure import wide
+from benchmarks.ledger.published import KIN, claims, matches, measured, published, title, with_baselines
+from benchmarks.ledger.rows import Row, frame, summary
+from benchmarks.papers import ROOT, folder
+from common.run import console
 
-MARKER = re.compile(r"^[ \t]*<!--[ \t]*(?:table:[ \t]*(.*?)|(/table))[ \t]*-->[ \t]*$", re.MULTILINE)
-OPEN, CLOSE = "<!-- table: {} -->", "<!-- /table -->"
+NOT_YET = "not measured yet"
 FAMILY = [*KIN, "pretrain_epochs", "precision"]  # what our arms share that stand in one row
 PRINTED = ["family", "data", "backbone", "pretrain_epochs", "setting", "protocol", "metric"]  # the same of published numbers
-Tables = dict[str, Callable[[], str]]  # by name
+
+
+def show(paper: str, rows: Sequence[Row], root: Path = ROOT) -> None:
+    """Print a run's numbers, in percent, with their baselines; arms side by side.
+
+    Published numbers stand in the table only where they are of the same data. Else a line below it says what the paper reports.
+    """
+    ledger, first = frame(rows), rows[0]
+    lines = summary(ledger)
+    backbones = [name for name in ledger["backbone"].unique() if ledger["backbone"].nunique() == 1]
+    training = "training" if first.protocol == "scratch" else "pre-training"
+    what = [paper, first.data, *backbones, f"{first.pretrain_epochs} epochs of {training}", counted(ledger["seed"].nunique(), "seed")]
+    heading = ", ".join(what)
+    scratch = "; from scratch: the same training without pre-training, for linear and knn a random encoder"
+    if lines["arm"].nunique() > 1 or any(lines["base_arm"] != ""):
+        table = side_by_side(paper, lines, root).query("Log != '-'").drop(columns=["Data", "Backbone", "Epochs", "Log"])
+        table = table.loc[:, (table != "-").any()].assign(Family=table["Family"].str.partition(" ")[0])  # all share what --set changes
+        caption = "in percent; in brackets the difference to alone" + (scratch if "From scratch" in table else "")
+    else:
+        table, caption = comparison(paper, ledger, root), f"top-1 in percent{scratch}"
+    screen = Table(title=heading, caption=caption, min_width=min(len(heading), console.width))  # so that the title stays on one line
+    for column in table.columns:
+        screen.add_column(column, justify="left" if column in ("Family", "Protocol", "Published") else "right")
+    for cells in table.itertuples(index=False):
+        screen.add_row(*cells)
+    console.print(screen, soft_wrap=False)
+    if not any(column.startswith("Published") for column in table.columns):
+        console.print(reported(paper, lines, root), markup=False, highlight=False)
+
+
+def comparison(paper: str, rows: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
+    """One row per protocol: our number, its baseline, and a published number on the same data. Raw pixels have their own rows.
+
+    `rows` is a ledger. The published number is the nearest (same backbone, then same epochs), in a column that is absent where there is
+    none. The difference is between our own two numbers.
+    """
+    lines, table = with_baselines(summary(rows)), []
+    near = matches(claims(paper, root), lines).query("same_data")
+    near = near.sort_values(["same_backbone", "same_epochs"], kind="stable", ascending=False).drop_duplicates("line").set_index("line")
+    for line in lines.itertuples():
+        scratch = number(line.untrained_mean, line.untrained_sd)
+        cells = {
+            "Protocol": protocol(line),
+            "Ours": number(line.mean, line.sd),
+            "From scratch": scratch or "-",
+            "Difference": f"{line.mean - line.untrained_mean:+.2f}" if scratch else "-",
+        }
+        if len(near):
+            cells["Published"] = printed(near.loc[line.Index]) if line.Index in near.index else "-"
+        table.append(cells)
+        if pixels := number(line.pixels_mean, line.pixels_sd):
+            table.append(dict.fromkeys(cells, "-") | {"Protocol": f"{protocol(line)}, raw pixels", "From scratch": pixels})
+    return pandas.DataFrame(table)
+
+
+def printed(pair: pandas.Series) -> str:
+    """A published number of `matches` with its setting: 83.0 (ImageNet-1K, ViT-B/16, 200 ep)."""
+    epochs = pair["pretrain_epochs_published"] or "?"
+    return f"{pair['value']} ({title(pair['data_published'])}, {title(pair['backbone_published'])}, {epochs} ep)"
+
+
+def reported(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> str:
+    """A sentence with a published number on other data: of one of our protocols if there is one, else the first of the paper."""
+    own = claims(paper, root).query("metric == 'top1'")
+    if own.empty:
+        return f"No published number of {paper} is known."
+    pairs = matches(own, lines)
+    row = own.loc[pairs["row"].iloc[0] if len(pairs) else own.index[0]]
+    epochs = f"{row['pretrain_epochs']} epochs" * (row["pretrain_epochs"] != "")
+    of = [row["method"] * (row["added"] != ""), title(row["backbone"]), epochs, row["setting"]]
+    what = f"{protocol(row)} {row['value']} on {title(row['data'])} ({', '.join(filter(None, of))})"
+    return f"The paper reports {what}; all published numbers: {(folder(paper, root) / 'README.md').as_posix()}"
 
 
 def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pandas.DataFrame:
-    """A method alone and with what is added to it in one row: the arms of a family in a summary, published methods "A" and "A + B".
+    """One row for a method alone and with additions: the arms of a family in a summary, and published methods "A" and "A + B".
 
     In brackets is the difference to the method alone, ours to ours and theirs to theirs. What was published of the same data and backbone
     stands beside ours; what nobody measured follows, without a log. Any metric but top-1 needs a published one of its data.
@@ -36,6 +99,8 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
     ours = with_baselines(lines)
     theirs = published(paper, root).query("confidence == 'first_hand' and metric in ('top1', 'top5')")
     ours["group"], theirs["group"] = (part.groupby(by, sort=False).ngroup() for part, by in ((ours, FAMILY), (theirs, PRINTED)))
+    day = ours.groupby("group")["date"].transform("max")  # of several devices the newest counts
+    ours = ours[day == day.groupby([ours[name] for name in FAMILY if name != "device"]).transform("max")]
     theirs = theirs[theirs["group"].isin(theirs.query("added != ''")["group"])]
     pairs = matches(theirs, ours).query("same_data")
     ours = ours[(ours["metric"] == "top1") | ours["group"].isin(pairs["group"])]
@@ -66,13 +131,13 @@ def side_by_side(paper: str, lines: pandas.DataFrame, root: Path = ROOT) -> pand
 
 
 def against(numbers: Mapping[str, tuple[str, float]], added: str, missing: str = "") -> str:
-    """The number with something added to the method, in brackets the difference to the method alone."""
+    """The number of a method with an addition, and in brackets the difference from the method alone."""
     text, value = numbers.get(added, (missing, 0.0))
     return f"{text} ({value - numbers[''][1]:+.2f})" if added in numbers and "" in numbers and added else text
 
 
 def published_table(paper: str, root: Path) -> str:
-    """A paper's published numbers, second-hand and third-party ones marked as such."""
+    """All published numbers of a paper; numbers from other sources than the paper are marked."""
     frame = published(paper, root).rename(columns={"pretrain_epochs": "epochs"})
     frame = frame[["method", "backbone", "data", "epochs", "setting", "protocol", "metric", "value", "source", "confidence"]]
     frame = frame.assign(data=frame["data"].map(title)).replace(dict.fromkeys(["confidence", "protocol", "metric"], "_"), " ", regex=True)
@@ -80,7 +145,7 @@ def published_table(paper: str, root: Path) -> str:
 
 
 def measured_table(paper: str, root: Path) -> str:
-    """A paper's measured numbers, baselines included, with what is needed to repeat them."""
+    """All measured numbers of a paper and their baselines, with device, commit and log."""
     table = [
         {
             "Data": title(line.data),
@@ -101,95 +166,49 @@ def measured_table(paper: str, root: Path) -> str:
     return markdown(pandas.DataFrame(table))
 
 
-def speed_table(root: Path) -> str:
-    """The committed speed measurements, in seconds a step."""
-    path = root / "benchmarks/speed/steps.csv"
-    frame = pandas.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pandas.DataFrame()
-    return markdown(frame.drop(columns=["GFLOP", "GEMM GFLOP/s"], errors="ignore").rename(columns=str.capitalize))
+def run_name(line: Any) -> str:
+    """The name of a run: the recipe, the arm, and the overrides and files that were given."""
+    given = [f"encoder={line.encoder_file}" * bool(line.encoder_file), f"split={line.split}" * bool(line.split)]
+    return " ".join(filter(None, [line.recipe, line.arm, line.overrides, *given]))
 
 
-def attention_table(root: Path) -> str:
-    """The committed attention measurements: milliseconds, and how many times the floor of moved bytes that is."""
-    path = root / "benchmarks/speed/attention.csv"
-    if not path.exists():
-        return markdown(pandas.DataFrame())
-    parts = [wide(lines).assign(device=device) for device, lines in pandas.read_csv(path).groupby("device", sort=False)]
-    return markdown(pandas.concat(parts).astype(str).rename(columns=str.capitalize))
+def protocol(line: Any) -> str:
+    """The protocol in words, with the metric if it is not top-1."""
+    return (line.protocol if line.metric == "top1" else f"{line.protocol} ({line.metric})").replace("_", " ")
 
 
-def pages(root: Path) -> dict[str, Tables]:
-    """The tables of every page, by its path."""
-    found: dict[str, Tables] = {
-        "README.md": {"digits": partial(digits_table, root), "speed": partial(speed_table, root)},
-        "RESULTS.md": {"results": partial(results_table, root), "together": partial(together_table, root)},
-        "benchmarks/README.md": {"speed": partial(speed_table, root), "attention": partial(attention_table, root)},
-    }
-    for name in [*papers(root), *baselines(root)]:
-        tables, behind = found.setdefault(f"{folder(name, root)}/README.md", {}), f" {name}" * (folder(name, root) == BASELINES)
-        tables |= {f"published{behind}": partial(published_table, name, root), f"measured{behind}": partial(measured_table, name, root)}
-        if not behind:
-            tables["side by side"] = lambda name=name: markdown(side_by_side(name, measured(name, root), root))
-    return found
+def number(mean: float, sd: float) -> str:
+    """Mean and standard deviation with two decimals; only the mean for one seed; empty without a number."""
+    if pandas.isna(mean):
+        return ""
+    return f"{mean:.2f}" if pandas.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
-def fill(text: str, tables: Mapping[str, Callable[[], str]], where: str) -> tuple[str, list[str]]:
-    """Put each table between its markers. Returns the new text and a line for each table that was stale.
+def counted(many: int, what: str) -> str:
+    """A count with its noun: "1 seed", "3 seeds"."""
+    return f"{many} {what}{'' if many == 1 else 's'}"
 
-    Raises ValueError, naming `where` and the line, for an unknown name and for a marker without its partner.
+
+def baseline_text(line: Any) -> str:
+    """The baselines of a line of `with_baselines`: "40.00, random encoder; 95.00, raw pixels"."""
+    beside = [(line.untrained_mean, line.untrained_sd, ", random encoder" * (line.untrained_start == "random"))]
+    beside += [(line.pixels_mean, line.pixels_sd, ", raw pixels")]
+    return "; ".join(number(mean, sd) + what for mean, sd, what in beside if pandas.notna(mean))
+
+
+def log_link(logs: Iterable[str], root: Path, folder: Path) -> str:
+    """A link to the first of the logs, relative to a README in `folder`, with the number of logs. Empty without a log.
+
+    `logs` are those of several summary lines, each with spaces between its own.
     """
-    filled, stale, end = "", [], 0
-    markers = MARKER.finditer(text)
-    for opening in markers:
-        name, line = opening[1], f"{where}:{text.count(chr(10), 0, opening.start()) + 1}"
-        if opening[2]:
-            raise ValueError(f"{line}: this marker closes a table that was never opened")
-        if name not in tables:
-            raise ValueError(f"{line}: there is no table {name!r}; the tables here are {', '.join(tables)}")
-        closing = next(markers, None)
-        if closing is None or not closing[2]:
-            raise ValueError(f"{line}: table {name!r} is not closed by {CLOSE}")
-        table = f"\n\n{tables[name]()}\n"  # blank lines, so that Markdown does not take the table for the comment's tail
-        if table != text[opening.end() : closing.start()]:
-            stale.append(f"{line}: table {name!r}")
-        filled += text[end : opening.end()] + table
-        end = closing.start()
-    return filled + text[end:], stale
+    paths = [*dict.fromkeys(" ".join(logs).split())]
+    label = "log" if len(paths) == 1 else f"log 1 of {len(paths)}"
+    return f"[{label}]({Path(os.path.relpath(root / paths[0], folder)).as_posix()})" if paths else ""
 
 
-def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
-    """Write every table, or with `check` none. Returns a line for each stale table and one for each fault that writing cannot fix."""
-    stale, faults = [], []
-    for where, tables in pages(root).items():
-        page = root / where
-        text = page.read_text(encoding="utf-8") if page.exists() else ""
-        present = {marker[1] for marker in MARKER.finditer(text)}
-        try:
-            filled, old = fill(text, tables, where)
-            if old and not check:
-                page.write_text(filled, encoding="utf-8")
-            stale += old
-            optional = {"speed", "attention"}
-            if any(name.startswith("measured") for name in tables):
-                ledger = load(page.parent / "results.csv")
-                lost = [log for log in ledger["log"].unique() if not (root / log).is_file()]
-                faults += [f"{page.parent.name}/results.csv: the log {log!r} is missing, so no number of it is shown" for log in lost]
-                adds = any(ledger["base_arm"] != "") or any(published(page.parent.name, root)["added"] != "")
-                optional |= set() if adds else {"side by side"}  # a paper that adds nothing to another method needs none
-        except ValueError as error:
-            faults.append(str(error))
-            optional = tables.keys()
-        absent = sorted(tables.keys() - optional - present)
-        faults += [f"{where}: table {name!r} is missing: add the lines {OPEN.format(name)} and {CLOSE}" for name in absent]
-    return stale, list(dict.fromkeys(faults))
-
-
-def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """The command line. Returns 1 where something is wrong, with --check also where a table is stale; else 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description="Write the READMEs' tables from the CSV files.")
-    parser.add_argument("--check", action="store_true", help="write nothing; name every table that is not current and exit with 1")
-    check = parser.parse_args(argv).check
-    stale, faults = update(root, check)
-    for line in stale:
-        print(f"{line} is stale: mend it with `make table`" if check else f"{line} written")
-    print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
-    return int(bool(faults or (check and stale)))
+def markdown(frame: pandas.DataFrame, nothing: str = NOT_YET) -> str:
+    """A data frame of text and integers as a Markdown table. An empty cell is a dash; a table without rows is `nothing`."""
+    if frame.empty:
+        return f"{nothing}\n"
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.replace("", "-").itertuples(index=False)]
+    return "".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |\n" for row in rows)

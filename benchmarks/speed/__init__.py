@@ -1,1 +1,1 @@
-"""How long training steps and attention take."""
+"""Timing of training steps and attention."""

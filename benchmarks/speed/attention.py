@@ -1,12 +1,12 @@
-"""Attention through visibility windows, timed in every way it can be computed, and the choices of `attend` that follow.
+"""Time all ways to compute attention with visibility windows, and choose the backends of `attend`.
 
     python -m benchmarks.speed.attention
 
 All ways get the same queries, keys and values, and each is checked against float64 before it is timed. They are timed in turns, with the
-second-level cache flushed before each; the median counts. The floor is the time in which a copy moves the bytes that must be moved:
-queries, the keys and values of the context, and the output, once forward; these, the output's gradient and three gradients backward.
+L2 cache flushed before each; the median counts. The floor is the time that a copy takes to move the minimum of bytes. Forward: queries,
+the keys and values of the context, and the output. Backward: these, the output's gradient and three gradients.
 
-On a CPU the batches are smaller and ways that exist for GPUs only are left out.
+On a CPU, the batches are smaller, and ways that exist only for GPUs are left out.
 
 Shapes: B images, H heads, Q queries, K keys, N tokens, M context tokens, T targets, D head width.
 """
@@ -34,9 +34,9 @@ from common.randomness import generator
 from common.run import console
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
-PASSES = ("forward", "training")  # the second with its backward
-SAME = ["device", "shape", "batch", "way", "pass", "precision"]  # what a new measurement of replaces an old one
-# Ways that are a backend of `attend`, with a window and without.
+PASSES = ("forward", "training")  # training: forward and backward
+SAME = ["device", "shape", "batch", "way", "pass", "precision"]  # a new measurement replaces old ones with the same values in these columns
+# The ways that are backends of `attend`, with a window (True) and without.
 BACKENDS = {
     True: {"dense mask, SDPA": "sdpa", "key mask, SDPA": "sdpa", "FlexAttention": "flex", "ours": "triton"},
     False: {"context first, SDPA": "sdpa", "context first, ours": "triton"},
@@ -46,7 +46,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest difference fr
 
 @dataclass
 class Case:
-    """Queries (B, H, Q, D), keys and values (B, H, K, D), the window, and the context (B, M) where the keys are one."""
+    """Queries (B, H, Q, D), keys and values (B, H, K, D), the window, and the context (B, M), if there is one."""
 
     shape: str
     q: Tensor
@@ -56,7 +56,7 @@ class Case:
     context_BM: Tensor | None = None
 
     def bytes(self, backward: bool) -> int:
-        """What must be moved at least: each needed number once forward, and all but the output's gradient twice backward."""
+        """The minimum of bytes to move: forward, each needed number once; backward, these and all gradients."""
         keys = self.k.shape[2] if self.context_BM is None else self.context_BM.shape[1]
         rows, columns = (self.q.shape[0] * self.q.shape[1] * self.q.shape[3] * length for length in (self.q.shape[2], keys))
         forward = 2 * rows + 2 * columns
@@ -65,7 +65,7 @@ class Case:
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """MP3 at ViT-B/16 and on CIFAR, MaPeT's two streams; on a CPU with a thirty-second of the images."""
+    """MP3 at ViT-B/16 and on CIFAR, MaPeT's two streams; on a CPU with 1/32 of the images."""
     fewer = 1 if device.type == "cuda" else 32
     made = []
     for shape, images, H, N, M in (
@@ -79,7 +79,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         made.append(_case(shape, (B, H, N, N), {"visible_until": until_BK}, device, dtype, rank_BN.argsort(1)[:, :M]))
     B, N, M = 128 // fewer, 197, 50
     for order, rank_BN in (("raster", _ranks(B, N)), ("visiting", torch.arange(N).expand(B, N))):
-        # Keys are all tokens, then a placeholder of each target; `entry` is the time from which a token is visible, e in mapet/method.py.
+        # Keys are all tokens, then a placeholder for each target; `entry` is the time from which a token is visible, e in mapet/method.py.
         target_BT = (rank_BN < M).int().argsort(dim=1, stable=True)[:, : N - M]
         entry_BN, rank_BT = rank_BN.clamp(min=M - 1), rank_BN.gather(1, target_BT)
         key = {
@@ -94,23 +94,24 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def ways(case: Case) -> dict[str, tuple[Way, bool]]:
-    """Each way to compute a case, and whether it takes keys and values of the context alone."""
+    """Each way to compute a case, and whether it takes only the keys and values of the context."""
     window, on_gpu = case.window, case.q.device.type == "cuda"
     mask, found = _dense(case), dict[str, tuple[Way, bool]]()
     found["dense mask, SDPA"] = (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), False)
-    if case.context_BM is not None:
+    context_BM = case.context_BM
+    if context_BM is not None:
 
         def gathered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, _context(k, case.context_BM), _context(v, case.context_BM), backend="sdpa")
+            return attend(q, _context(k, context_BM), _context(v, context_BM), backend="sdpa")
 
         found["key mask, SDPA"] = (lambda q, k, v: attend(q, k, v, backend="sdpa", **window), False)
         found["gather per layer, SDPA"] = (gathered, False)
         found["context first, SDPA"] = (lambda q, k, v: attend(q, k, v, backend="sdpa"), True)
     if on_gpu:
-        # As in training: MaPeT's window is constant, so its block mask is made in the first step, which warms up.
+        # As in training: MaPeT's window is constant, so its block mask is made in the first step, during the warm-up.
         found["FlexAttention"] = (lambda q, k, v: attend(q, k, v, backend="flex", **window), False)
         found["ours"] = (lambda q, k, v: attend(q, k, v, backend="triton", **window), False)
-        if case.context_BM is not None:
+        if context_BM is not None:
             for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
                 found[f"context first, {name}"] = (_through(backend), True)
             found["context first, ours"] = (lambda q, k, v: attend(q, k, v, backend="triton"), True)
@@ -118,12 +119,12 @@ def ways(case: Case) -> dict[str, tuple[Way, bool]]:
 
 
 def measure(device: torch.device, rounds: int) -> pandas.DataFrame:
-    """One line per case, way and pass. Raises RuntimeError for a way that is wrong."""
+    """One line per case, way and pass. Raises RuntimeError for a way with wrong results."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     flush = torch.empty(2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
     bandwidth, about, lines = _bandwidth(device), facts(device), []
     for case in cases(device, dtype):
-        known, taken = ways(case), {}
+        known, taken = ways(case), dict[tuple[str, str], list[float]]()
         tensors = {name: _leaves(case, context) for name, (_, context) in known.items()}
         gradient = torch.randn(case.q.shape, generator=generator(3), dtype=torch.float32).to(case.q)
         for name, (way, _) in known.items():
@@ -159,11 +160,11 @@ def measure(device: torch.device, rounds: int) -> pandas.DataFrame:
 
 
 def choose(frame: pandas.DataFrame, device: torch.device) -> list[dict]:
-    """For `attend`'s table: the fastest backend, forward and backward, of each shape, with a window and without."""
+    """Rows of `attend`'s table: the fastest backend in forward plus backward for each shape, with a window and without."""
     rows, names = {}, ("device", "windowed", "queries", "keys", "width")
     for windowed, backends in BACKENDS.items():
         lines = frame[(frame["pass"] == PASSES[1]) & frame["way"].isin(backends)].sort_values("milliseconds", ascending=False)
-        for line in lines.itertuples():  # the fastest comes last and stays
+        for line in lines.itertuples():  # the fastest comes last and overwrites the others
             key = (device_kind(device), windowed, line.queries, line.keys, line.width)
             rows[key] = dict(zip(names, key, strict=True)) | {"backend": backends[line.way]}
     return list(rows.values())
@@ -184,20 +185,20 @@ def run(device: torch.device, rounds: int | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
+    """Run the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="cpu or cuda; by default a GPU where there is one")
-    parser.add_argument("--rounds", type=int, help="how often each way is timed (default: 100, on a CPU 10)")
+    parser.add_argument("--device", default=default, help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--rounds", type=int, help="number of timings per way (default: 100, on a CPU 10)")
     options = parser.parse_args(arguments)
     run(torch.device(options.device), options.rounds)
     return 0
 
 
 def _ranks(B: int, N: int) -> Tensor:
-    """A random order of N tokens per image as ranks (B, N), the class token's 0."""
+    """A random order of N tokens per image, as ranks (B, N); the class token has rank 0."""
     order_BN = random_order(torch.rand(B, N - 1, generator=generator(1)))
     return torch.cat([torch.zeros(B, 1, dtype=torch.int64), permutation_ranks(order_BN) + 1], 1)
 
@@ -210,7 +211,7 @@ def _case(
     dtype: torch.dtype,
     context_BM: Tensor | None = None,
 ) -> Case:
-    """Random queries, keys and values in the strides that a packed projection leaves them in."""
+    """Random queries, keys and values, with the strides that a packed projection gives."""
     B, H, Q, K = size
     draw = generator(2)
     q, k, v = (torch.randn(B, length, H, 64, generator=draw).to(device, dtype).transpose(1, 2) for length in (Q, K, K))
@@ -226,19 +227,22 @@ def _context(x_BHKD: Tensor, context_BM: Tensor) -> Tensor:
 
 
 def _leaves(case: Case, context: bool) -> list[Tensor]:
-    """Fresh q, k, v that take gradients; k and v of the context alone where asked."""
-    tensors = [case.q, *((_context(x, case.context_BM) for x in (case.k, case.v)) if context else (case.k, case.v))]
+    """Fresh q, k, v that require gradients; with `context`, k and v of the context only."""
+    context_BM = case.context_BM if context else None
+    tensors = [case.q, *(x if context_BM is None else _context(x, context_BM) for x in (case.k, case.v))]
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
 def _dense(case: Case) -> Tensor:
-    """The window as a boolean (B, 1, Q, K) mask, written out."""
+    """The window as a full boolean mask (B, 1, Q, K)."""
     (B, _, Q, _), K = case.q.shape, case.k.shape[2]
-    return window_mask(case.q, **case.window).expand(B, 1, Q, K).contiguous()
+    mask = window_mask(case.q, **case.window)
+    assert mask is not None
+    return mask.expand(B, 1, Q, K).contiguous()
 
 
 def _through(backend: SDPBackend) -> Way:
-    """SDPA by one of its kernels."""
+    """SDPA with one of its kernels."""
 
     def way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -248,11 +252,11 @@ def _through(backend: SDPBackend) -> Way:
 
 
 def _check(name: str, way: Way, leaves: list[Tensor], case: Case, gradient: Tensor) -> None:
-    """Raise RuntimeError where output or gradients differ from float64's, over the first images."""
+    """Raise RuntimeError if output or gradients differ from those in float64, for the first images."""
     few = [tensor[:2].detach().requires_grad_() for tensor in leaves]
     window = {} if leaves[1].shape[2] != case.k.shape[2] else {key: vector[:2] for key, vector in case.window.items()}
-    expected = attend_reference(*few, **window)
-    expected = [expected, *torch.autograd.grad(expected, few, gradient[:2].double())]
+    exact = attend_reference(*few, **window)
+    expected = [exact, *torch.autograd.grad(exact, few, gradient[:2].double())]
     out = way(*leaves)
     for found, wanted in zip([out, *torch.autograd.grad(out, leaves, gradient)], expected, strict=True):
         worst = float((found[:2].double() - wanted).detach().abs().max())
@@ -261,7 +265,7 @@ def _check(name: str, way: Way, leaves: list[Tensor], case: Case, gradient: Tens
 
 
 def _time(way: Way, leaves: list[Tensor], gradient: Tensor | None, flush: Tensor) -> float:
-    """Milliseconds of a forward, or with a gradient of a forward and a backward; on a GPU without the time that launching takes."""
+    """Milliseconds of a forward pass, or with `gradient` of forward and backward; on a GPU without the launch time."""
 
     def work() -> None:
         with torch.no_grad() if gradient is None else nullcontext():

@@ -1,4 +1,4 @@
-"""What the speed measurements share: waiting for the device, its matrix products, and how a measurement is shown and kept."""
+"""Shared parts of the speed measurements: waiting for the device, its matrix products, printing and storing results."""
 
 import datetime
 import os
@@ -14,13 +14,13 @@ from common.run import console
 
 
 def wait(device: torch.device) -> None:
-    """Let everything that was asked of the device end."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def gemm_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of the fastest of a few large matrix products, of which a ViT-B step at batch 16 has the first two."""
+    """FLOP/s of the fastest of a few large matrix products; the first two occur in a ViT-B step at batch 16."""
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     rates = []
     for m, k, n in ((3152, 768, 3072), (3152, 3072, 768), (4096, 4096, 4096)):
@@ -35,7 +35,7 @@ def gemm_rate(device: torch.device, precision: str) -> float:
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """What stands in every line of a measurement: device, versions, commit and date."""
+    """The columns that all measurements have: device, versions, commit and date."""
     date = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
     return {"device": device_name(device), "versions": versions(), "commit": commit(), "date": date}
 
@@ -49,7 +49,7 @@ def show(frame: pandas.DataFrame, title: str, device: torch.device) -> None:
 
 
 def wide(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """Attention measurements, one line per shape and way: milliseconds of each pass, and how many times the floor that is."""
+    """Attention measurements, one line per shape and way: milliseconds of each pass, and the same as a multiple of the floor."""
     names = ["device", "precision", "shape", "batch", "way"]
     lines = frame.assign(cell=[f"{ms:.3g} ms ({times:.3g})" for ms, times in zip(frame["milliseconds"], frame["floor"], strict=True)])
     lines = lines.set_index([*names, "pass"])["cell"].unstack("pass").reset_index()
@@ -58,17 +58,17 @@ def wide(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def check_kept(path: Path, same: list[str]) -> None:
-    """Raise, before a measurement, what `keep` would raise after it: ValueError for a file without these columns, OSError for no access."""
+    """Raise before a measurement what `keep` would raise after it: ValueError if the file lacks these columns, OSError without access."""
     if path.exists():
         missing = set(same) - set(pandas.read_csv(path, nrows=0).columns)
         if missing:
             raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: restore the file, or delete it to begin a new one")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OSError(f"{path} is not writable, and measurements are kept there")
+        raise OSError(f"{path} is not writable, but measurements are stored there")
 
 
 def keep(frame: pandas.DataFrame, path: Path, same: list[str]) -> None:
-    """Put lines into a CSV file, in the place of those that agree with them in the columns `same`."""
+    """Write lines to a CSV file. They replace old lines with the same values in the columns `same`."""
     if path.exists():
         held = pandas.read_csv(path)
         new = set(frame[same].itertuples(index=False, name=None))

@@ -1,15 +1,15 @@
-"""Training steps against timm's supervised step and against this machine's matrix products.
+"""Time training steps, relative to timm's supervised step and to this machine's matrix products.
 
     python -m benchmarks.speed                  all papers, then attention (benchmarks.speed.attention)
     python -m benchmarks.speed --paper mp3      one paper's variants beside the baselines'
 
-The steps are timed in turns, each in another order, so that a machine that changes its speed changes it for all. A step is forward,
-backward and AdamW, on images that are already there. What counts:
+The steps are timed in turns, in another order each round, so that a change of the machine's speed affects all steps. A step is forward,
+backward and AdamW, on images that are already on the device. The results:
 
-    ratio      median over the rounds of its time over that of timm's supervised float32 step of the same batch and the model that is
-               named `against`: the same one, or where a variant brings a model of its own, that of the recipe
+    ratio      step time / time of timm's supervised float32 step, median over the rounds; timm's step has the same batch and the model
+               `against`: the same model, or, if a variant has its own model, that of the recipe
     machine    useful FLOPs / (median time x the FLOP/s of the fastest of a few matrix products, same precision, same run)
-    memory     the most that the step held at once, in GB, beside what was there before it: images, weights and AdamW's moments
+    memory     peak memory of the step in GB, without what is allocated before it: images, weights and AdamW's moments
 
 Useful FLOPs are those of the step's matrix products and attention, as torch counts them.
 """
@@ -41,18 +41,18 @@ from common.run import console
 from common.train import has_fast_bf16
 from common.vit import SIZES
 
-# torch counts attention on GPUs only.
+# torch counts the FLOPs of attention only on GPUs.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
 }
-SAME = ["device", "backbone", "batch", "step", "precision"]  # what a new measurement of replaces an old one
-STAGE = TrainConfig(epochs=1, batch_size=256, base_lr=1e-4)  # a step costs the same at any rate
+SAME = ["device", "backbone", "batch", "step", "precision"]  # a new measurement replaces old ones with the same values in these columns
+STAGE = TrainConfig(epochs=1, batch_size=256, base_lr=1e-4)  # the cost of a step does not depend on the learning rate
 
 
 @dataclass
 class Step:
-    """One thing to time: a model, its loss on a batch, and a precision."""
+    """One step to time: a model, its loss on a batch, and a precision."""
 
     name: str
     backbone: str
@@ -83,14 +83,14 @@ class Step:
         return counter.get_total_flops()
 
     def memory(self, images: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
-        """GB of the largest allocation of a step that is not its first."""
+        """Peak memory in GB of a step after the first one."""
         if images.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(images.device)
             before = torch.cuda.memory_allocated(images.device)
             self.run(images, optimizer)
             return (torch.cuda.max_memory_allocated(images.device) - before) / 1e9
         frozen = [parameter.requires_grad_() for parameter in self.model.parameters() if not parameter.requires_grad]
-        with MemTracker() as seen:  # it cannot hook parameters without gradients; such a teacher runs without them in any case
+        with MemTracker() as seen:  # it cannot hook frozen parameters; such a teacher runs without gradients anyway
             self.run(images, optimizer)
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -99,16 +99,16 @@ class Step:
 
 
 def make_steps(device: torch.device, names: list[str], size: str | None = None) -> list[Step]:
-    """timm's supervised step first, then the methods of these papers and baselines on their ImageNet recipes with the VARIANTS that they
-    name, each in float32 and, where the device computes it, in bf16-mixed. `size` replaces that of the recipes' encoders."""
+    """timm's supervised step first, then the methods of these papers and baselines, with their ImageNet recipes and VARIANTS, each in
+    float32 and, if the device supports it, in bf16-mixed. `size` replaces the encoder size of the recipes."""
     precisions = ["32-true"] + (["bf16-mixed"] if has_fast_bf16(device) else [])
-    steps = []
+    steps: list[Step] = []
     for paper in names:
         module = paper_module(paper)
-        _, recipe = choose_recipe(module, ".", None)  # any folder has the recipe for folders
+        _, recipe = choose_recipe(module, ".", None)  # any folder selects the recipe for folders
         if size is not None:
             recipe = replace(recipe, size=size, patch_size=recipe.patch_size or 16)
-        builds: dict[str, Callable[[], nn.Module]] = {}
+        builds: dict[str, Callable[..., nn.Module]] = {}
         if not any(step.backbone == recipe.backbone for step in steps):
             builds["timm, supervised"] = lambda name=recipe.backbone: timm.create_model(name)
         backbones = dict.fromkeys(builds, recipe.backbone)
@@ -118,7 +118,7 @@ def make_steps(device: torch.device, names: list[str], size: str | None = None) 
             backbones[f"{paper}, {variant}"] = changed.backbone
         for name, build in builds.items():
             loss = _supervised if name.startswith("timm") else partial(_method, module)
-            model = build().to(device).train()  # one for both precisions: a run of all papers holds many
+            model = build().to(device).train()  # one for both precisions, because a run of all papers holds many
             steps += [Step(name, backbones[name], model, loss, precision) for precision in precisions]
     return steps
 
@@ -126,13 +126,13 @@ def make_steps(device: torch.device, names: list[str], size: str | None = None) 
 def measure(device: torch.device, steps: list[Step], batch: int, rounds: int) -> pandas.DataFrame:
     """One line per step."""
     images = torch.randn(batch, 3, 224, 224, device=device)
-    models = {step.model: step for step in steps}  # two precisions share one
+    models = {step.model: step for step in steps}  # both precisions share one
     optimizers = {model: make_optimizer(model, STAGE) for model in models}
     flops = {model: step.flops(images) for model, step in models.items()}
     about = facts(device)
     rates = {precision: gemm_rate(device, precision) for precision in {step.precision for step in steps}}
     for turn in range(rounds + 1):
-        # In another order each round: a step leaves caches, and on CPUs the clock, as its successor finds them.
+        # In another order each round: a step affects the next one through the caches and, on CPUs, the clock rate.
         for index in torch.randperm(len(steps), generator=generator(turn)).tolist():
             step = steps[index]
             seconds = step.run(images, optimizers[step.model])
@@ -167,19 +167,19 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; by default a GPU where there is one"
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: a GPU if there is one)"
     )
     timms = [size for size in SIZES if timm.is_model(f"vit_{size}_patch16_224")]  # the steps are timed against timm's
     parser.add_argument("--batch", type=int, default=16, help="images per step (default: 16)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each step is timed (default: 5)")
-    parser.add_argument("--paper", choices=[*papers(), *baselines()], help="one paper beside the baselines, without attention")
-    parser.add_argument("--size", choices=timms, help="size of the encoders, in the place of the recipes'")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timings per step (default: 5)")
+    parser.add_argument("--paper", choices=[*papers(), *baselines()], help="only one paper and the baselines, without attention")
+    parser.add_argument("--size", choices=timms, help="encoder size, instead of that of the recipes")
     options = parser.parse_args(arguments)
     for name in ("batch", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} is less than 1; give a whole number from 1 up")
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
-        parser.error(f"--device {options.device}: it is cpu, or cuda where torch sees a GPU")
+        parser.error(f"--device {options.device}: use cpu, or cuda if torch finds a GPU")
     file = ROOT / "benchmarks/speed/steps.csv"
     try:
         check_kept(file, SAME)

@@ -1,7 +1,7 @@
-"""Named data sets, what happens to their images, and loaders that can start anywhere."""
+"""Named data sets, augmentation of their images, and loaders that can start at any step."""
 
 from common.data.augment import Augmentation
-from common.data.loaders import Loader
+from common.data.loaders import Batches, Loader
 from common.data.sets import Data, DataError, Split, open_data
 
-__all__ = ["Augmentation", "Data", "DataError", "Loader", "Split", "open_data"]
+__all__ = ["Augmentation", "Batches", "Data", "DataError", "Loader", "Split", "open_data"]

@@ -1,10 +1,9 @@
-"""What happens to an image between the data set and the model.
+"""Resizing, augmentation and normalisation of images.
 
-Images in memory are augmented here as a batch, on their device; images from files one by one in the workers, by timm's and torchvision's
-transforms. Both follow the same laws, then share `normalize` and `erase`.
+Images in memory are augmented here as a batch, on their device. Images from files are augmented one by one in the workers, by timm's and
+torchvision's transforms. Both draw from the same distributions, then share `normalize` and `erase`.
 
-In memory, what an image gets is a function of its row of DRAWS uniform numbers; in a worker, of the global generators, seeded for it.
-
+In memory, the augmentation of an image depends on its row of DRAWS uniform numbers; in a worker, on the re-seeded global generators.
 Shapes: B images, C channels, H x W pixels, K uniform numbers.
 """
 
@@ -23,75 +22,75 @@ from torchvision import transforms
 
 from common.data.sets import Data
 
-TRIES = 10  # boxes drawn before one is cut to the image, as in torchvision and timm
-BOX = 2 * TRIES + 2  # uniform numbers that a random box takes
+TRIES = 10  # boxes drawn before one is clipped to the image, as in torchvision and timm
+BOX = 2 * TRIES + 2  # uniform numbers per random box
 # uniform numbers per image: crop box | erased box | flip, brightness, contrast, saturation, grey, blur, its radius, erase or not, noise
 DRAWS = 2 * BOX + 9
-ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's
+ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # as in timm
 BLUR_RADIUS = (0.1, 2.0)  # smallest and largest std of the Gaussian, in pixels
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image, in this order, and how often. Raises ValueError where an option makes no sense."""
+    """Augmentation of training images, in the order of the fields. Raises ValueError if an option makes no sense."""
 
-    # whole image, its middle where it has another shape | pressed into the shape | shifted inside a black border | random part, resized
+    # whole image, or its center crop | image stretched to the input size | random crop after black padding | random resized crop
     crop: Literal["none", "squash", "padding", "resized"] = "resized"
-    padding: int = 4  # width of that border in pixels, for crop="padding"
+    padding: int = 4  # width of the black padding in pixels, for crop="padding"
     scale: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area, for crop="resized"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for crop="resized"
     # images from files, with "none" and "padding": resize the short side to this many pixels before the center crop; see view_size
     resize: int | None = None
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # for every resizing
-    flip: float = 0.5  # probability of a mirror image
-    randaugment: str | None = None  # timm's string, e.g. "rand-m9-mstd0.5-inc1"; such images go through workers even from memory
-    color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation; applied beside randaugment too
-    grey: float = 0.0  # probability of an image without colours
-    blur: float = 0.0  # probability of a Gaussian blur, of a radius between 0.1 and 2 pixels
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # for all resizing
+    flip: float = 0.5  # probability of a horizontal flip
+    randaugment: str | None = None  # a string for timm, e.g. "rand-m9-mstd0.5-inc1"; runs in workers, also for images in memory
+    color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation; also applied with randaugment
+    grey: float = 0.0  # probability of a conversion to greyscale
+    blur: float = 0.0  # probability of a Gaussian blur with a radius between 0.1 and 2 pixels
     erase: float = 0.0  # probability that a box is replaced by noise (random erasing, pixel mode)
-    repeats: int = 1  # times an image is drawn in an epoch, each augmented differently (repeated augmentation); the epoch keeps its length
+    repeats: int = 1  # repeated augmentation: copies of an image per epoch, each augmented differently; the length of the epoch is the same
 
     def __post_init__(self) -> None:
         if self.crop not in ("none", "squash", "padding", "resized"):
-            raise ValueError(f"crop={self.crop!r}: it is none, squash, padding or resized")
+            raise ValueError(f"crop={self.crop!r}: choose none, squash, padding or resized")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"scale={self.scale}, ratio={self.ratio}: each is (smallest, largest), above 0, an area fraction at most 1")
+            raise ValueError(f"scale={self.scale}, ratio={self.ratio}: give (smallest, largest), above 0; for scale at most 1")
         if self.randaugment is not None:
             _check_randaugment(self.randaugment)
         if self.resize is not None and self.resize < 1:
-            raise ValueError(f"resize={self.resize}: give pixels of the short side; the whole image is pressed into shape by crop=squash")
+            raise ValueError(f"resize={self.resize}: give pixels of the short side; to stretch the whole image, use crop=squash")
         if self.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"interpolation={self.interpolation!r}: it is bilinear or bicubic")
+            raise ValueError(f"interpolation={self.interpolation!r}: choose bilinear or bicubic")
         for name, probability in {"flip": self.flip, "grey": self.grey, "blur": self.blur, "erase": self.erase}.items():
             if not 0 <= probability <= 1:
-                raise ValueError(f"{name}={probability}: a probability lies in 0..1")
+                raise ValueError(f"{name}={probability}: a probability is in 0..1")
         for name, value in {"padding": self.padding, "color_jitter": self.color_jitter}.items():
             if value < 0:
-                raise ValueError(f"{name}={value}: it is 0 or more")
+                raise ValueError(f"{name}={value}: must be 0 or more")
         if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats}: an image is drawn at least once")
+            raise ValueError(f"repeats={self.repeats}: must be 1 or more")
 
     @property
     def evaluation_resize(self) -> int | None:
-        """The `resize` by which evaluation shows, of images from files, what training does with "none" and "squash"."""
+        """The `resize` of evaluation, for images from files, that gives the same view as training with "none" and "squash"."""
         return {"squash": 0, "resized": None}.get(self.crop, self.resize)
 
 
 def _check_randaugment(policy: str) -> None:
-    """Raise ValueError for a string that timm does not read, or of which it would leave out a section without a word."""
+    """Raise ValueError for a string that timm cannot parse, or of which it would silently ignore a section."""
     first, *sections = policy.split("-")
     try:
         unread = [section for section in sections if not section.startswith("t") and not any(map(str.isdigit, section))]
         if first != "rand" or not sections or unread:
-            raise ValueError(f"{', '.join(unread) or policy} is not read")
+            raise ValueError(f"{', '.join(unread) or policy} is not known")
         rand_augment_transform(policy, {})
     except (ValueError, AssertionError, KeyError) as error:
         cause = f" ({error})" if str(error) else ""
-        raise ValueError(f"randaugment={policy!r}{cause}: it reads like rand-m9-mstd0.5-inc1, or is None") from None
+        raise ValueError(f"randaugment={policy!r}{cause}: use a string like rand-m9-mstd0.5-inc1, or None") from None
 
 
 def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, image_size: tuple[int, int]) -> Tensor:
-    """Crop, flip, jitter, grey and blur each image by its own row of draws (on the CPU).
+    """Crop, flip, jitter colours, convert to greyscale and blur each image by its own row of draws (on the CPU).
 
     Takes uint8, returns float 0..255 of `image_size`.
     """
@@ -118,9 +117,9 @@ def augment(images_BCHW: Tensor, draws_BK: Tensor, augmentation: Augmentation, i
 
 
 def random_boxes(draws_BK: Tensor, area: tuple[float, float], ratio: tuple[float, float], height: int, width: int) -> Tensor:
-    """A box inside a height x width image per row of BOX draws: (B, 4) of top, left, height, width in pixels, not rounded.
+    """A box inside a height x width image for each row of BOX draws: (B, 4) of top, left, height, width in pixels, not rounded.
 
-    Area fraction uniform, width / height log-uniform; the first of TRIES that fits, or the first of all cut to the image.
+    Area fraction is uniform, width / height log-uniform. Takes the first of TRIES boxes that fits, else the first box, clipped.
     """
     area_BT = height * width * (area[0] + (area[1] - area[0]) * draws_BK[:, :TRIES])
     ratio_BT = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws_BK[:, TRIES : 2 * TRIES])
@@ -132,10 +131,10 @@ def random_boxes(draws_BK: Tensor, area: tuple[float, float], ratio: tuple[float
 
 
 def resized_crop(images_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Each image's own box (top, left, height, width in pixels) resized to `size`; float 0..255.
+    """Crop the box (top, left, height, width in pixels) of each image and resize it to `size`; float 0..255.
 
-    Four (bilinear) or sixteen (bicubic) pixels make a new one whatever the zoom: unlike Pillow there is no antialiasing, so a box much
-    larger than `size` aliases. Sets that fit in memory have small images, which crops enlarge.
+    Each new pixel is interpolated from four (bilinear) or sixteen (bicubic) pixels at any scale. Unlike Pillow, there is no antialiasing,
+    so a box much larger than `size` aliases. Data sets that fit in memory have small images, which crops enlarge.
     """
     top_B, left_B, height_B, width_B = boxes_B4.unbind(1)
     (height, width), zero_B = images_BCHW.shape[-2:], torch.zeros_like(top_B)
@@ -148,7 +147,7 @@ def resized_crop(images_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int], i
 
 
 def resize(images_BCHW: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """Whole images resized to `size`, antialiased; float 0..255. Pixels stay as they are where the size is right already."""
+    """Resize whole images to `size`, with antialiasing; float 0..255. Images of this size are unchanged."""
     images_BCHW = images_BCHW.float()
     if images_BCHW.shape[-2:] == tuple(size):
         return images_BCHW
@@ -156,7 +155,7 @@ def resize(images_BCHW: Tensor, size: tuple[int, int], interpolation: str = "bic
 
 
 def padding_crop(images_BCHW: Tensor, draws_B2: Tensor, padding: int) -> Tensor:
-    """Surround with `padding` black pixels and cut the old size out, each image at its own whole-pixel offset."""
+    """Pad with `padding` black pixels and crop to the old size, each image at its own integer offset."""
     batch, channels, height, width = images_BCHW.shape
     device = images_BCHW.device
     offsets_B2 = (draws_B2 * (2 * padding + 1)).long().clamp(max=2 * padding).to(device)
@@ -168,7 +167,7 @@ def padding_crop(images_BCHW: Tensor, draws_B2: Tensor, padding: int) -> Tensor:
 
 
 def jitter_colors(images_BCHW: Tensor, draws_3B: Tensor, strength: float) -> Tensor:
-    """Change brightness, contrast and saturation, in this order, each by its own factor in 1 - strength .. 1 + strength; float 0..255."""
+    """Change brightness, contrast and saturation, in this order, each by a factor in 1 - strength .. 1 + strength; float 0..255."""
     low = max(0.0, 1 - strength)
     factors_3B = (low + (1 + strength - low) * draws_3B).to(images_BCHW.device)
     brightness_B111, contrast_B111, saturation_B111 = factors_3B[:, :, None, None, None]
@@ -180,12 +179,12 @@ def jitter_colors(images_BCHW: Tensor, draws_3B: Tensor, strength: float) -> Ten
 
 
 def blur(images_BCHW: Tensor, radius_B: Tensor) -> Tensor:
-    """Pillow's GaussianBlur, each image with its own radius up to 2.4 pixels; float 0..255, not rounded in between as Pillow does.
+    """Pillow's GaussianBlur, each image with its own radius up to 2.4 pixels; float 0..255, without Pillow's rounding between passes.
 
-    Along each axis three box filters, whose ends weigh less than 1 so that the variances add up to radius²; borders are continued outwards.
+    Three box filters along each axis. Their end weights are below 1, so that the variances add up to radius²; border pixels are repeated.
     """
     variance_B = radius_B**2 / 3
-    whole_B = (((12 * variance_B + 1).sqrt() - 1) / 2).floor()  # pixels either side that weigh 1
+    whole_B = (((12 * variance_B + 1).sqrt() - 1) / 2).floor()  # pixels on each side with weight 1
     end_B = (2 * whole_B + 1) * (whole_B * (whole_B + 1) - 3 * variance_B) / (6 * (variance_B - (whole_B + 1) ** 2))
     reach_B1 = (whole_B + end_B)[:, None]
     weights_BK = (reach_B1 + 1 - torch.arange(-2, 3).abs()).clamp(0, 1) / (2 * reach_B1 + 1)
@@ -204,7 +203,7 @@ def _grey(images_BCHW: Tensor) -> Tensor:
 
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """From 0..255, of any dtype, to float32 with the data set's mean 0 and std 1 per channel."""
+    """Normalise images of 0..255 (any dtype) by the mean and std of the data set per channel; float32."""
     mean_C11, std_C11 = (images_BCHW.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
     return (images_BCHW.float() / 255 - mean_C11) / std_C11
 
@@ -214,7 +213,7 @@ def erase(images_BCHW: Tensor, draws_BK: Tensor, probability: float) -> Tensor:
     if probability == 0:
         return images_BCHW
     boxes_B4 = random_boxes(draws_BK[:, BOX : 2 * BOX], ERASED_AREA, ERASED_RATIO, *images_BCHW.shape[-2:]).round().long()
-    # per image: noise that depends on nothing but the image's own draws, whatever batch it is in, made on the device without waiting for it
+    # The noise of an image depends only on its own draws, not on its batch. It is generated on the device without synchronisation.
     noise = torch.Generator(images_BCHW.device)
     for i in (draws_BK[:, -2] < probability).nonzero()[:, 0].tolist():
         top, left, height, width = boxes_B4[i].tolist()
@@ -224,10 +223,10 @@ def erase(images_BCHW: Tensor, draws_BK: Tensor, probability: float) -> Tensor:
 
 
 def view_size(data: Data, image_size: tuple[int, int], resize: int | None = None) -> tuple[int, int]:
-    """(height, width) that a whole image is resized to, keeping its shape, before `image_size` is cut out of its centre.
+    """(height, width) to which a whole image is resized, with its aspect ratio, before the center crop of `image_size`.
 
-    The short side is `resize`, or 256/224 of `image_size`; that itself for sizes up to 64 pixels and sets whose images have one size. With
-    resize=0 no shape is kept: the image is pressed into `image_size`.
+    The short side is `resize`, or 256/224 of `image_size` if resize is None (`image_size` itself up to 64 pixels, and for data sets with a
+    single image size). resize=0 ignores the aspect ratio: it stretches the image to `image_size`.
     """
     if resize == 0:
         return image_size
@@ -238,7 +237,7 @@ def view_size(data: Data, image_size: tuple[int, int], resize: int | None = None
 
 
 def view_name(data: Data, image_size: tuple[int, int], resize: int | None = None) -> str:
-    """How view_size is called in results and files: the short side in pixels, or squash."""
+    """The name of view_size in results and files: the short side in pixels, or squash."""
     return "squash" if resize == 0 else f"{min(view_size(data, image_size, resize))}"
 
 
@@ -249,14 +248,14 @@ def worker_transform(
     resize: int | None = None,
     interpolation: str = "bicubic",
 ) -> Callable[[Image.Image], Tensor]:
-    """The same, for one RGB image in a worker, drawing from the global generators; None is the evaluation transform.
+    """`augment` for one RGB image in a worker, with random numbers from the global generators; None is the evaluation transform.
 
-    The result is uint8 (3, H, W). Evaluation resizes, by `resize` (see view_size) and `interpolation`, and cuts out the centre.
+    The result is uint8 (3, H, W). Evaluation resizes by `resize` (see view_size) and `interpolation` and takes the center crop.
     """
     interpolation = augmentation.interpolation if augmentation else interpolation
     mode = transforms.InterpolationMode(interpolation)
     size = view_size(data, image_size, augmentation.resize if augmentation else resize)
-    # torchvision drops a fraction of the long side, as DeiT, timm and MaPeT evaluate; timm, which knows other shapes, rounds it.
+    # torchvision truncates the long side to whole pixels, as DeiT, timm and MaPeT do in evaluation; timm, for other shapes, rounds it.
     resized = transforms.Resize(size[0], mode) if size[0] == size[1] else ResizeKeepRatio(size, interpolation=interpolation)
     whole = [resized, transforms.CenterCrop(image_size)]
     squash = resize == 0 if augmentation is None else augmentation.crop == "squash"
@@ -287,10 +286,10 @@ def worker_transform(
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """Keep the highest `bits` of each colour. Strong draws of RandAugment keep none: a black image, which Pillow 13 refuses."""
+    """Keep the highest `bits` of each colour. With strong RandAugment bits can be 0: a black image, which Pillow 13 refuses."""
     return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def random_blur(image: Image.Image) -> Image.Image:
-    """Pillow's GaussianBlur, of a radius drawn from torch's global generator."""
+    """Pillow's GaussianBlur with a radius drawn from torch's global generator."""
     return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(*BLUR_RADIUS).item()))

@@ -1,12 +1,12 @@
-"""Batches of a split, in an order and with an augmentation that are functions of (seed, epoch, image, copy) alone.
+"""Batches of a split. Their order and augmentation depend only on (seed, epoch, image, copy).
 
-No history, no worker count and no batch size enters a random number, so a loader has no state: to resume is to start the epoch at a later
-micro-batch, bit for bit what an undisturbed run would have seen.
+Random numbers do not depend on earlier batches, the number of workers or the batch size, so a loader has no state. To resume, start the
+epoch at a later micro-batch: the batches are bit-identical to those of an uninterrupted run.
 
-Repeated augmentation (Hoffer et al. 2020) draws an image several times in an epoch. It is as if the split lay there so many times over:
-row r of that is copy r // N of image r % N, and the rows of copy 0 are the images themselves.
+Repeated augmentation (Hoffer et al. 2020) draws an image several times per epoch, as if the split were repeated: row r is copy r // N of
+image r % N, so the rows of copy 0 are the images themselves.
 
-Shapes: N images of the split, R rows, E of an epoch, B of a micro-batch, C channels, H x W pixels, K uniform numbers.
+Shapes: N images of the split, R rows, E rows of an epoch, B rows of a micro-batch, C channels, H x W pixels, K uniform numbers.
 """
 
 import functools
@@ -18,6 +18,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from multiprocessing.util import Finalize
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -29,37 +30,45 @@ from common.data.sets import Data, DataError, Split, any_size, read_image
 from common.randomness import generator, reseed
 from common.stopping import STOP_SIGNALS, finish_first
 
-# last in their keys; AUGMENTATION is the largest, because copy c of an image has AUGMENTATION + c in its place
+# last entry of the random keys; AUGMENTATION must be the largest, because copy c of an image uses AUGMENTATION + c
 ORDER, AUGMENTATION = 1, 2
 
 log = logging.getLogger(__name__)
 
 
 def default_workers(processes: int | None = None) -> int:
-    """Loader workers for one of `processes` of this machine: its share of the cores that it may use, at least 1 and at most 8.
+    """Number of loader workers for each of `processes` on this machine: available cores / processes, at least 1 and at most 8.
 
-    Left out, `processes` is torchrun's LOCAL_WORLD_SIZE, and 1 without torchrun.
+    By default, `processes` is torchrun's LOCAL_WORLD_SIZE, or 1 without torchrun.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
 
 
+class Batches(Protocol):
+    """What a training asks of a loader: micro-batches of images and classes, epoch by epoch."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
 @dataclass(eq=False)
 class Loader:
-    """One rank's micro-batches of a split, epoch by epoch. Only one epoch is read at a time: a new one ends the last.
+    """The micro-batches of a split for one rank, epoch by epoch. Only one epoch is read at a time: a new one ends the last.
 
-    Training, where there is an augmentation: shuffled, in full effective batches of batch_size * accumulate * world_size images, which are
-    the same however they are divided. Evaluation, where there is none: every image once over all ranks, in order. Images in memory live on
-    the device and are augmented there; files, and images that RandAugment needs on the CPU, go through worker processes.
+    Training (with augmentation): shuffled, in full effective batches of batch_size * accumulate * world_size images, which do not depend
+    on how they are divided. Evaluation (augmentation None): every image once over all ranks, in order. Images in memory are kept and
+    augmented on the device; files, and images that RandAugment needs on the CPU, go through worker processes.
 
-    Raises DataError where the split is smaller than one effective batch of training, for a `resize` that cannot be, and for images in
-    memory of other channels than the data set's.
+    Raises DataError if the split is smaller than one effective batch of training, for an invalid `resize`, and if images in memory have
+    another number of channels than the data set.
     """
 
     split: Split
     _: KW_ONLY
     data: Data
-    image_size: tuple[int, int]  # (height, width) in pixels of what the model sees
+    image_size: tuple[int, int]  # (height, width) in pixels of the model's input
     batch_size: int  # images of a micro-batch on one device
     augmentation: Augmentation | None  # None: evaluation
     seed: int
@@ -67,9 +76,9 @@ class Loader:
     workers: int  # processes that decode and augment images that are not in memory; 0: this process
     rank: int = 0
     world_size: int = 1
-    accumulate: int = 1  # micro-batches per optimizer step; in evaluation it means nothing
-    resize: int | None = None  # evaluation, images from files: pixels of the short side before the centre is cut out; see view_size
-    interpolation: str = "bicubic"  # evaluation: how images are resized
+    accumulate: int = 1  # micro-batches per optimizer step; ignored in evaluation
+    resize: int | None = None  # evaluation, images from files: pixels of the short side before the center crop; see view_size
+    interpolation: str = "bicubic"  # evaluation: interpolation of the resizing
 
     def __post_init__(self) -> None:
         self.effective = self.batch_size * self.accumulate * self.world_size
@@ -82,56 +91,56 @@ class Loader:
                 f"{len(self.split)} training images are fewer than one effective batch of {self.effective} ({self.batch_size} x "
                 f"{self.accumulate} accumulated x {self.world_size} devices): choose an effective batch of at most {len(self.split)}"
             )
-        # of images in memory an augmentation's counts for nothing
+        # the augmentation's `resize` is ignored for images in memory
         resize = self.resize
         if self.augmentation is not None:
             resize = self.augmentation.evaluation_resize if self.split.paths else None
         if resize is not None and (self.split.paths is None or 0 < resize < min(self.image_size)):
-            short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but these have one size"
-            raise DataError(f"images are to be resized to {resize} pixels, {short}: choose a larger `resize`, None, or 0 to squeeze images")
+            short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but all have one size"
+            raise DataError(f"images are to be resized to {resize} pixels, {short}: choose a larger `resize`, None, or 0 to stretch images")
         if self.split.images is not None and self.split.images.shape[1] != self.data.channels:
             given = f"images of shape {tuple(self.split.images.shape)} for {self.data.name} with channels={self.data.channels}"
-            raise DataError(f"{given}: give a split of (N, {self.data.channels}, H, W)")
+            raise DataError(f"{given}: use a split of (N, {self.data.channels}, H, W)")
         self.in_memory = self.split.images is not None and (self.augmentation is None or self.augmentation.randaugment is None)
-        if self.in_memory:
+        if self.in_memory and self.split.images is not None:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
             return
         self.schedule, self.reported = _Schedule(), set[str]()
-        ending = mmap.mmap(-1, 1)  # shared with the workers: whether SIGTERM comes from this process, to end them
+        ending = mmap.mmap(-1, 1)  # shared with the workers: nonzero if SIGTERM comes from this process, to end them
         self.worker_batches = DataLoader(
             _Images(self),
-            batch_sampler=self.schedule,  # type: ignore[arg-type]
+            batch_sampler=self.schedule,
             num_workers=self.workers,
             worker_init_fn=functools.partial(_start_worker, ending),
-            # the split, whose paths may be a million, is shared and not copied
+            # the split, which may have a million paths, is shared and not copied
             multiprocessing_context="fork" if self.workers else None,
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
-            # torch seeds its workers from this; left out, it would draw from the caller's global generator
+            # torch seeds its workers from this; by default it would draw from the caller's global generator
             generator=torch.Generator(),
         )
-        # before multiprocessing ends its children and waits for them, or where nobody uses these any more
+        # runs before multiprocessing ends its children and waits for them, or when the workers are no longer used
         Finalize(self.worker_batches, ending.write, (b"1",), exitpriority=100)
 
     @property
     def view(self) -> dict[str, str]:
-        """How evaluation sees an image, as text: what the features of a frozen encoder depend on besides the image."""
+        """Settings of the evaluation transform, as text: the features of a frozen encoder depend on these besides the image."""
         resized = f"{min(self.image_size)}" if self.in_memory else view_name(self.data, self.image_size, self.resize)
         sizes = {"image_size": "x".join(map(str, self.image_size)), "resize": resized, "interpolation": self.interpolation}
         return sizes | {"mean": str(self.data.mean), "std": str(self.data.std)}
 
     def __len__(self) -> int:
-        """Micro-batches per epoch for this rank. In evaluation ranks may differ by one."""
+        """Number of micro-batches per epoch for this rank. In evaluation ranks may differ by one."""
         if self.augmentation is not None:
             return len(self.split) // self.effective * self.accumulate
         return -(-len(range(self.rank, len(self.split), self.world_size)) // self.batch_size)
 
     def indices(self, epoch: int) -> list[Tensor]:
-        """Which rows this rank's micro-batches hold, images where nothing is repeated: (B,) int64 each.
+        """The rows in each micro-batch of this rank (images if nothing is repeated): (B,) int64 each.
 
-        Training: a permutation, cut into effective batches, the incomplete last one dropped; each effective batch is cut into accumulation
-        steps and those into ranks. Copies follow each other, so that one effective batch holds them all unless its end falls among them;
-        the images that the epoch then has no room for are others each time. Evaluation: every world_size-th image, in order, all of them.
+        Training: a permutation, cut into effective batches; the incomplete last one is dropped. Each effective batch is cut into
+        accumulation steps, and these into ranks. Copies of an image follow each other, so most are in the same effective batch. With
+        repeats an epoch has only a part of the images, another one each time. Evaluation: every world_size-th image, in order, all images.
         """
         if self.augmentation is None:
             mine = torch.arange(len(self.split))[self.rank :: self.world_size]
@@ -142,9 +151,9 @@ class Loader:
         return list(row_E.view(-1, self.world_size, self.batch_size)[:, self.rank])
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images (B, C, H, W) float32 and labels (B,) int64 on the device, from micro-batch `start` of the epoch on.
+        """Yield normalised images (B, C, H, W) float32 and labels (B,) int64 on the device, from micro-batch `start` of the epoch.
 
-        Raises DataError naming the file where an image cannot be read, ValueError where `start` lies outside the epoch.
+        Raises DataError with the file if an image cannot be read, ValueError if `start` is outside the epoch.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start}: the epoch has {len(self)} micro-batches")
@@ -153,7 +162,7 @@ class Loader:
 
     def _from_memory(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if self.augmentation is not None:
-            # for every image of the set and every copy, so that what one gets does not depend on the batch that it is in
+            # for every image of the data set and every copy, so that the augmentation of an image does not depend on its batch
             draws_RK = torch.empty(self.augmentation.repeats * len(self.split), DRAWS)
             for copy, draws_NK in enumerate(draws_RK.split(len(self.split))):
                 draws_NK.uniform_(generator=generator(self.seed, epoch, AUGMENTATION + copy))
@@ -170,25 +179,25 @@ class Loader:
     def _from_workers(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         self.schedule.epoch, self.schedule.batches = epoch, batches
         try:
-            with finish_first():  # a signal would end a worker that has not come to ignore it yet
+            with finish_first():  # a signal would end a worker that does not ignore it yet
                 batches_of_workers = iter(self.worker_batches)
             for images_BCHW, labels_B, draws_BK, skipped in batches_of_workers:
-                # reported here and not in the workers, so that a file is named once however many of them come across it
+                # reported here and not in the workers, so that a file is reported once even if several workers read it
                 for path in {path for paths in skipped for path in paths.splitlines()} - self.reported:
                     self.reported.add(path)
-                    log.warning("%s cannot be read as an image: the next readable one takes its place", path)
+                    log.warning("%s cannot be read as an image: the next readable image replaces it", path)
                 images_BCHW = images_BCHW.to(self.device, non_blocking=True)
                 images_BCHW = normalize(images_BCHW, self.data.mean, self.data.std)
                 if self.augmentation is not None:
                     images_BCHW = erase(images_BCHW, draws_BK, self.augmentation.erase)
                 yield images_BCHW, labels_B.to(self.device, non_blocking=True)
         except DataError as error:
-            # torch hands over the worker's whole traceback as the message: the last sentence is ours
+            # torch uses the whole traceback of the worker as the message: its last sentence is ours
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 
 class _Schedule:
-    """The batches that the DataLoader asks for next. Workers outlive an epoch, so its number travels with every index."""
+    """The next batches for the DataLoader. Workers persist over epochs, so every index includes the epoch."""
 
     def __init__(self) -> None:
         self.epoch, self.batches = 0, list[Tensor]()
@@ -202,7 +211,7 @@ class _Schedule:
 
 
 class _Images(Dataset):
-    """(epoch, row) -> uint8 image (C, H, W), label, its uniform numbers (K,), and the files skipped on the way, one a line."""
+    """(epoch, row) -> uint8 image (C, H, W), label, its uniform numbers (K,), and the skipped files, one per line."""
 
     def __init__(self, loader: Loader) -> None:
         self.split, self.channels, self.seed = loader.split, loader.data.channels, loader.seed
@@ -213,16 +222,17 @@ class _Images(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, str]:
         epoch, (copy, index) = key[0], divmod(key[1], len(self.split))
         if self.random:
-            # Python's, NumPy's and torch's global generators, because the transforms draw from all three. Without workers that happens in
-            # the caller's process; nothing is restored, as the training loop reseeds before each step. Evaluation leaves them alone.
+            # Python's, NumPy's and torch's global generators, because the transforms use all three. Without workers this changes those of
+            # the caller's process; they are not restored, as the training loop reseeds before each step. Evaluation does not reseed.
             reseed(self.seed, epoch, index, AUGMENTATION + copy)
-        with any_size():  # cutting, too, warns of large images
+        with any_size():  # cropping also warns about large images
             image, index, skipped = self._read(index)
             image_CHW = self.transform(image)[: self.channels]
         return image_CHW, self.split.labels[index], torch.rand(DRAWS) if self.random else torch.zeros(DRAWS), skipped
 
     def _read(self, index: int) -> tuple[Image.Image, int, str]:
         if self.split.paths is None:
+            assert self.split.images is not None
             pixels_HWC = self.split.images[index].permute(1, 2, 0).numpy()
             return Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC).convert("RGB"), index, ""
         skipped, faults = list[str](), list[DataError]()
@@ -238,10 +248,10 @@ class _Images(Dataset):
 
 
 def _start_worker(ending: mmap.mmap, worker: int) -> None:
-    """Terminals, torchrun, Slurm and `timeout` signal the processes of a run, or all of its group. Only the process that trains can save,
-    and for that it needs its workers: these ignore the signals, and end when it does."""
+    """Make a worker ignore stop signals. Terminals, torchrun, Slurm and `timeout` send them to all processes of a run. Only the training
+    process can save, and it needs its workers for that; the workers end when it ends."""
     os.setpgrp()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending[0] else None)
-    signal.siginterrupt(signal.SIGTERM, False)  # else reading a file may fail
+    signal.siginterrupt(signal.SIGTERM, False)  # otherwise reading a file may fail

@@ -1,4 +1,4 @@
-"""Paths of a split's files: one array that loader workers share, and what identifies the files.
+"""Paths of the files of a split: one array shared with loader workers, and a digest that identifies the files.
 
 Shapes: N files.
 """
@@ -11,23 +11,23 @@ from functools import cached_property
 
 import numpy
 
-# sets of at most so many files are known by the sizes of these too, and of at most so many bytes in all by their contents
+# the digest includes file sizes up to this number of files, and also file contents up to this number of bytes in total
 CONTENT_FILES, CONTENT_BYTES = 20_000, 512 * 2**20
 
 
 class DataError(ValueError):
-    """A fault in the data that the user can mend; the message says where and how."""
+    """An error in the data that the user can fix; the message says where and how."""
 
 
-class Paths(Sequence):
-    """The paths of N files as one array of bytes instead of N objects: loader workers, which are forked, share it with their parent.
+class Paths(Sequence[str]):
+    """The paths of N files as one array of bytes instead of N objects: forked loader workers share it with their parent.
 
-    Of a list of str each would in time have a copy, because looking at an object writes its reference count. `paths[i]` makes a str;
-    a slice or an array of int64 selects, and copies no name. Names that are not UTF-8 survive as os.fsdecode writes them.
+    With a list of str, each worker would in time have a copy, because access to an object writes its reference count. `paths[i]` is a
+    str; a slice or an array of int64 selects without copying names. Names that are not UTF-8 are kept, as os.fsdecode decodes them.
     """
 
     def __init__(self, names: Iterable[str], root: str | None = None) -> None:
-        """root: what stands before every name, such as data/train/. Left out, it is the folder that all have in common."""
+        """root: prefix of all names, such as data/train/. By default the common folder of all names."""
         if root is None:
             names = [os.fspath(name) for name in names]
             root = os.path.commonprefix([min(names), max(names)]) if names else ""
@@ -35,20 +35,20 @@ class Paths(Sequence):
             names = (name[len(root) :] for name in names)
         self.root, names = root, iter(names)
         held, ends = bytearray(), [numpy.empty(0, numpy.int64)]
-        while part := [*itertools.islice(names, 2**16)]:  # not all at once, so that memory never holds the names as objects
+        while part := [*itertools.islice(names, 2**16)]:  # in parts, so that memory never holds all names as objects
             encoded = os.fsencode("\0".join(part)) + b"\0"
             ends.append((numpy.frombuffer(encoded, numpy.uint8) == 0).nonzero()[0] + len(held))
             if len(ends[-1]) != len(part):
-                raise DataError(f"{next(name for name in part if chr(0) in name)!r} is no path: it holds a zero byte")
+                raise DataError(f"{next(name for name in part if chr(0) in name)!r} is not a path: it contains a zero byte")
             held += encoded
         self._bytes, self._ends = numpy.frombuffer(held, numpy.uint8), numpy.concatenate(ends)  # each name ends with a zero byte
-        self._whole: Paths | None = None  # that this is a selection of
-        self._rows: numpy.ndarray | None = None  # which of its names these are: (N,) int64
+        self._whole: Paths | None = None  # the Paths from which this is a selection
+        self._rows: numpy.ndarray | None = None  # indices of the selected names: (N,) int64
 
     def __len__(self) -> int:
         return len(self._ends if self._rows is None else self._rows)
 
-    def __getitem__(self, index):  # type: ignore[override]
+    def __getitem__(self, index):
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"path {index} of {len(self)}")
@@ -59,7 +59,7 @@ class Paths(Sequence):
             index = numpy.asarray(index)
             if index.ndim == 0:
                 return self[int(index)]
-            index = index if index.size else index.astype(numpy.int64)  # of an empty list numpy makes floats
+            index = index if index.size else index.astype(numpy.int64)  # numpy converts an empty list to floats
         part = object.__new__(Paths)
         part.__dict__ |= {name: held for name, held in self.__dict__.items() if name != "contents"}
         part._whole = self if self._whole is None else self._whole
@@ -81,8 +81,6 @@ class Paths(Sequence):
             return NotImplemented
         return len(self) == len(other) and all(ours == theirs for ours, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __add__(self, other: Iterable[str]) -> list[str]:
         return [*self, *other]
 
@@ -91,11 +89,11 @@ class Paths(Sequence):
 
     @cached_property
     def contents(self) -> list[str]:
-        """What each file holds, as text: its size, a hyphen, and where all are small a hash of its bytes. Empty where there are too many.
+        """The content of each file, as text: its size, a hyphen, and a hash of its bytes if the total size is small. Empty for many files.
 
-        Read once; see CONTENT_FILES and CONTENT_BYTES, which count the set that this is a selection of. Of a file that is not there: "-".
+        Read once. CONTENT_FILES and CONTENT_BYTES are the limits; for a selection they apply to the whole. "-" for a missing file.
         """
-        if self._whole is not None:
+        if self._whole is not None and self._rows is not None:
             whole = self._whole.contents
             return [whole[row] for row in self._rows] if whole else []
         if len(self) > CONTENT_FILES:
@@ -105,15 +103,15 @@ class Paths(Sequence):
         return [f"{'' if size is None else size}-{_hash(path) if hashed else ''}" for path, size in zip(self, sizes, strict=True)]
 
     def digest(self) -> str:
-        """A hash of the names below `root` in their order, and of `contents`; of a selection, of the whole's digest and its rows."""
-        if self._whole is None:
-            found = hashlib.sha256(self._bytes)
+        """A hash of the names below `root`, in order, and of `contents`; for a selection, of the digest of the whole and the rows."""
+        if self._whole is None or self._rows is None:
+            found = hashlib.sha256(self._bytes.data)
             found.update("\n".join(self.contents).encode())
         elif numpy.array_equal(self._rows, numpy.arange(len(self._ends))):
             return self._whole.digest()
         else:
             found = hashlib.sha256(self._whole.digest().encode())
-            found.update(numpy.ascontiguousarray(self._rows))
+            found.update(numpy.ascontiguousarray(self._rows).data)
         return found.hexdigest()
 
 
@@ -130,6 +128,6 @@ def _hash(path: str) -> str:
         with open(path, "rb") as file:
             while part := file.read(2**20):
                 found.update(part)
-    except OSError:  # opening a data set reads no image: a fault in one is reported when it is its turn
+    except OSError:  # opening a data set does not decode images: an unreadable file is reported when it is loaded
         return ""
     return found.hexdigest()[:16]

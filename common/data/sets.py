@@ -1,4 +1,4 @@
-"""Where images come from: data sets by name, or any folder in ImageFolder layout.
+"""Data sets: by name, or any folder in ImageFolder layout.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -30,8 +30,8 @@ from common.randomness import generator
 
 NAMES = ("digits", "cifar10", "cifar100", "tiny-imagenet", "mini-imagenet")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MINI_CLASSES, MINI_IMAGES, MINI_TRAIN = 100, 600, 500  # of Mini-ImageNet: classes, images of each, and how many of these train
-# folders that systems and not people make, beside those whose names begin with a dot
+MINI_CLASSES, MINI_IMAGES, MINI_TRAIN = 100, 600, 500  # Mini-ImageNet: classes, images per class, training images per class
+# folders made by operating systems, to be ignored like those whose names begin with a dot
 FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
@@ -39,67 +39,67 @@ FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System
 class Split:
     """Labelled images, either in memory or as files.
 
-    Raises DataError unless it is exactly one of the two, one label per image, and images are uint8 (N, C, H, W).
+    Raises DataError unless exactly one of `images` and `paths` is given, with one label per image, and images are uint8 (N, C, H, W).
     """
 
     labels: Tensor  # (N,) int64
     images: Tensor | None = None  # (N, C, H, W) uint8
-    paths: Sequence[str] | None = None  # kept as Paths
+    paths: Paths | None = None  # converted to Paths
     class_names: tuple[str, ...] = ()
     skip_corrupt: bool = False  # an unreadable file is replaced by the next readable one instead of ending the run
 
     def __post_init__(self) -> None:
         if (self.images is None) == (self.paths is None):
             raise DataError("a split holds either images or paths")
-        if self.paths is not None and not isinstance(self.paths, Paths):
+        if self.paths is not None and type(self.paths) is not Paths:
             self.paths = Paths(self.paths)
         if self.images is not None and (self.images.dtype != torch.uint8 or self.images.ndim != 4):
             given = f"images of shape {tuple(self.images.shape)} and type {self.images.dtype}"
-            mend = "convert pixels from 0..1 by (255 * images).round().to(torch.uint8), and NHWC by images.permute(0, 3, 1, 2)"
-            raise DataError(f"{given}: a split holds a torch.uint8 tensor (N, C, H, W) of 0 to 255; {mend}")
-        count = len(self.images if self.paths is None else self.paths)
-        if count != len(self.labels):
-            raise DataError(f"{count} images but {len(self.labels)} labels")
+            fix = "convert pixels from 0..1 by (255 * images).round().to(torch.uint8), and NHWC by images.permute(0, 3, 1, 2)"
+            raise DataError(f"{given}: a split needs a torch.uint8 tensor (N, C, H, W) of 0 to 255; {fix}")
+        for held in (self.images, self.paths):
+            if held is not None and len(held) != len(self.labels):
+                raise DataError(f"{len(held)} images but {len(self.labels)} labels")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Sequence[int] | Tensor) -> "Split":
-        """The images at `indices`, in that order."""
+        """Return the images at `indices`, in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         images = None if self.images is None else self.images[chosen]
         paths = None if self.paths is None else self.paths[chosen.numpy()]
         return Split(self.labels[chosen], images, paths, self.class_names, self.skip_corrupt)
 
     def per_class(self, n: int, seed: int) -> "Split":
-        """`n` labels of each class, drawn with `seed`; fewer labels of the same seed are a subset of more.
+        """Draw `n` labels of each class with `seed`; with the same seed, fewer labels are a subset of more.
 
-        Raises DataError naming the class where one has fewer than `n` images.
+        Raises DataError, with the name of the class, if a class has fewer than `n` images.
         """
         return self._draw([n] * self.classes, seed)
 
     def balanced(self, fraction: float, seed: int) -> "Split":
-        """The `fraction` of all labels, as many of each class as can be, drawn with `seed`; which classes give one more is drawn too.
+        """Draw a `fraction` of all labels with `seed`, balanced over classes; the classes with one label more are also drawn.
 
-        On ImageNet 0.01 gives 12,811 images: 13 of 811 classes and 12 of 189, as in the lists that papers use.
-        Raises DataError where that is less than one label per class, or a class has too few.
+        On ImageNet 0.01 gives 12,811 images: 13 in each of 811 classes and 12 in each of 189, as in the lists that papers use.
+        Raises DataError if this is less than one label per class, or if a class has too few images.
         """
         total = int(fraction * len(self))
         if total < self.classes:
             least = f"{self.classes} of {len(self)} are the least"
-            raise DataError(f"a fraction of {fraction} is {total} of {len(self)} labels, for {self.classes} classes: ask for more, {least}")
+            raise DataError(f"a fraction of {fraction} is {total} of {len(self)} labels, for {self.classes} classes: use more, {least}")
         each, rest = divmod(total, self.classes)
         order = torch.randperm(self.classes, generator=generator(seed, self.classes)).tolist()
         return self._draw([each + (place < rest) for place in order], seed)
 
     def listed(self, path: Path) -> "Split":
-        """The images that a file names, one on each line, by file name or by class and file name: n01440764_10026.JPEG or cat/1.png.
+        """Return the images listed in a file, one per line, by file name or class/file name: n01440764_10026.JPEG or cat/1.png.
 
-        Raises DataError where the images are not files, and for names that are absent, stand for several images, or come twice.
+        Raises DataError if the images are not files, and for names that are absent, ambiguous or repeated.
         """
         if self.paths is None:
-            raise DataError(f"{path} lists images by name, and these have none, they are in memory: use data in files, or no list")
-        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as names of files are decoded
+            raise DataError(f"{path} lists images by name, but images in memory have no names: use data in files, or no list")
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as file names are decoded
         names = [line.strip() for line in text.splitlines() if line.strip()]
         known: dict[str, list[int]] = {name: [] for name in names}
         for index, file in enumerate(self.paths):
@@ -109,11 +109,11 @@ class Split:
                     known[name].append(index)
         absent = [name for name in names if not known[name]]
         if absent or not names:
-            what = f"names {len(absent)} of {len(names)} images that are absent, the first is {absent[0]!r}" if names else "names no image"
-            raise DataError(f"{path} {what}: give the list of this data set, with one file name, or class/file name, on each line")
+            what = f"lists {len(absent)} of {len(names)} images that are absent, the first is {absent[0]!r}" if names else "lists no image"
+            raise DataError(f"{path} {what}: use a list of this data set, with one file name, or class/file name, per line")
         for name in names:
             if len(known[name]) > 1:
-                raise DataError(f"{path} names {name!r}, and {len(known[name])} images are called so: write class/file name")
+                raise DataError(f"{path} lists {name!r}, and {len(known[name])} images have this name: write class/file name")
         chosen = sorted(known[name][0] for name in names)
         if len(set(chosen)) < len(chosen):
             twice = next(self.paths[a] for a, b in itertools.pairwise(chosen) if a == b)
@@ -125,12 +125,12 @@ class Split:
         return max(len(self.class_names), int(self.labels.max()) + 1 if len(self) else 0)
 
     def digest(self) -> str:
-        """What tells this split from others, in hexadecimal, computed once: labels, class names, and pixels or files.
+        """A hash that identifies this split, in hexadecimal, computed once: from labels, class names, and pixels or files.
 
-        Files are known by their names below the folder that they share, so not by where that lies, nor by their times. Of a set of up to
-        20,000 files and 512 MiB the contents count too, of a larger one of so many files the sizes. What is not noticed: in sets of more
-        files that one is replaced under its name; in those that are known by sizes, that it is replaced by one of the same size; and
-        whatever happens after the first call.
+        Files are identified by their names below their common folder, not by the place of this folder or by file times. Up to 20,000
+        files, the hash includes their contents, or above 512 MiB in total, their sizes. So some changes are not detected: with more files,
+        the replacement of a file under the same name; with sizes, the replacement by a file of the same size; and any change after the
+        first call.
         """
         return self._digest
 
@@ -140,47 +140,47 @@ class Split:
         for tensor in (self.labels, self.images):
             if tensor is not None:
                 found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                found.update(tensor.cpu().contiguous().numpy().reshape(-1).view(numpy.uint8))  # in place, however large it is
+                found.update(tensor.cpu().contiguous().numpy().reshape(-1).view(numpy.uint8).data)  # without a copy, for any size
         if self.paths is not None:
             found.update(self.paths.digest().encode())
         return found.hexdigest()
 
     def _draw(self, counts: Sequence[int], seed: int) -> "Split":
-        """So many labels of each class."""
+        """Draw `counts[k]` labels of each class k."""
         chosen = []
         for number, count in enumerate(counts):
             members = (self.labels == number).nonzero()[:, 0]
             if len(members) < count:
                 name = self.class_names[number] if self.class_names else number
                 fault = f"class {name} has {len(members)} images, fewer than {count}"
-                raise DataError(f"{fault}: ask for at most {len(members)} labels per class")
+                raise DataError(f"{fault}: use at most {len(members)} labels per class")
             chosen.append(members[torch.randperm(len(members), generator=generator(seed, number))[:count]])
         return self.subset(torch.cat(chosen).sort().values)
 
 
 @dataclass(eq=False)
 class Data:
-    """A data set: what it is called, what its images look like, and its two splits."""
+    """A data set: its name, the format of its images, and its two splits."""
 
     name: str
     classes: int
     channels: int
-    image_size: tuple[int, int] | None  # (height, width) in pixels; None where images differ in size
+    image_size: tuple[int, int] | None  # (height, width) in pixels; None if images differ in size
     mean: tuple[float, ...]  # per channel, of pixels scaled to 0..1
     std: tuple[float, ...]
     train: Split
     val: Split
-    split: str = ""  # what tells train from val where the data set itself does not: name and digest of the file
+    split: str = ""  # name and digest of the file that defines train and val, if the data set itself does not define them
 
     def __post_init__(self) -> None:
         for part in (self.train, self.val):
             if part.images is not None and part.images.shape[1] != self.channels:
                 shape = tuple(part.images.shape)
-                raise DataError(f"{self.name}: images of shape {shape}, and channels={self.channels}: a split holds (N, C, H, W)")
+                raise DataError(f"{self.name}: images of shape {shape}, but channels={self.channels}: a split needs (N, C, H, W)")
 
     @property
     def identity(self) -> dict[str, str]:
-        """What was opened, whatever it is called: a line for each split, of how much it holds and Split.digest."""
+        """The content of the data set, independent of its name: for each split a line with its size and Split.digest."""
         return {
             name: f"{len(split)} images, {split.classes} classes, {split.digest()[:16]}"
             for name, split in (("train", self.train), ("val", self.val))
@@ -188,11 +188,11 @@ class Data:
 
 
 def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) -> Data:
-    """Open `digits`, `cifar10`, `cifar100`, `tiny-imagenet`, `mini-imagenet` (kept under `root`), or the folder that `name` is the path of.
+    """Open `digits`, `cifar10`, `cifar100`, `tiny-imagenet` or `mini-imagenet` (stored under `root`), or a folder if `name` is its path.
 
-    A folder holds train/ and val/ (or test/ where there is no val/), each with one folder per class. `mini-imagenet` is divided as
-    mini-imagenet-split.csv under `root` says; where that is missing it is drawn and written. With `skip_corrupt` an unreadable image
-    file is replaced by the next readable one. Raises DataError that says what is missing and how to mend it.
+    A folder contains train/ and val/ (or test/ if there is no val/), each with one folder per class. mini-imagenet-split.csv under
+    `root` defines the splits of `mini-imagenet`; if it is missing, the split is drawn and written. With `skip_corrupt` an unreadable
+    image file is replaced by the next readable one. Raises DataError that says what is missing and how to fix it.
     """
     if name == "digits":
         return _digits()
@@ -207,19 +207,20 @@ def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) 
     nearest = difflib.get_close_matches(name.lower(), NAMES, n=2, cutoff=0.5)
     guess = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     raise DataError(
-        f"{name!r} is neither a data set nor a folder: {guess}give one of {', '.join(NAMES)}, or the path of a folder with train/ and val/"
+        f"{name!r} is neither a data set nor a folder: {guess}use one of {', '.join(NAMES)}, or the path of a folder with train/ and val/"
     )
 
 
 _limits = threading.Lock()
-_unlimited = 0  # how many blocks of any_size are open
+_unlimited = 0  # number of open any_size blocks
+_guards: tuple[int | None, int, int]  # Pillow's own
 
 
 @contextmanager
 def any_size() -> Iterator[None]:
-    """Within the block Pillow opens and cuts images of any size, and reads any text in them, without a warning.
+    """Within the block Pillow opens and crops images of any size, and reads any text in them, without a warning.
 
-    Its guards are against strangers' files, and these are the user's own. They are global: the last thread to leave restores them.
+    Pillow's limits protect against untrusted files, but these are the user's own. They are global: the last thread to exit restores them.
     """
     global _unlimited, _guards
     with _limits:
@@ -237,47 +238,47 @@ def any_size() -> Iterator[None]:
 
 
 def read_image(path: str) -> Image.Image:
-    """Decode a file of any kind and size that Pillow knows to 8-bit RGB. Raises DataError naming the file where that fails.
+    """Decode a file of any format and size that Pillow supports to 8-bit RGB. Raises DataError, with the file name, if this fails.
 
-    Transparency is dropped, as ImageNet pipelines do. Grey values of 16 bits (0 to 65535) and floats (0 to 1) are scaled to 8 bits;
-    others are refused with their range, as clipping would make them black or white.
+    Transparency is dropped, as in ImageNet pipelines. Grey values of 16 bits (0 to 65535) and floats (0 to 1) are scaled to 8 bits;
+    others raise an error with their range, because clipping would make them black or white.
     """
     try:
         with any_size(), Image.open(path) as image:
             if 4 * image.width * image.height > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-                raise MemoryError  # before the kernel kills a process, for what may be a broken header
+                raise MemoryError  # before the kernel kills the process; the size may come from a broken header
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 return Image.fromarray(_to_bytes(path, numpy.asarray(image))).convert("RGB")
-            # Pillow turns a palette with transparent entries into RGB only by way of RGBA
+            # Pillow converts a palette with transparent entries to RGB only via RGBA
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except DataError:
         raise
     except MemoryError as error:
-        raise DataError(f"{path} has more pixels than fit into memory: give a smaller copy of it, or pass --skip-corrupt") from error
+        raise DataError(f"{path} has more pixels than fit into memory: use a smaller copy, or pass --skip-corrupt") from error
     except Exception as error:  # decoders raise a dozen kinds of exceptions on broken files
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system, and not of a decoder
+        if isinstance(error, OSError) and error.errno is not None:  # from the file system, not from a decoder
             raise DataError(f"{path} cannot be opened ({error.strerror}): make it readable, or pass --skip-corrupt") from error
-        mend = "if other programs show it, save it anew as PNG or JPEG; otherwise delete it, or pass --skip-corrupt"
-        raise DataError(f"{path} cannot be read as an image ({error}): {mend}") from error
+        fix = "if other programs can open it, save it again as PNG or JPEG; otherwise delete it, or pass --skip-corrupt"
+        raise DataError(f"{path} cannot be read as an image ({error}): {fix}") from error
 
 
 def _to_bytes(path: str, values: numpy.ndarray) -> numpy.ndarray:
-    """Grey pixels of 16 or 32 bits, integers or floats, as uint8. Raises DataError for a range that has no usual meaning."""
+    """Convert grey pixels of 16 or 32 bits, integers or floats, to uint8. Raises DataError for an unusual range."""
     low, high = values.min().item(), values.max().item()
     if values.dtype.kind == "f":
         if low >= 0 and high <= 1:
             return (values * 255).round().astype(numpy.uint8)
-        what, wanted = "float pixels", "floats are read from 0 to 1"
+        what, wanted = "float pixels", "the supported range is 0 to 1"
     elif 0 <= low and high <= 65535 and not 0 < high < 257:
         return (values.astype(numpy.int64) // 257).astype(numpy.uint8)
     else:
-        what, wanted = "pixels of more than 8 bits", "these are read from 0 to 65535"
-        wanted += ", where they would all be black" if 0 <= low and high <= 65535 else ""
+        what, wanted = "pixels of more than 8 bits", "the supported range is 0 to 65535"
+        wanted += ", in which they would all be black" if 0 <= low and high <= 65535 else ""
     raise DataError(f"{path} has {what} from {low} to {high}, and {wanted}: save it with 8 bits, or pass --skip-corrupt")
 
 
 def _digits() -> Data:
-    # imported here because scikit-learn takes a second to load, and only this set needs it
+    # imported here because scikit-learn takes a second to load, and only this data set needs it
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -297,13 +298,13 @@ def _cifar(name: str, root: Path) -> Data:
 
     try:
         try:
-            sets = load(download=False)  # needs no lock, and so no folder that can be written to
+            sets = load(download=False)  # needs no lock, so the folder may be read-only
         except (OSError, RuntimeError):
-            # one process downloads and unpacks; those that wait for it find everything there, as torchvision looks before it downloads
+            # one process downloads and unpacks; the others wait and then find the files, because torchvision checks before it downloads
             with locked(root / f"{name}.lock", wait=True):
                 archive, names = root / kind.filename, root / kind.base_folder / kind.meta["filename"]
                 if check_integrity(archive, kind.tgz_md5) and not check_integrity(names, kind.meta["md5"]):
-                    # a process was killed while it unpacked; torchvision itself unpacks again only where images are missing
+                    # a process was killed while unpacking; torchvision itself unpacks again only if images are missing
                     extract_archive(archive, root)
                 sets = load(download=True)
     except (OSError, RuntimeError) as error:
@@ -319,7 +320,7 @@ def _in_memory(name: str, train: Split, val: Split) -> Data:
     images = train.images
     assert images is not None
     levels = torch.arange(256, dtype=torch.float64) / 255
-    # counting grey levels is exact and needs no float copy of the set
+    # counting grey levels is exact and needs no float copy of the images
     frequencies = [torch.bincount(channel.flatten(), minlength=256) / channel.numel() for channel in images.unbind(1)]
     mean = [float((frequency * levels).sum()) for frequency in frequencies]
     std = [float((frequency * (levels - m) ** 2).sum().sqrt()) for frequency, m in zip(frequencies, mean, strict=True)]
@@ -339,13 +340,13 @@ def _tiny_imagenet(folder: Path, skip_corrupt: bool) -> Data:
     for line in annotations.read_text().splitlines():
         fields = line.split("\t")  # file, class, and a bounding box
         if len(fields) < 2 or fields[1] not in number:
-            raise DataError(f"{annotations}: the line {line!r} names no class of {folder / 'train'}: unpack the archive again")
+            raise DataError(f"{annotations}: the line {line!r} has no class of {folder / 'train'}: unpack the archive again")
         paths.append(str(annotations.parent / "images" / fields[0]))
         labels.append(number[fields[1]])
-    missing = next((path for path in paths if not os.path.exists(path)), None)
-    if missing or not paths:
-        raise DataError(f"{annotations} names {missing or 'no images'}, which is not there: unpack the archive again")
-    val = Split(torch.tensor(labels), paths=paths, class_names=train.class_names, skip_corrupt=skip_corrupt)
+    lost = next((path for path in paths if not os.path.exists(path)), None)
+    if lost or not paths:
+        raise DataError(f"{annotations} lists {lost or 'no images'}, which is not there: unpack the archive again")
+    val = Split(torch.tensor(labels), paths=Paths(paths), class_names=train.class_names, skip_corrupt=skip_corrupt)
     return Data("tiny-imagenet", len(number), 3, (64, 64), IMAGENET_MEAN, IMAGENET_STD, train, val)
 
 
@@ -359,17 +360,18 @@ def _mini_imagenet(folder: Path, file: Path, skip_corrupt: bool) -> Data:
     if len(counts) != MINI_CLASSES or odd:
         found = ", ".join([f"{len(counts)} classes ({', '.join([*counts][:3])}{', ...' if len(counts) > 3 else ''})", *odd[:3]])
         raise DataError(
-            f"{folder} holds {found}; Mini-ImageNet has {MINI_CLASSES} classes of {MINI_IMAGES} images: complete it. "
-            "Another selection is another data set: open it as a folder with train/ and val/"
+            f"{folder} contains {found}; Mini-ImageNet has {MINI_CLASSES} classes of {MINI_IMAGES} images: complete it. "
+            "For another selection of images, open it as a folder with train/ and val/"
         )
+    assert whole.paths is not None
     paths = [Path(path).relative_to(folder).as_posix() for path in whole.paths]
     if not file.exists():
-        # the usual split gives train and val classes of their own, as few-shot learning wants it, so each class is divided here
-        chosen = set(whole.per_class(MINI_TRAIN, seed=0).paths)
+        # the usual split has different classes in train and val, for few-shot learning; here each class is divided into train and val
+        chosen = set(whole.per_class(MINI_TRAIN, seed=0).paths or ())
         parts = {short: "train" if path in chosen else "val" for short, path in zip(paths, whole.paths, strict=True)}
-        # the processes of a run may all get here at once: what they write is the same, each in a folder of its own as `replacing` has one
-        # temporary name, and the file is whole from the moment it has its name
-        text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        # all processes of a run may do this at the same time. They write the same content, each in its own folder because `replacing` has
+        # a fixed temporary name, and the final rename is atomic
+        text: dict = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
         try:
             with TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as own:
                 with replacing(Path(own) / file.name) as temporary, open(temporary, "w", **text) as out:
@@ -386,18 +388,18 @@ def _mini_imagenet(folder: Path, file: Path, skip_corrupt: bool) -> Data:
 
 def _read_split(file: Path, content: bytes, paths: Sequence[str]) -> dict[str, str]:
     def fault(what: str) -> DataError:
-        return DataError(f"{file} {what}: mend it, or delete it to have it made again")
+        return DataError(f"{file} {what}: fix it, or delete it to create it again")
 
     header, *lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines() or [""]
     if header != "path,split":
         raise fault(f"begins with {header!r} and not with 'path,split'")
     parts, known = {}, set(paths)
     for line in filter(None, lines):
-        path, *rest = next(csv.reader([line]))  # line by line, so that a quotation mark left open ends there
+        path, *rest = next(csv.reader([line]))  # line by line, so that an open quotation mark ends with its line
         if rest not in (["train"], ["val"]):
             raise fault(f"has the line {line!r}, which is not a path, a comma and train or val")
         if path not in known or path in parts:
-            raise fault(f"lists {path!r} twice" if path in parts else f"names {path!r}, and there is no such image")
+            raise fault(f"lists {path!r} twice" if path in parts else f"lists {path!r}, and there is no such image")
         parts[path] = rest[0]
     missing = [path for path in paths if path not in parts]
     if missing:
@@ -427,10 +429,10 @@ def _folder(folder: Path, skip_corrupt: bool) -> Data:
 
 
 def scan_folder(folder: Path, skip_corrupt: bool) -> Split:
-    """The images of a folder that holds one folder per class, classes in the order of their names; `skip_corrupt` as in Split.
+    """Find the images of a folder with one folder per class; classes are sorted by name. `skip_corrupt` as in Split.
 
-    At every level, what systems leave beside people's files is passed over: names that begin with a dot, and FOREIGN.
-    Raises DataError where there are no class folders, one holds no images, or one cannot be listed.
+    Names that begin with a dot and names in FOREIGN are ignored at every level.
+    Raises DataError if there are no class folders, or if one has no images or cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
@@ -450,12 +452,12 @@ def scan_folder(folder: Path, skip_corrupt: bool) -> Split:
     except OSError as error:
         refuse(error)
     if not names:
-        raise DataError(f"{folder} holds no class folders: put the images of each class into a folder of its own there")
+        raise DataError(f"{folder} has no class folders: put the images of each class into its own folder there")
     root, counts = os.path.join(folder, ""), list[int]()
     paths = Paths(images(), root)
     for name, count in zip(names, counts, strict=True):
         if count == 0:
-            raise DataError(f"{folder / name} holds no images ({' '.join(IMG_EXTENSIONS)}): fill the folder or delete it")
+            raise DataError(f"{folder / name} has no images ({' '.join(IMG_EXTENSIONS)}): fill the folder or delete it")
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor(counts))
     return Split(labels, paths=paths, class_names=tuple(names), skip_corrupt=skip_corrupt)
 

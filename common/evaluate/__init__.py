@@ -1,4 +1,4 @@
-"""How an encoder is judged: full fine-tuning, linear probes, logistic regression, k-NN. From scratch is fine-tuning too."""
+"""Evaluation of an encoder: full fine-tuning (also from scratch), linear probes, logistic regression, k-NN."""
 
 from common.evaluate.encoder import TokenEncoder, as_encoder
 from common.evaluate.finetune import Classifier, Supervision, accuracies, accuracy, best_five, own_metrics, pool_tokens, position_parameters

@@ -1,4 +1,4 @@
-"""A whole network that learns to classify, from a pre-trained encoder or from nothing, and how answers are counted.
+"""Fine-tuning of a whole network, from a pre-trained encoder or from scratch, and classification accuracy.
 
 Shapes: B images, T tokens (the class token, if any, first), D width, K classes.
 """
@@ -11,7 +11,8 @@ from lightning.fabric import Fabric
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from common.data import Loader
+from common.data import Batches, Loader
+from common.evaluate.encoder import TokenEncoder
 from common.method import Output
 from common.processes import once, sum_over_processes
 from common.randomness import reseed
@@ -20,7 +21,7 @@ from common.run import RunError
 from common.vit import ViT
 
 
-def pool_tokens(tokens_BTD: Tensor, encoder: ViT, pool: str) -> Tensor:
+def pool_tokens(tokens_BTD: Tensor, encoder: ViT | TokenEncoder, pool: str) -> Tensor:
     """The feature of an image (B, D): the mean of its patch tokens, or its class token.
 
     Raises ValueError for the class token of an encoder that has none.
@@ -32,21 +33,21 @@ def pool_tokens(tokens_BTD: Tensor, encoder: ViT, pool: str) -> Tensor:
     return tokens_BTD[:, 0]
 
 
-def tokens(encoder: ViT, images: Tensor, layers: int = 1) -> Tensor:
-    """The tokens (B, T, layers x D) after the last blocks of an encoder, side by side, those of the last block last."""
+def tokens(encoder: ViT | TokenEncoder, images: Tensor, layers: int = 1) -> Tensor:
+    """The tokens (B, T, layers x D) after the last blocks of an encoder, concatenated in the order of the blocks."""
     return encoder(images) if layers == 1 else torch.cat(encoder.last_blocks(images, layers), dim=-1)
 
 
 def position_parameters(model: nn.Module) -> set[str]:
-    """Names of class tokens and position embeddings, which supervised training does not decay (DeiT, Swin)."""
+    """Names of class tokens and position embeddings, which have no weight decay in supervised training (DeiT, Swin)."""
     ends = ("_token", "pos_embed", "relative_position_bias_table")
     return {name for name, _ in model.named_parameters() if name.endswith(ends)}
 
 
 class Supervision:
-    """How labels teach: Mixup and CutMix (timm's) of each micro-batch, with probability 1, and label smoothing. For training only.
+    """Supervised loss with Mixup and CutMix (of timm; on each micro-batch, with probability 1) and label smoothing. For training only.
 
-    Raises ValueError for a mixup or cutmix that is not a number from 0 up, and a smoothing outside [0, 1).
+    Raises ValueError for a mixup or cutmix that is not a number from 0 up, and for a smoothing outside [0, 1).
     """
 
     def __init__(self, classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, smoothing: float = 0.0):
@@ -56,37 +57,38 @@ class Supervision:
         self.smoothing = smoothing
         self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
 
-    @torch.compiler.disable  # weights of a blend are new numbers in each step, and a compiled step would hold for one of them
+    @torch.compiler.disable  # the mixing weights change in each step, and a compiled step would be valid for one of them only
     def blend(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and classes (B,) to blended images and soft targets (B, K); as they are where nothing is to be blended.
+        """Images (B, C, H, W) and classes (B,) to mixed images and soft targets (B, K); unchanged without mixup and cutmix.
 
-        Image i is blended with image B - 1 - i. Of an odd number, the first is blended with the second, and image i with image B - i.
+        Image i is mixed with image B - 1 - i. If B is odd, the first is mixed with the second, and any other image i with image B - i.
         Raises ValueError for a single image.
         """
         if self.mixup is None:
             return images, targets
         count = len(images)
         if count == 1:
-            raise ValueError("mixup and cutmix blend two images, and a micro-batch has 1: use 2 or more")
+            raise ValueError("mixup and cutmix mix two images, and a micro-batch has 1: use 2 or more")
         if count % 2 == 0:
             return self.mixup(images.clone(), targets)
-        # timm takes an even number and pairs first with last. The last is a copy of the second image here, and is dropped afterwards.
+        # timm needs an even number of images and pairs first with last. So append a copy of the second image and drop it afterwards.
         images, targets = self.mixup(torch.cat([images, images[1:2]]), torch.cat([targets, targets[1:2]]))
         return images[:count], targets[:count]
 
-    def loss(self, logits_BK: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy with classes, smoothed, or with soft targets, which are smoothed already."""
+    def loss(self, logits_BK: Tensor, targets: Tensor | None) -> Tensor:
+        """Cross-entropy with classes (with label smoothing) or with soft targets (already smoothed)."""
+        assert targets is not None
         smoothing = 0.0 if targets.is_floating_point() else self.smoothing
         return F.cross_entropy(logits_BK.float(), targets, label_smoothing=smoothing)
 
 
 class Classifier(nn.Module):
-    """A whole network that learns to classify: MAE's and DeiT's fine-tuning.
+    """An encoder with a classification head, for fine-tuning as in MAE and DeiT.
 
-    With mean pooling the encoder's final norm gives way to a fresh one after pooling. The head starts near zero (std 2e-5).
+    With mean pooling, a new norm after pooling replaces the encoder's final norm. The head starts near zero (std 2e-5).
     """
 
-    def __init__(self, encoder: ViT, classes: int, protocol: Protocol):
+    def __init__(self, encoder: ViT | TokenEncoder, classes: int, protocol: Protocol):
         super().__init__()
         self.encoder, self.pool = encoder, protocol.pool
         if protocol.pool == "mean":
@@ -111,27 +113,27 @@ class Classifier(nn.Module):
         return position_parameters(self)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer 0 is the stem, layer i + 1 is block i, what follows the blocks is the head (timm's layer decay asks for this)."""
+        """Parameter groups for timm's layer decay: layer 0 is the stem, layer i + 1 is block i, the rest is the head."""
         of = r"^encoder\.(?:module\.)?"
         return {"stem": of + r"(?:cls_token|reg_token|pos_embed|patch_embed)", "blocks": [(of + r"blocks\.(\d+)", None)]}
 
 
 def best_five(logits_BK: Tensor, targets_B: Tensor) -> Tensor:
-    """Which of the five best answers (of fewer classes, all) are right: (B, 5) bool, the best answer first. Also of a stack (..., B, K)."""
+    """Whether each of the top 5 predictions (or all, if K < 5) is correct: (B, 5) bool, the best first. Also for a stack (..., B, K)."""
     return logits_BK.topk(min(5, logits_BK.shape[-1])).indices == targets_B[:, None]
 
 
 @torch.no_grad()
-def accuracy(fabric: Fabric, model: nn.Module, loader: Loader) -> dict[str, float]:
-    """top1 and top5 in percent of a model whose output names "logits", over all processes."""
+def accuracy(fabric: Fabric, model: nn.Module, loader: Batches) -> dict[str, float]:
+    """top1 and top5 in percent, over all processes, of a model whose output has named["logits"]."""
     return {name: value.item() for name, value in zip(("top1", "top5"), accuracies(fabric, model, loader), strict=True)}
 
 
 @torch.no_grad()
-def accuracies(fabric: Fabric, model: nn.Module, loader: Loader, classifiers: tuple[int, ...] = ()) -> Tensor:
-    """top1 and top5 in percent, (2,) float64; where the logits are a stack (G, B, K) of `classifiers` = (G,), of each: (2, G).
+def accuracies(fabric: Fabric, model: nn.Module, loader: Batches, classifiers: tuple[int, ...] = ()) -> Tensor:
+    """top1 and top5 in percent, (2,) float64; or (2, G) if the logits are a stack (G, B, K), where `classifiers` is (G,).
 
-    Raises RunError, after the last batch, where answers were not finite.
+    Raises RunError, after the last batch, if logits were not finite.
     """
     model.eval()
     hits = torch.zeros(4, *classifiers, dtype=torch.float64, device=fabric.device)
@@ -144,13 +146,13 @@ def accuracies(fabric: Fabric, model: nn.Module, loader: Loader, classifiers: tu
         hits += torch.stack([right[..., 0].sum(-1), right.sum((-1, -2)), count, spoiled])
     hits = sum_over_processes(fabric, hits)
     if hits[3].any():
-        raise RunError(f"answers to {int(hits[3].max())} of {int(hits[2].max())} images are not finite, so none would be a fair count")
+        raise RunError(f"the logits of {int(hits[3].max())} of {int(hits[2].max())} images are not finite, so no accuracy is reported")
     return 100 * hits[:2] / hits[2]
 
 
 @torch.no_grad()
 def own_metrics(fabric: Fabric, method: nn.Module, loader: Loader, seed: int) -> dict[str, float]:
-    """The loss and the metrics of a method itself, means over the images of all processes; its draws depend on the seed alone."""
+    """The loss and the metrics of a method, averaged over the images of all processes. Its random draws depend only on the seed."""
     method.eval()
     sums: dict[str, float] = {}
     count = 0
@@ -161,7 +163,7 @@ def own_metrics(fabric: Fabric, method: nn.Module, loader: Loader, seed: int) ->
         for name, value in {"loss": output.loss, **output.metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value() if callable(value) else value) * len(images)
         count += len(images)
-    names = once(fabric, lambda: list(sums))  # a process without images has none, and all must exchange tensors of one shape
-    totals = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64, device=fabric.device)
-    totals = sum_over_processes(fabric, totals).tolist()
+    names = once(fabric, lambda: list(sums))  # a process without images has no names, and all processes must exchange tensors of one shape
+    mine = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64, device=fabric.device)
+    totals = sum_over_processes(fabric, mine).tolist()
     return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}

@@ -1,6 +1,6 @@
-"""Features of a frozen encoder, kept on disk, and what needs nothing else: logistic regression and weighted k-NN.
+"""Features of a frozen encoder, cached on disk, and evaluations on them: logistic regression and weighted k-NN.
 
-Shapes: N training images, M test images, B images, L layers side by side, D width (of all of them), K classes or neighbours.
+Shapes: N training images, M test images, B images, L concatenated layers, D width (of all of them), K classes or neighbours.
 """
 
 import copy
@@ -17,26 +17,27 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.data import Loader
+from common.evaluate.encoder import TokenEncoder
 from common.evaluate.finetune import best_five, pool_tokens, tokens
 from common.files import replacing
 from common.processes import gather_rows, once
 from common.run import RunError
 from common.vit import ViT
 
-# Largest entry of the gradient where the solver stops: with many classes and a weak penalty scikit-learn's own 1e-4 stops far too early.
-# Newton's steps, because the features of an encoder are so correlated that L-BFGS has not arrived there after a thousand of its own.
+# tol is the largest entry of the gradient at which the solver stops. With many classes and a weak penalty, scikit-learn's default of 1e-4
+# stops far too early. Newton's method, because features are so correlated that L-BFGS does not reach this in a thousand iterations.
 SOLVER = {"solver": "newton-cg", "tol": 1e-9, "max_iter": 100}
 
 
 @torch.no_grad()
 def features(
-    fabric: Fabric, encoder: ViT | None, loader: Loader, pool: str, layers: int = 1, cache: Path | None = None
+    fabric: Fabric, encoder: ViT | TokenEncoder | None, loader: Loader, pool: str, layers: int = 1, cache: Path | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, D) after the last blocks of an encoder, and the classes (N,), of every image; raw pixels where it is None.
+    """Pooled features (N, D) after the last blocks of an encoder, and the classes (N,), of all images; raw pixels if encoder is None.
 
-    A loader that divides the images among processes divides the work; every process returns the features of all, in order.
-    Where `cache` is given, such as runs/x/features/pretrained-train, they are read from a file whose name begins so, or written to it.
-    Raises RunError where that file holds features of another encoder, or of the same seen, read or computed in another way, and for
+    If the loader divides the images among processes, so is the work; every process returns the features of all images, in order.
+    cache: prefix of a file name, such as runs/x/features/pretrained-train; features are read from this file, or written to it.
+    Raises RunError if the file holds features of another encoder, other images or another resize, pooling or precision, and for
     features that are not finite.
     """
     if encoder is None:
@@ -59,25 +60,26 @@ def features(
     return feature_ND, target_N
 
 
-def _extract(fabric: Fabric, encoder: ViT | None, loader: Loader, pool: str, layers: int) -> tuple[Tensor, Tensor]:
+def _extract(fabric: Fabric, encoder: ViT | TokenEncoder | None, loader: Loader, pool: str, layers: int) -> tuple[Tensor, Tensor]:
     found = []
     for images, targets in loader.epoch(0):
         with fabric.autocast():
             feature = images.flatten(1) if encoder is None else pool_tokens(tokens(encoder, images, layers), encoder, pool)
         found.append((feature.float(), targets))
-    feature, target = (torch.cat(part) for part in zip(*found, strict=True)) if found else (None, None)
+    parts: list = [torch.cat(part) for part in zip(*found, strict=True)] if found else [None, None]
     if fabric.world_size > 1 and loader.world_size > 1:
-        feature, target = (gather_rows(fabric, part, len(loader.split)) for part in (feature, target))
-    check_finite(feature, "look at the encoder's weights and at the images, or compute them with --precision 32-true")
+        parts = [gather_rows(fabric, part, len(loader.split)) for part in parts]
+    feature, target = parts
+    check_finite(feature, "check the encoder's weights and the images, or compute the features with --precision 32-true")
     return feature, target
 
 
 def check_finite(feature_ND: Tensor, advice: str = "they would be ranked as if they were numbers") -> None:
-    """Raise RunError for features (N, D) that are not finite, with how many images they are of and what to do about it."""
+    """Raise RunError for features (N, D) that are not finite, with the number of images and the advice."""
     spoiled_N = ~feature_ND.isfinite().all(1)
     if spoiled_N.any():
         count, first = int(spoiled_N.sum()), int(spoiled_N.nonzero()[0])
-        raise RunError(f"features of {count} of {len(feature_ND)} images are not finite, the first is number {first}: {advice}")
+        raise RunError(f"features of {count} of {len(feature_ND)} images are not finite, the first is image {first}: {advice}")
 
 
 def _read(file: Path, key: dict[str, str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -86,15 +88,15 @@ def _read(file: Path, key: dict[str, str], device: torch.device) -> tuple[Tensor
             differing = [name for name in key if (held.metadata() or {}).get(name) != key[name]]
             if not differing:
                 feature_ND, target_N = held.get_tensor("features"), held.get_tensor("classes")
-                check_finite(feature_ND, f"delete {file} to have them made again")
+                check_finite(feature_ND, f"delete {file} to compute them again")
                 return feature_ND, target_N
     except SafetensorError as error:
-        raise RunError(f"{file} cannot be read ({error}); delete it to have it made again") from error
-    raise RunError(f"{file} holds features with another {', '.join(differing)}; delete it to have them made again, or use another OUT=")
+        raise RunError(f"{file} cannot be read ({error}); delete it to compute it again") from error
+    raise RunError(f"{file} holds features with another {', '.join(differing)}; delete it to compute them again, or use another OUT=")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The SHA-256 of a model's state, in hexadecimal: names, types, shapes and values."""
+    """The SHA-256 of a model's state dict, in hexadecimal: names, types, shapes and values."""
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -103,19 +105,19 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def layers_name(layers: int) -> str:
-    """How a number of last blocks is called in names and results: last, last4."""
+    """The name of a number of last blocks in file names and results: last, last4."""
     return "last" if layers == 1 else f"last{layers}"
 
 
 def standardise(train_ND: Tensor, test_MD: Tensor, statistics: str = "train") -> tuple[Tensor, Tensor]:
-    """Both with mean 0 and (unbiased) std 1 by the train features; the test features by their own where statistics="own".
+    """Standardise both by mean and (unbiased) std of the train features; with statistics="own", the test features by their own.
 
-    That is how StoP was released; it lets an answer depend on the other test images. A feature that is constant becomes 0.
+    "own" is what StoP's release does; predictions then depend on the other test images. A constant feature becomes 0.
     """
 
     def moments(feature_ND: Tensor) -> tuple[Tensor, Tensor]:
         std_D, mean_D = torch.std_mean(feature_ND.double(), 0)
-        return mean_D, std_D.where(std_D > 1e-6 * mean_D.abs(), 1.0)  # less is rounding
+        return mean_D, std_D.where(std_D > 1e-6 * mean_D.abs(), 1.0)  # a smaller std is a rounding error
 
     mean_D, std_D = moments(train_ND)
     other_mean_D, other_std_D = moments(test_MD) if statistics == "own" else (mean_D, std_D)
@@ -123,11 +125,11 @@ def standardise(train_ND: Tensor, test_MD: Tensor, statistics: str = "train") ->
 
 
 def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, l2: float) -> tuple[Tensor, bool]:
-    """Weights (K, D), without bias, of multinomial logistic regression, and whether the solver has reached the optimum.
+    """Weights (K, D), without bias, of multinomial logistic regression, and whether the solver has converged.
 
-    They minimise the mean cross-entropy + l2 / N * |W|^2 / 2, as cyanure does for StoP. StoP turns the features to their principal
-    axes before; the penalty is the same in all directions, so that changes nothing and is left out.
-    Raises ValueError where a class has no label, RunError for features that are not finite.
+    They minimise the mean cross-entropy + l2 / N * |W|^2 / 2, as cyanure does for StoP. StoP first rotates the features to their
+    principal axes; the penalty is the same in all directions, so the rotation has no effect and is left out.
+    Raises ValueError if a class has no label, RunError for features that are not finite.
     """
     check_finite(train_ND)
     # imported here because scikit-learn takes a second to load, and nothing else needs it
@@ -137,7 +139,7 @@ def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, l2: float) -> 
     absent = (torch.bincount(train_N, minlength=classes) == 0).nonzero()[:, 0].tolist()
     if absent:
         raise ValueError(f"{len(absent)} of {classes} classes have no label to learn from, the first is class {absent[0]}: add one of each")
-    # of two classes scikit-learn fits the difference w: the halves of it have the penalty |w|^2 / 4
+    # for two classes scikit-learn fits the difference w; as two weights -w/2 and w/2 the penalty is |w|^2 / 4
     scale = 2 if classes == 2 else 1
     model = LogisticRegression(C=scale / l2, fit_intercept=False, **SOLVER)
     with warnings.catch_warnings(record=True) as caught:
@@ -150,7 +152,7 @@ def fit_logistic(train_ND: Tensor, train_N: Tensor, classes: int, l2: float) -> 
 def logistic_accuracy(
     train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, *, classes: int, l2: float, statistics: str = "train"
 ) -> dict[str, float]:
-    """top1 and top5 in percent of logistic regression on standardised features, and whether it has `converged`.
+    """top1 and top5 in percent of logistic regression on standardised features, and whether the solver has `converged`.
 
     Raises ValueError and RunError as fit_logistic does.
     """
@@ -178,6 +180,6 @@ def knn_accuracy(
     for block_BD, block_B in zip(test_MD.split(1024), test_M.split(1024), strict=True):
         similarity_BK, index_BK = (block_BD @ train_ND.T).topk(min(neighbours, len(train_ND)), dim=1)
         votes = torch.zeros(len(block_BD), classes, device=train_ND.device)
-        votes.scatter_add_(1, train_N[index_BK], ((similarity_BK - 1) / temperature).exp())  # up to a factor; without the 1 it overflows
+        votes.scatter_add_(1, train_N[index_BK], ((similarity_BK - 1) / temperature).exp())  # up to a constant factor; -1 avoids overflow
         hits += int((votes.argmax(1) == block_B).sum())
     return 100 * hits / len(test_M)

@@ -1,6 +1,6 @@
-"""Linear probes: classifiers on the features of an encoder that stays as it is, a whole grid of them at once.
+"""Linear probes: classifiers on the features of a frozen encoder, a whole grid of them at once.
 
-Shapes: B images, T tokens, L layers side by side, D width of one, G classifiers, K classes; N labelled images, of which H are held out.
+Shapes: B images, T tokens, L concatenated layers, D width of one, G classifiers, K classes; N labelled images, of which H are held out.
 """
 
 from collections.abc import Iterator
@@ -20,34 +20,34 @@ from common.randomness import generator
 from common.recipe import Protocol, RecipeError
 from common.vit import ViT
 
-ON_TEST = "_on_test"  # ends the protocol of a number that is the best of several by the test images themselves: linear_best_on_test
-HELD_OUT = 2**32  # in the key of the draw of `hold_out`; the draws of labels have the number of a class in its place
+ON_TEST = "_on_test"  # suffix of the protocol name if the best classifier is chosen on the test images: linear_best_on_test
+HELD_OUT = 2**32  # part of the random key in `hold_out`; when labels are drawn, the class number is in its place
 
 
 class LinearProbe(nn.Module):
-    """A classifier for each of layers x heads x lr_multipliers x decays, as `grid` lists them; each trains independently.
+    """One classifier for each of layers x heads x lr_multipliers x decays, in the order of `grid`; each trains independently.
 
-    They share the forward pass of the encoder, and start from the same weights. The heads before the linear layer: "norm", a batch norm
-    without parameters (MAE, appendix A.1); "norm_affine", one with (VISSL's eval_mlp); "linear", none; "attentive", a query that is
-    learned and attends to all tokens. Raises ValueError for more layers than the encoder has.
+    They share the forward pass of the encoder and start from the same weights. Heads, before the linear layer: "norm", a batch norm
+    without parameters (MAE, appendix A.1); "norm_affine", a batch norm with parameters (VISSL's eval_mlp); "linear", nothing;
+    "attentive", a learned query that attends to all tokens. Raises ValueError for more layers than the encoder has.
     """
 
     def __init__(self, encoder: ViT | TokenEncoder, classes: int, protocol: Protocol):
         super().__init__()
         self.encoder, self.pool, self.width = encoder.requires_grad_(False), protocol.pool, encoder.width
-        self.layers, self.stage, self.choose_on = max(protocol.layers), protocol.stage, protocol.choose_on
+        self.layers, self.stage, self.choose_on = max(protocol.layers), protocol.training, protocol.choose_on
         depth = max(1, len(encoder.blocks))
         if self.layers > depth:
-            raise ValueError(f"layers={protocol.layers}: the encoder has {depth}, so ask for that many at most")
-        decays = protocol.decays or (protocol.stage.weight_decay,)
+            raise ValueError(f"layers={protocol.layers}: the encoder has {depth}; use at most this number")
+        decays = protocol.decays or (protocol.training.weight_decay,)
         self.grid = list(product(protocol.layers, protocol.heads, protocol.lr_multipliers, decays))
         self.heads = nn.ModuleList()
         for layers, head, *_ in self.grid:
-            with torch.random.fork_rng(devices=[]):  # what one draws does not depend on the others
+            with torch.random.fork_rng(devices=[]):  # the initial weights of a classifier do not depend on the others
                 self.heads.append(_head(head, layers * encoder.width, _attention_heads(encoder), classes))
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
-        """images (B, C, H, W), or pooled features of them (B, L*D), and in training class indices (B,); "logits" are (G, B, K).
+        """images (B, C, H, W), or their pooled features (B, L*D), and in training class indices (B,); "logits" are (G, B, K).
 
         The loss is the sum over the grid. Raises ValueError for an attentive head on pooled features.
         """
@@ -58,14 +58,14 @@ class LinearProbe(nn.Module):
         for (layers, head, *_), classifier in zip(self.grid, self.heads, strict=True):
             seen = token_BTD if head == "attentive" else feature_BD
             if seen is None:
-                raise ValueError("an attentive head needs tokens, and these features are pooled: give it images")
+                raise ValueError("an attentive head needs tokens, but these features are pooled: use images as input")
             logits.append(classifier(seen[..., -layers * self.width :].float()).float())
         logits_GBK = torch.stack(logits)
         losses = [] if targets is None else [F.cross_entropy(logits_BK, targets) for logits_BK in logits]
         return Output(sum(losses, logits_GBK.new_zeros(())), named={"logits": logits_GBK})
 
     def parameter_groups(self) -> list[dict]:
-        """For make_optimizer: each classifier's weights at its rate and decay, its biases and norms without decay."""
+        """For make_optimizer: the weights of each classifier with its learning rate and decay; its biases and norms without decay."""
         return [
             {
                 "params": [parameter for parameter in classifier.parameters() if (parameter.ndim > 1) == decayed],
@@ -77,21 +77,21 @@ class LinearProbe(nn.Module):
         ]
 
     def names(self) -> list[str]:
-        """What tells each classifier of the grid, as results have it: layers=last4 head=linear lr=0.05 decay=0.0005."""
+        """The settings of each classifier of the grid, as in results: layers=last4 head=linear lr=0.05 decay=0.0005."""
         return [
             f"layers={layers_name(layers)} head={head} lr={self.stage.lr * rate:.6g} decay={decay:g}"
             for layers, head, rate, decay in self.grid
         ]
 
     def best(self, top1_G: list[float]) -> dict[str, int]:
-        """The place in the grid of the best with each number of layers, and of all: "_last", "_last4", "_best"; of one number, "".
+        """Index in the grid of the best for each number of layers, and of all: "_last", "_last4", "_best"; "" if there is one number.
 
-        top1_G: by which the best is chosen; of several that are equal the first is. Where a choice is made on the test images, the name
-        ends in ON_TEST. The best of all comes last.
+        top1_G: accuracy by which the best is chosen; the first of equal ones is taken. If the choice is made on the test images, the name
+        ends in ON_TEST. The best of all is the last entry.
         """
         every = range(len(self.grid))
         groups = {f"_{layers_name(n)}": [g for g in every if self.grid[g][0] == n] for n in dict.fromkeys(n for n, *_ in self.grid)}
-        groups = groups | {"_best": every} if len(groups) > 1 else {"": every}
+        groups = groups | {"_best": [*every]} if len(groups) > 1 else {"": [*every]}
         if self.choose_on == "test":
             groups = {part + (ON_TEST if len(places) > 1 else ""): places for part, places in groups.items()}
         return {part: max(places, key=top1_G.__getitem__) for part, places in groups.items()}
@@ -103,7 +103,7 @@ class LinearProbe(nn.Module):
 
 
 def _attention_heads(encoder: ViT | TokenEncoder) -> int:
-    """Of the encoder's blocks (timm calls them num_heads); one per 64 features where it has none."""
+    """Number of attention heads of the encoder's blocks (num_heads in timm); one per 64 features if there are none."""
     attention = getattr(encoder.blocks[0], "attn", None) if len(encoder.blocks) else None
     return getattr(attention, "heads", None) or getattr(attention, "num_heads", None) or max(1, encoder.width // 64)
 
@@ -122,11 +122,11 @@ def _head(kind: str, width: int, attention_heads: int, classes: int) -> nn.Seque
 
 
 def hold_out(protocol: Protocol, label_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Which labelled images a probe is trained on, and on which the best of its grid is chosen: indices (N - H,) and (H,), in order.
+    """Split labelled images for training and for choosing the best classifier of the grid: sorted indices (N - H,) and (H,).
 
-    A tenth of each class is held out, at least one image, and never a class's only one; drawn with the seed alone, so that a resumed run
-    and every process choose by the same images. H is 0 where there is one classifier, or the protocol chooses on the test images.
-    Raises RecipeError where no class has a second image.
+    A tenth of each class is held out, at least one image, and never the only image of a class. The draw depends only on the seed, so a
+    resumed run and all processes use the same images. H is 0 for a single classifier, and if the protocol chooses on the test images.
+    Raises RecipeError if no class has a second image.
     """
     every_N = torch.arange(len(label_N))
     if protocol.kind != "linear" or protocol.classifiers == 1 or protocol.choose_on == "test":
@@ -140,14 +140,14 @@ def hold_out(protocol: Protocol, label_N: Tensor, seed: int) -> tuple[Tensor, Te
     held_N = place_N < held_K[label_of_drawn_N]
     if not held_N.any():
         raise RecipeError(
-            f"protocol {protocol.name}: the best of {protocol.classifiers} classifiers is chosen on labelled images that are held out of "
-            f"the training, and no class has a second one: use more labels, one classifier, or --set {protocol.name}.choose_on=test"
+            f"protocol {protocol.name}: the best of {protocol.classifiers} classifiers is chosen on held-out labelled images, and no class "
+            f"has a second image: use more labels, one classifier, or --set {protocol.name}.choose_on=test"
         )
     return drawn_N[~held_N].sort().values, drawn_N[held_N].sort().values
 
 
 class FeatureLoader:
-    """Features (N, D) and classes (N,) in place of images, in the order in which `loader` would give the images."""
+    """Load features (N, D) and classes (N,) instead of images, in the order in which `loader` would load the images."""
 
     def __init__(self, loader: Loader, found: tuple[Tensor, Tensor]):
         self.loader, (self.feature_ND, self.target_N) = loader, found
@@ -163,7 +163,7 @@ class FeatureLoader:
 
 
 def can_cache(protocol: Protocol) -> bool:
-    """Whether a probe's training may read features once: every epoch shows the same images, and no head asks for tokens."""
-    given = protocol.stage.augmentation
-    idle = {name: getattr(given, name) for name in ("padding", "scale", "ratio", "interpolation", "repeats")}  # do nothing by themselves
+    """Whether a probe can train on cached features: every epoch has the same images, and no head needs tokens."""
+    given = protocol.training.augmentation
+    idle = {name: getattr(given, name) for name in ("padding", "scale", "ratio", "interpolation", "repeats")}  # no effect by themselves
     return given == Augmentation(crop="none", flip=0.0, **idle) and "attentive" not in protocol.heads

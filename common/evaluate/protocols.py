@@ -1,4 +1,4 @@
-"""Evaluate an encoder by a protocol: `evaluate` takes our encoders, timm's and anybody's, on any data set.
+"""Evaluate an encoder by a protocol: `evaluate` takes our encoders, timm models and other modules, on any data set.
 
     encoder = timm.create_model("vit_small_patch16_224", pretrained=True)
     for result in evaluate(encoder, open_data("/datasets/imagenet"), "knn"):
@@ -18,7 +18,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from common.data import Augmentation, Data, Loader, Split
+from common.data import Augmentation, Batches, Data, Loader, Split
 from common.data.augment import view_name
 from common.data.loaders import default_workers
 from common.evaluate.encoder import TokenEncoder, as_encoder, input_size
@@ -27,38 +27,22 @@ from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic
 from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache, hold_out
 from common.method import Output
 from common.processes import once
-from common.recipe import DEIT_CROPS, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
+from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
 from common.run import Run
 from common.train import fit, make_fabric, make_loader
 from common.vit import ViT
 
-# Protocols by name, for encoders without a recipe. A recipe has its paper's own.
+_MAE = replace(DEIT, epochs=100, lr_batch=256, min_lr=1e-6, layer_decay=0.65, augmentation=DEIT_CROPS)
+# Protocols by name, for encoders without a recipe. A recipe has the protocols of its paper.
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(name="knn", kind="knn"),
         Protocol(name="logistic", kind="logistic"),
-        # VISSL's, on the last layer, without a choice between classifiers
+        # VISSL's linear probe, on the last layer, with a single classifier
         Protocol(name="linear", kind="linear", stage=VISSL_SGD, heads=("norm_affine",)),
         # MAE's fine-tuning of ViT-B (He et al. 2022, Table 9)
-        Protocol(
-            name="finetune",
-            kind="finetune",
-            stage=TrainConfig(
-                epochs=100,
-                batch_size=1024,
-                base_lr=5e-4,
-                min_lr=1e-6,
-                warmup_epochs=5,
-                layer_decay=0.65,
-                device_batch=128,
-                augmentation=DEIT_CROPS,
-            ),
-            drop_path=0.1,
-            mixup=0.8,
-            cutmix=1.0,
-            smoothing=0.1,
-        ),
+        Protocol(name="finetune", kind="finetune", stage=_MAE, drop_path=DEIT_DROP_PATH, **DEIT_LABELS),
         Protocol(name="classify", kind="classify"),
     )
 }
@@ -66,16 +50,16 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Result:
-    """One number of an evaluation, with the settings that it depends on besides encoder, data and seed."""
+    """One result of an evaluation, with the settings that it depends on besides encoder, data and seed."""
 
-    protocol: str  # its name, and of a grid of classifiers what was chosen: linear_last, linear_best
+    protocol: str  # name of the protocol; for a grid of classifiers with the choice: linear_last, linear_best
     top1: float  # percent of the test images
     settings: str  # layers=last pool=mean neighbours=20 temperature=0.07
     hours: float  # wall-clock hours of the evaluation
     top5: float | None = None  # percent; k-NN has none
-    held_out_top1: float | None = None  # percent, on the held-out training images that chose among the classifiers of a grid
+    held_out_top1: float | None = None  # percent, on the held-out training images by which the best classifier of a grid is chosen
     converged: bool | None = None  # logistic regression: whether the solver reached the optimum
-    grid: tuple["Result", ...] = ()  # of the best of a grid: all its classifiers
+    grid: tuple["Result", ...] = ()  # for the best of a grid: the results of all its classifiers
 
 
 def evaluate(
@@ -93,15 +77,15 @@ def evaluate(
     compile: bool = False,
     checkpoint_seconds: float = 20.0,
 ) -> list[Result]:
-    """The results of a protocol, or of one of PROTOCOLS by name; several where it has several layers, the best last.
+    """Return the results of a protocol, or of one of PROTOCOLS by name; several results for several layers, the best last.
 
-    encoder: a module as in TokenEncoder; it is copied and stays as it is. None: raw pixels (k-NN, logistic). For "classify", a whole
-    classifier, whose logits are counted. Its device does not matter: `fabric` says where to compute; by default a GPU where there is one.
-    seed: of labels, the order of images and all draws of a training, but not of the first weights of a classifier, which come from torch's
-    generator as it is (torch.manual_seed). image_size: (height, width) in pixels; by default the encoder's own.
-    batch_size: images of frozen encoders that a device gets at once. run: the directory where a training is logged and goes on from; by
-    default a temporary one. cache: where features are kept, as for `features`; by default they are not.
-    Raises ValueError for an encoder, a protocol or data that do not fit each other, and RunError for features that are not finite.
+    encoder: a module as in TokenEncoder; it is copied and not changed. None: raw pixels (k-NN, logistic). For "classify", a whole
+    classifier that returns logits. Its device does not matter: `fabric` defines where to compute; by default on a GPU if available.
+    seed: of the choice of labels, the order of images and all random draws of training, but not of a classifier's initial weights, which
+    come from torch's global generator (torch.manual_seed). image_size: (height, width) in pixels; by default that of the encoder.
+    batch_size: images per forward pass of a frozen encoder on one device. run: the directory for logs and checkpoints of a training; by
+    default a temporary one. cache: where to cache features, as in `features`; by default they are not cached.
+    Raises ValueError for an encoder, a protocol or data that do not fit together, and RunError for features that are not finite.
     """
     if isinstance(protocol, str):
         if protocol not in PROTOCOLS:
@@ -114,8 +98,8 @@ def evaluate(
         fabric.launch()
     size = image_size or input_size(encoder, data)
     if encoder is None and protocol.kind not in ("knn", "logistic"):
-        raise ValueError(f"protocol {protocol.name}: {protocol.kind} needs an encoder; raw pixels are judged by knn or logistic")
-    if encoder is not None and protocol.kind not in ("knn", "logistic"):  # which copy it themselves
+        raise ValueError(f"protocol {protocol.name}: {protocol.kind} needs an encoder; for raw pixels use knn or logistic")
+    if encoder is not None and protocol.kind not in ("knn", "logistic"):  # these two copy it themselves
         encoder = copy.deepcopy(encoder)
     if encoder is not None and protocol.kind != "classify":
         encoder = as_encoder(encoder, data.channels, size)
@@ -130,7 +114,7 @@ def evaluate(
 
 
 def labelled_images(protocol: Protocol, train: Split, seed: int) -> Split:
-    """The training images whose labels a protocol may use. Raises DataError where there are too few, or a list names others."""
+    """The training images that a protocol uses with their labels. Raises DataError if there are too few, or if a list does not fit."""
     if protocol.labels_per_class is not None:
         return train.per_class(protocol.labels_per_class, seed)
     if protocol.label_fraction is not None:
@@ -142,7 +126,7 @@ def labelled_images(protocol: Protocol, train: Split, seed: int) -> Split:
 
 @dataclass
 class _Evaluation:
-    """What the kinds of protocols share. Each kind is a method that takes an encoder and returns results."""
+    """State shared by all kinds of protocols. Each kind is a method that takes an encoder and returns results."""
 
     data: Data
     protocol: Protocol
@@ -162,30 +146,33 @@ class _Evaluation:
     def finetune(self, encoder: ViT | TokenEncoder) -> list[Result]:
         protocol = self.protocol
         model = Classifier(encoder, self.data.classes, protocol)
-        train = self.loader(self.labelled, protocol.stage, protocol.stage.augmentation)
-        model, hours = fit(self.run, self.fabric, model, protocol.stage, train, self.seed, **self.training)
-        found = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage))
+        train = self.loader(self.labelled, protocol.stage, protocol.training.augmentation)
+        model, hours = fit(self.run, self.fabric, model, protocol.training, train, self.seed, **self.training)
+        found: dict = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage))
         return [Result(protocol.name, settings=self.settings(pool=protocol.pool), hours=hours, **found)]
 
     def linear(self, encoder: ViT | TokenEncoder) -> list[Result]:
-        """The whole grid in one training, on features that are computed once where every epoch shows the same images.
+        """Train the whole grid at once, on cached features if every epoch has the same images.
 
-        The best of a grid is chosen on labelled images on which nothing is trained; choose_on="test" chooses it on the test images.
+        The best of a grid is chosen on held-out labelled images, or with choose_on="test" on the test images.
         """
         protocol = self.protocol
         model = LinearProbe(encoder, self.data.classes, protocol)
         train_N, held_N = hold_out(protocol, self.labelled.labels, self.seed)
-        train = self.loader(self.labelled.subset(train_N), protocol.stage, protocol.stage.augmentation)
-        test = self.loader(self.data.val, protocol.stage)
-        held = self.loader(self.labelled.subset(held_N), protocol.stage) if len(held_N) else None
+        train_images = self.loader(self.labelled.subset(train_N), protocol.stage, protocol.training.augmentation)
+        test_images = self.loader(self.data.val, protocol.stage)
+        held_images = self.loader(self.labelled.subset(held_N), protocol.stage) if len(held_N) else None
+        train: Batches = train_images
+        test: Batches = test_images
+        held: Batches | None = held_images
         if can_cache(protocol):
             (feature_ND, target_N), found = self.features(encoder)
-            train, test = FeatureLoader(train, (feature_ND[train_N], target_N[train_N])), FeatureLoader(test, found)
-            held = FeatureLoader(held, (feature_ND[held_N], target_N[held_N])) if held is not None else None
-        model, hours = fit(self.run, self.fabric, model, protocol.stage, train, self.seed, **self.training)
+            train, test = FeatureLoader(train_images, (feature_ND[train_N], target_N[train_N])), FeatureLoader(test_images, found)
+            held = FeatureLoader(held_images, (feature_ND[held_N], target_N[held_N])) if held_images is not None else None
+        model, hours = fit(self.run, self.fabric, model, protocol.training, train, self.seed, **self.training)
         grid = (len(model.grid),)
         top1_G, top5_G = accuracies(self.fabric, model, test, grid).tolist()
-        held_top1_G = [None] * len(top1_G) if held is None else accuracies(self.fabric, model, held, grid)[0].tolist()
+        held_top1_G: list[Any] = [None] * len(top1_G) if held is None else accuracies(self.fabric, model, held, grid)[0].tolist()
         facts = self.settings(pool=protocol.pool, **({} if held is None else {"held_out": len(held_N)}))
         results = [
             Result(protocol.name, top1, f"{name} {facts}", hours, top5, held_top1)
@@ -199,26 +186,26 @@ class _Evaluation:
         return [*chosen[:-1], replace(chosen[-1], grid=tuple(results))]
 
     def logistic(self, encoder: ViT | TokenEncoder | None) -> list[Result]:
-        options = {"statistics": self.protocol.statistics, "l2": self.protocol.l2}
+        options: dict = {"statistics": self.protocol.statistics, "l2": self.protocol.l2}
         train, test = self.features(encoder)
-        found = once(self.fabric, lambda: logistic_accuracy(*train, *test, classes=self.data.classes, **options))
+        found: dict = once(self.fabric, lambda: logistic_accuracy(*train, *test, classes=self.data.classes, **options))
         if not found["converged"]:
-            self.run.say(f"{self.run.directory.name}: the weights have not converged, so the number is of a fit that was cut short")
+            self.run.say(f"{self.run.directory.name}: the solver has not converged; the accuracy is that of its last iteration")
         return [Result(self.protocol.name, settings=self.settings(**self.frozen(encoder), **options), hours=self.hours(), **found)]
 
     def knn(self, encoder: ViT | TokenEncoder | None) -> list[Result]:
-        options = {"neighbours": self.protocol.neighbours, "temperature": self.protocol.temperature}
+        options: dict = {"neighbours": self.protocol.neighbours, "temperature": self.protocol.temperature}
         train, test = self.features(encoder)
         top1 = once(self.fabric, lambda: knn_accuracy(*train, *test, classes=self.data.classes, **options))
         return [Result(self.protocol.name, top1, self.settings(**self.frozen(encoder), **options), self.hours())]
 
     def classify(self, classifier: nn.Module) -> list[Result]:
         model = _Logits(classifier.to(self.fabric.device), self.data.classes)
-        found = accuracy(self.fabric, model, self.loader(self.data.val))
+        found: dict = accuracy(self.fabric, model, self.loader(self.data.val))
         return [Result(self.protocol.name, settings=self.settings(), hours=self.hours(), **found)]
 
     def features(self, encoder: ViT | TokenEncoder | None) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and classes (N,) of the training images that have labels, and of the test images."""
+        """Features (N, D) and classes (N,) of the labelled training images, and of the test images."""
         found = []
         for part, split in ("train", self.labelled), ("val", self.data.val):
             cache = self.cache and self.cache.with_name(f"{self.cache.name}-{part}")
@@ -226,20 +213,20 @@ class _Evaluation:
         return found
 
     def loader(self, split: Split, stage: TrainConfig | None = None, augmentation: Augmentation | None = None) -> Loader:
-        """Batches for this process, in those of a training stage, or of `batch_size` images."""
+        """Create a Loader for this process, with the micro-batches of a training stage or with batches of `batch_size` images."""
         stage = stage or TrainConfig(
             epochs=1, batch_size=self.batch_size * self.fabric.world_size, base_lr=0.0, device_batch=self.batch_size
         )
-        view = {"resize": self.protocol.resize, "interpolation": self.protocol.interpolation}
-        options = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
+        view: dict = {"resize": self.protocol.resize, "interpolation": self.protocol.interpolation}
+        options: dict = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
         return make_loader(self.fabric, split, stage, augmentation, **options, **view)
 
     def frozen(self, encoder: nn.Module | None) -> dict[str, str]:
-        """What is read of a frozen encoder."""
+        """Settings for reading a frozen encoder."""
         return {} if encoder is None else {"layers": layers_name(self.protocol.layers[0]), "pool": self.protocol.pool}
 
     def settings(self, **facts: Any) -> str:
-        """Facts, and how the images were seen and how many labels were used, as one string."""
+        """`facts`, the resizing of the images and the number of labels, as one string."""
         if self.data.val.paths is not None:
             resize = view_name(self.data, self.image_size, self.protocol.resize)
             facts |= {"resize": resize, "interpolation": self.protocol.interpolation}
@@ -252,7 +239,7 @@ class _Evaluation:
 
 
 class _Logits(nn.Module):
-    """A classifier whose answer is checked to be logits (B, K) of the data's classes."""
+    """A classifier with a check that it returns logits (B, K) for the classes of the data."""
 
     def __init__(self, module: nn.Module, classes: int):
         super().__init__()
@@ -264,5 +251,5 @@ class _Logits(nn.Module):
         if not isinstance(logits_BK, Tensor) or logits_BK.shape != (len(images), self.classes):
             given = tuple(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
             wanted = f"logits of shape {(len(images), self.classes)}"
-            raise ValueError(f"a classifier of {self.classes} classes gives {wanted}, and {type(self.module).__name__} gives {given}")
+            raise ValueError(f"a classifier of {self.classes} classes must return {wanted}; {type(self.module).__name__} returns {given}")
         return Output(logits_BK.new_zeros(()), named={"logits": logits_BK})

@@ -1,18 +1,19 @@
-"""Attention through visibility windows in Triton, forward and backward: what `attend(backend="triton")` runs.
+"""Attention with visibility windows in Triton, forward and backward: the implementation of `attend(backend="triton")`.
 
-Query i sees key j exactly when visible_from[j] <= time[i] < visible_until[j]. The kernels read the three vectors tile by tile and
-never build a mask. A tile of keys that no query of a tile can see costs one look at its windows: its keys and values are not read.
+Query i sees key j exactly if visible_from[j] <= time[i] < visible_until[j]. The kernels read the three vectors tile by tile and never
+build a mask. For a tile of keys that no query of a tile can see, only the windows are read, not the keys and values.
 
-The method is FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691): scores live in one tile at a time, a running maximum
-and sum give an exact float32 softmax, and the backward computes the scores again. No atomics, so gradients repeat bit for bit.
-q, k and v are read in whatever strides they have; results are laid out as (B, tokens, H, D), which is how the caller goes on.
-Float32 is multiplied exactly, or as TF32 where torch.set_float32_matmul_precision allows it. H, Q, K and D are compiled in: a new
-shape costs some seconds at its first call, and in return loops of one step and their bounds are gone.
+The method is FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691): only one tile of scores exists at a time, a running maximum
+and sum give an exact float32 softmax, and the backward recomputes the scores. No atomics, so gradients are bit-identical in each run.
+q, k and v may have any strides; results are laid out as (B, tokens, H, D), the layout that the caller needs next.
+Float32 is multiplied exactly, or as TF32 if torch.set_float32_matmul_precision allows it. H, Q, K and D are compile-time constants: the
+first call with a new shape takes some seconds, but loops of one step and bounds checks are removed.
 
 Shapes: B images, H heads, Q queries, K keys, D head width. In the kernels a tile has BLOCK_Q queries, BLOCK_K keys and
-BLOCK_D >= D columns, and a name's suffix says its axes: p_QK; d before a name is the loss's gradient for it.
-Scores are in units of log2(e), because the hardware's exponential is a power of two; so is `lse_BHQ`, the log of the softmax's sum.
+BLOCK_D >= D columns, and the suffix of a name gives its axes: p_QK; d before a name is the gradient of the loss for it.
+Scores are in units of log2(e), because the hardware computes powers of two; so is `lse_BHQ`, the log of the softmax's sum.
 """
+# mypy: allow-incomplete-defs
 
 import math
 
@@ -50,7 +51,7 @@ _UPCAST = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
-    """Matrix product with float32 sums. Triton's interpreter multiplies bfloat16 wrongly and without a word, so there it gets float32."""
+    """Matrix product with float32 sums. Triton's interpreter silently multiplies bfloat16 wrongly, so there the inputs are float32."""
     if _UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
@@ -58,7 +59,7 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _times(time, image, stride, queries, Q):
-    """When each query looks. Past the end the last query is repeated, which leaves a tile's earliest and latest time true."""
+    """The time of each query. Past the end the last query is repeated, which does not change a tile's earliest and latest time."""
     queries = tl.minimum(queries, Q - 1)
     if time is not None:
         queries = tl.load(time + image.to(tl.int64) * stride + queries)
@@ -67,7 +68,7 @@ def _times(time, image, stride, queries, Q):
 
 @triton.jit
 def _visible(times, visible_from, visible_until, image, strides, keys, K):
-    """Which key is seen at which time; times and keys come as a row and a column, in either order."""
+    """Whether each key is visible at each time; times and keys are a row and a column, in either order."""
     last = tl.minimum(keys, K - 1)
     seen = keys < K
     if visible_from is not None:
@@ -79,7 +80,7 @@ def _visible(times, visible_from, visible_until, image, strides, keys, K):
 
 @triton.jit
 def _any_visible(times, visible_from, visible_until, image, strides, keys, K):
-    """False only if no query of a tile sees a key of a tile, judged by the tile's earliest and latest time alone."""
+    """False only if no query of a tile sees a key of a tile, decided by the tile's earliest and latest time alone."""
     last = tl.minimum(keys, K - 1)
     seen = last >= 0
     if visible_from is not None:
@@ -96,7 +97,7 @@ def _forward_kernel(
     H: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: one query tile of one head, over all keys. Writes `out` and `lse`."""
+    """One program: one query tile of one head, over all keys. Writes `out` and `lse`."""
     tiles = tl.cdiv(Q, BLOCK_Q)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     image, head = row // H, row % H
@@ -125,7 +126,7 @@ def _forward_kernel(
             out_QD = out_QD * shrink_Q[:, None] + _dot(p_QK.to(v_KD.dtype), v_KD, PRECISION)
             top_Q = new_top_Q
 
-    # A query that sees nothing gives zeros; its +inf makes every weight exp2(s - lse) of the backward zero.
+    # A query that sees no key has output zero; its lse = +inf makes all weights exp2(s - lse) of the backward zero.
     blind_Q = sum_Q == 0
     sum_Q = tl.where(blind_Q, 1.0, sum_Q)
     _store(out, out_QD / sum_Q[:, None], image, head, queries, Q, H, D, BLOCK_D)
@@ -135,7 +136,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_tile(a, b, da, db, seen, lse, delta, scale, PRECISION: tl.constexpr):
-    """Softmax weights p and the gradients of the scores, of one tile: queries x keys, or keys x queries if a holds the keys."""
+    """Softmax weights p and the gradients of the scores for one tile: queries x keys, or keys x queries if a has the keys."""
     s = tl.where(seen, _dot(a, tl.trans(b), PRECISION) * (scale * LOG2_E), float("-inf"))
     p = tl.exp2(s - lse)
     return p, p * (_dot(da, tl.trans(db), PRECISION) - delta)
@@ -148,7 +149,7 @@ def _backward_queries_kernel(
     H: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: one query tile of one head, over all keys. Writes `dq`, and `delta`, each query's sum of out * dout."""
+    """One program: one query tile of one head, over all keys. Writes `dq`, and `delta`, the sum of out * dout of each query."""
     tiles = tl.cdiv(Q, BLOCK_Q)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     image, head = row // H, row % H
@@ -183,9 +184,9 @@ def _backward_keys_kernel(
     H: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """A program: one key tile of one head, over all queries. Writes `dk` and `dv`, and with ONE_TILE, where it holds all keys, `dq`.
+    """One program: one key tile of one head, over all queries. Writes `dk` and `dv`, and with ONE_TILE (the tile has all keys) also `dq`.
 
-    Works on transposed scores, keys x queries: in this order two of the products that follow take them from registers.
+    Uses transposed scores, keys x queries: in this order two of the next products read them from registers.
     """
     tiles = tl.cdiv(K, BLOCK_K)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -235,10 +236,10 @@ def window_attention(
     visible_until: Tensor | None = None,
     tile: tuple[int, int] | None = None,
 ) -> Tensor:
-    """`attend` by these kernels, differentiable in q, k and v; its arguments are taken to fit one another, as `attend` makes sure.
+    """`attend` with these kernels, differentiable in q, k and v; the arguments must fit together, which `attend` checks.
 
-    `tile` (queries, keys; powers of two from 16) is for tests, in place of `_tiles`. Returns (B, H, Q, D), laid out as (B, Q, H, D).
-    Raises ValueError for a width or dtype outside WIDTHS and DTYPES, and for tensors that are not on a GPU, unless Triton interprets.
+    `tile` (queries, keys; powers of two from 16) replaces `_tiles` in tests. Returns (B, H, Q, D), laid out as (B, Q, H, D).
+    Raises ValueError for a width or dtype outside WIDTHS and DTYPES, and for tensors not on a GPU, except with Triton's interpreter.
     """
     if q_BHQD.shape[-1] not in WIDTHS:
         raise ValueError(f"the triton backend takes heads of width {', '.join(map(str, WIDTHS))}, got q of shape {tuple(q_BHQD.shape)}")
@@ -250,13 +251,13 @@ def window_attention(
 
 
 def _tiles(D: int, Q: int, K: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, dict[str, int]]:
-    """Queries and keys of a tile, and the launch options. Reasoned from the H100's registers and shared memory, not yet measured.
+    """Queries and keys per tile, and the launch options. Derived from the H100's registers and shared memory, not yet measured.
 
-    64 x 64 is the smallest tile that fills the tensor cores' 64-row instruction. The forward takes 128 queries where that pads no
-    more than 64 would (197 and 344 do, 147 does not): keys are then read half as often. The backward takes up to 128 keys
-    where one tile then holds them all, since it then reads and writes everything once. Float32 tiles are smaller: exact products
-    run outside the tensor cores. Larger tiles, wide heads and float32 get twice the warps, to hold their sums in registers:
-    compiled for sm_90, no 64-wide bfloat16 kernel spills any, and none needs more than 144 of the 227 KB of shared memory.
+    64 x 64 is the smallest tile that fills the tensor cores' 64-row instruction. The forward uses 128 queries if this needs no
+    more padding than 64 (197 and 344 do, 147 does not): keys are then read half as often. The backward uses up to 128 keys
+    if one tile then has all keys, because it then reads and writes everything once. Float32 tiles are smaller: exact products
+    run outside the tensor cores. Larger tiles, wide heads and float32 use twice the warps, to keep their sums in registers:
+    compiled for sm_90, no 64-wide bfloat16 kernel spills registers, and none needs more than 144 of the 227 KB of shared memory.
     """
     largest = 64 if dtype.itemsize < 4 else 32
     queries = keys = largest
@@ -273,16 +274,16 @@ def _tile_of(length: int) -> int:
 
 
 def _empty(x_BHND: Tensor) -> Tensor:
-    """A result of x's shape whose memory is laid out as (B, N, H, D)."""
+    """An empty tensor with the shape of x and the memory layout (B, N, H, D)."""
     B, H, N, D = x_BHND.shape
     return x_BHND.new_empty(B, N, H, D).transpose(1, 2)
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, vectors: tuple, tile: tuple[int, int], backward: bool) -> dict:
-    """What every kernel takes, by name."""
+    """The arguments of all kernels, by name."""
     (_, H, Q, D), K = q.shape, k.shape[2]
     block_q, block_k, launch = _tiles(D, Q, K, q.dtype, backward)
-    vectors = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in vectors]
+    vectors = tuple(x if x is None or x.stride(1) == 1 else x.contiguous() for x in vectors)
     return {
         **{"q": q, "k": k, "v": v, "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride()},
         **dict(zip(("time", "visible_from", "visible_until"), vectors, strict=True)),
@@ -294,7 +295,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, vectors: tuple, tile: tuple[int,
 
 
 def _run(kernel, programs_per_head: int, arguments: dict) -> None:
-    """All programs stand along one axis of the grid, which has no practical limit; neighbours read the same head."""
+    """Launch a kernel. All programs are on one axis of the grid, which has no practical limit; neighbours read the same head."""
     B, H = arguments["q"].shape[:2]
     with torch.cuda.device_of(arguments["q"]):
         kernel[(B * H * programs_per_head,)](**arguments)
@@ -311,7 +312,7 @@ def _forward(
     tile_q: int,
     tile_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and each query's log of the softmax's sum."""
+    """The output, and the log of the softmax's sum of each query."""
     out, lse = _forward_shapes(q, k, v, time, visible_from, visible_until, tile_q, tile_k)
     arguments = _arguments(q, k, v, (time, visible_from, visible_until), (tile_q, tile_k), backward=False)
     _run(_forward_kernel, triton.cdiv(q.shape[2], arguments["BLOCK_Q"]), arguments | {"out": out, "lse": lse})
@@ -328,7 +329,7 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     time: Tensor | None, visible_from: Tensor | None, visible_until: Tensor | None, tile_q: int, tile_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v: by one kernel where a tile holds all keys, otherwise by one for q and then one for k and v."""
+    """The gradients of q, k and v: by one kernel if one tile has all keys, otherwise by one for q and then one for k and v."""
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     arguments = _arguments(q, k, v, (time, visible_from, visible_until), (tile_q, tile_k), backward=True)
     arguments |= {"out": out, "lse": lse, "dout": dout, "dq": dq, "out_strides": out.stride(), "dout_strides": dout.stride()}

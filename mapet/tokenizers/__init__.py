@@ -1,4 +1,4 @@
-"""Tokens for MaPeT: which tokenizer, how it sees images, and where what it made is kept."""
+"""Tokens for MaPeT: the tokenizer, its input images, and the store of its tokens."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.data import Augmentation, Data, Loader, Split
 from common.data.augment import view_size
@@ -21,34 +21,34 @@ from common.recipe import RecipeError
 from common.run import console
 from mapet.tokenizers.features import Clip, Encoder, Features, Pixels
 from mapet.tokenizers.kmeans import NearestCentroid, fit_centroids, sample_features
-from mapet.tokenizers.store import SAVE_SECONDS, TokenStore, image_names, making, progress_bar, unfinished, write_tokens
-from mapet.tokenizers.vqkd import load_vqkd
+from mapet.tokenizers.store import SAVE_SECONDS, Tokenizer, TokenStore, image_names, making, progress_bar, unfinished, write_tokens
+from mapet.tokenizers.vqkd import VQKD, load_vqkd
 
-PARTS = ("train", "val")  # of the data, in the order of a store's rows
-BATCH = 64  # images that a tokenizer sees at once
-PER_CODE = 512  # feature vectors that are clustered for each code, where there are so many (the paper's)
-SEED = 1234  # faiss' own; tokens are the same for all seeds of a run
-MOST = 2**15  # ids that int16 holds
-CODEWORDS, PATCHES, LOOKED_AT = 16, 10, 2048  # of the picture: codes, patches of each, and images among which these are found
-PIXELS = ("pixels", "normalised_pixels")  # features that are of the model's own patches
-CLIP_SIZE = 448  # pixels, of which RN50x64 makes 14 x 14 cells
+PARTS = ("train", "val")  # splits of the data, in the row order of a store
+BATCH = 64  # images per batch of a tokenizer
+PER_CODE = 512  # feature vectors to cluster per code, if there are enough (the paper's number)
+SEED = 1234  # faiss' default; the tokens do not depend on the seed of a run
+MOST = 2**15  # number of ids that fit int16
+CODEWORDS, PATCHES, LOOKED_AT = 16, 10, 2048  # of codewords.png: codes, patches per code, and images searched for these
+PIXELS = ("pixels", "normalised_pixels")  # features of the model's own patches
+CLIP_SIZE = 448  # pixels; RN50x64 gives 14 x 14 cells
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """How images become tokens: a recipe's `targets`. Raises RecipeError for values that make no sense."""
+    """How images become tokens: the `targets` of a recipe. Raises RecipeError for invalid values."""
 
-    tokenizer: Literal["kmeans", "kclip", "vqkd"] = "kmeans"  # k-means on pixels or an encoder's features; on CLIP's; BEiT v2's VQ-KD
-    features: str = "pixels"  # kmeans: pixels, normalised_pixels (each patch by itself), encoder.safetensors of a run, or a timm model
-    model: str = "RN50x64"  # kclip: open_clip's name of a model
-    weights: str | None = "openai"  # kclip: open_clip's name of its weights; None: random ones
-    layer: int = 4  # kclip: stage of a ResNet (4: before the attention pool), or block of a Transformer from 0
-    size: int | None = None  # kclip (None: 448) and features: pixels of a side, in place of the encoder's own
-    sample: int | None = None  # k-means: feature vectors to cluster; None: all, at most 512 for each code
-    iterations: int = 20  # k-means: of each start
-    redos: int = 5  # k-means: starts, of which the best counts
-    checkpoint: str | None = None  # vqkd: BEiT v2's file vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth
-    store: str | None = None  # a finished store, in place of one that is made where it is missing
+    tokenizer: Literal["kmeans", "kclip", "vqkd"] = "kmeans"  # k-means on pixels or encoder features; on CLIP's; BEiT v2's VQ-KD
+    features: str = "pixels"  # kmeans: pixels, normalised_pixels (per patch), encoder.safetensors of a run, or a timm model
+    model: str = "RN50x64"  # kclip: model name in open_clip
+    weights: str | None = "openai"  # kclip: name of the weights in open_clip; None: random weights
+    layer: int = 4  # kclip: stage of a ResNet (4: before the attention pool), or block of a Transformer, from 0
+    size: int | None = None  # image size in pixels for kclip (None: 448) and for encoder features (None: the encoder's own)
+    sample: int | None = None  # k-means: feature vectors to cluster; None: all, at most 512 per code
+    iterations: int = 20  # k-means: iterations per start
+    redos: int = 5  # k-means: number of starts; the best one is used
+    checkpoint: str | None = None  # vqkd: path of BEiT v2's vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth
+    store: str | None = None  # path of a finished store; None: make a store if it is missing
 
     def __post_init__(self) -> None:
         if self.tokenizer not in ("kmeans", "kclip", "vqkd"):
@@ -64,16 +64,16 @@ class Tokenization:
             raise RecipeError(f"targets.tokenizer=vqkd needs BEiT v2's tokenizer: download {file} and set targets.checkpoint to its path")
 
     def settings(self, image_size: int) -> dict:
-        """What the tokens depend on: the options that the tokenizer reads, with the content of files in the place of their names."""
+        """What the tokens depend on: the options that the tokenizer reads, with content hashes instead of file names."""
         if self.tokenizer == "vqkd":
-            return {"tokenizer": "vqkd", "checkpoint": _content(self.checkpoint)}
+            return {"tokenizer": "vqkd", "checkpoint": _content(self.checkpoint or "")}
         read = {"kmeans": ("features",), "kclip": ("model", "weights", "layer")}[self.tokenizer]
         found = {name: getattr(self, name) for name in ("tokenizer", *read, "sample", "iterations", "redos")}
         if self.tokenizer == "kclip":
             return found | {"size": self.size or CLIP_SIZE}
         if self.features in PIXELS:
             return found | {"size": image_size}
-        recipe = Path(self.features).with_name("recipe.json")  # says what the weights are of
+        recipe = Path(self.features).with_name("recipe.json")  # describes the encoder of the weights
         own = {"features": _content(self.features, recipe)} if self.features.endswith(".safetensors") else {}
         return found | own | {"size": self.size}
 
@@ -83,7 +83,7 @@ def prepare_tokens(
     data: Data,
     *,
     image_size: int,
-    patch_size: int,
+    patch_size: int | None,
     vocabulary: int,
     augmentation: Augmentation,
     folder: Path,
@@ -92,15 +92,17 @@ def prepare_tokens(
     make: bool,
     check: bool = False,
 ) -> Data:
-    """The data with tokens (N, cells) in the place of labels, from a store below `folder`, which is made where it is missing and `make`.
+    """Return the data with tokens (N, cells) as labels, from a store below `folder`. If the store is missing, it is made if `make` is true.
 
-    check: no store is made; where there is none, only the tokenizer is loaded, and the data are returned as they are.
+    check: make no store; if it is missing, only load the tokenizer, and return the data unchanged.
 
-    Raises RecipeError where training images are cut or mirrored, so that tokens of whole images would be those of other patches, or where
-    the tokenizer has another grid or vocabulary; DataError where a store does not belong to the images or to the recipe.
+    Raises RecipeError if training images are cropped or flipped at random, because tokens of whole images would belong to other patches,
+    or if the tokenizer has another grid or vocabulary; DataError if a store does not belong to the images or to the recipe.
     """
     if type(vocabulary) is not int or not 2 <= vocabulary <= MOST:
         raise RecipeError(f"method.vocabulary={vocabulary!r}: give a whole number from 2 to {MOST}, as ids are kept in 16 bits")
+    if patch_size is None:
+        raise RecipeError("patch_size=None: there is one token per patch, so give the patch size in pixels")
     grid = (image_size // patch_size, image_size // patch_size)
     wanted = {"vocabulary": vocabulary, "grid": grid, "short_side": _short_side(data, augmentation, image_size)}
     if tokenization.store is not None:
@@ -112,7 +114,7 @@ def prepare_tokens(
         if not place.exists():
             if not make:
                 fix = "run `make tokens PAPER=mapet` with the same DATA, RECIPE and ARGS first"
-                raise RecipeError(f"there are no tokens in {place}, and several processes do not make them: {fix}")
+                raise RecipeError(f"there are no tokens in {place}, and several processes cannot make them: {fix}")
             if check:
                 _tokenizer(tokenization, data, manifest, image_size, patch_size)
                 return data
@@ -121,27 +123,27 @@ def prepare_tokens(
                     _make(place, tokenization, data, manifest, (image_size, patch_size), device, workers)
         store = TokenStore(place)
     store.check(**wanted)
-    console.print(f"tokens: {store.folder}, {vocabulary} codes, {len(store.names)} images; codewords.png there shows some", markup=False)
+    console.print(f"tokens: {store.folder}, {vocabulary} codes, {len(store.names)} images; see codewords.png there", markup=False)
     splits = {part: getattr(data, part) for part in PARTS}
     return dataclasses.replace(data, **{part: dataclasses.replace(split, labels=store.of(split, part)) for part, split in splits.items()})
 
 
 def _content(*paths: str | Path) -> str:
-    """Files by what is in them; what is no file by its name."""
+    """Hash of the file contents; the name itself if it is not a file."""
     files = [Path(path).read_bytes() for path in paths if Path(path).is_file()]
     return f"sha256 {hashlib.sha256(b''.join(files)).hexdigest()[:16]}" if files else str(paths[0])
 
 
 def _short_side(data: Data, augmentation: Augmentation, image_size: int) -> float:
-    """What of an image the model sees, and the tokenizer has to: the middle, where the short side is so many times that of the model's
-    images; 0: all, pressed into shape. Raises RecipeError where it is another part each time."""
+    """The part of an image that model and tokenizer see: short side after the resize / image size, before the center crop; 0: the whole
+    image, stretched. Raises RecipeError if the augmentation changes the part at random."""
     cut = augmentation.crop in ("resized", "padding")
     randomly = augmentation.randaugment is not None
     for name, moves, fit in (("crop", cut, "none or squash"), ("flip", augmentation.flip > 0, "0"), ("randaugment", randomly, "null")):
         if moves:
             raise RecipeError(
-                f"pretrain.augmentation.{name}={getattr(augmentation, name)}: tokens are made once, of images as they are, and would not "
-                f"be those of the patches that the model sees; set it to {fit}"
+                f"pretrain.augmentation.{name}={getattr(augmentation, name)}: tokens are made once, without augmentation, and would "
+                f"not belong to the patches that the model sees; set it to {fit}"
             )
     if data.train.paths is None or augmentation.crop == "squash":
         return 0.0
@@ -151,7 +153,7 @@ def _short_side(data: Data, augmentation: Augmentation, image_size: int) -> floa
 def _make(
     place: Path, tokenization: Tokenization, data: Data, manifest: dict, sizes: tuple[int, int], device: torch.device, workers: int
 ) -> None:
-    """Look, sample, cluster, tokenise, draw; each is done once, however often a process was killed."""
+    """Sample features, cluster them, tokenise, and draw codewords.png. After a kill, finished steps are not repeated."""
     seeing = _tokenizer(tokenization, data, manifest, *sizes)
     loaders = {part: _loader(data, getattr(data, part), seeing, manifest["short_side"], workers) for part in PARTS}
     train = loaders["train"]
@@ -159,9 +161,11 @@ def _make(
     contents = [held for split in splits.values() for held in (split.paths.contents if split.paths else []) or [""] * len(split)]
     manifest = manifest | ({"contents": contents} if any(contents) else {})
     partial = unfinished(place, [name for part in PARTS for name in image_names(splits[part], part)], manifest)
-    tokenizer = seeing
+    tokenizer: Tokenizer
     if isinstance(seeing, Features):
         tokenizer = NearestCentroid(seeing, _centroids(partial, seeing, tokenization, train, manifest["vocabulary"], device))
+    else:
+        tokenizer = seeing
     tokenizer = tokenizer.to(device).eval()
 
     def draw(tokens: Tensor) -> None:
@@ -170,48 +174,48 @@ def _make(
     write_tokens(partial, tokenizer, loaders, device, draw)
 
 
-def _tokenizer(tokenization: Tokenization, data: Data, manifest: dict, image_size: int, patch_size: int) -> nn.Module:
-    """VQ-KD, or the features that are clustered. Raises RecipeError where their tokens would not be those that the method learns."""
+def _tokenizer(tokenization: Tokenization, data: Data, manifest: dict, image_size: int, patch_size: int) -> VQKD | Features:
+    """VQ-KD, or the features to cluster. Raises RecipeError if their tokens do not fit the method."""
     vqkd = tokenization.tokenizer == "vqkd"
-    found = load_vqkd(tokenization.checkpoint) if vqkd else _features(tokenization, data, image_size, patch_size)
+    found = load_vqkd(tokenization.checkpoint or "") if vqkd else _features(tokenization, data, image_size, patch_size)
     _check(manifest, found)
-    if not vqkd:
+    if isinstance(found, Features):
         _sample(tokenization, found, len(data.train), manifest["vocabulary"])
     return found
 
 
 def _sample(tokenization: Tokenization, features: Features, images: int, codes: int) -> int:
-    """How many vectors are clustered. Raises RecipeError where they are fewer than the clusters."""
+    """How many vectors to cluster. Raises RecipeError if there are fewer vectors than clusters."""
     vectors = tokenization.sample or min(PER_CODE * codes, images * math.prod(features.grid))
     if vectors < codes:
-        raise RecipeError(f"{vectors} vectors make no {codes} clusters: set targets.sample or method.vocabulary to fit")
+        raise RecipeError(f"{vectors} vectors cannot form {codes} clusters: set targets.sample or method.vocabulary to fit")
     return vectors
 
 
 def _features(tokenization: Tokenization, data: Data, image_size: int, patch_size: int) -> Features:
     if tokenization.tokenizer == "kclip":
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)  # of weights=None, which a process that goes on has to find again
+            torch.manual_seed(SEED)  # with weights=None, a resumed process needs the same random weights
             return Clip(tokenization.model, tokenization.weights, tokenization.layer, tokenization.size or CLIP_SIZE)
     if tokenization.features in PIXELS:
         return Pixels(patch_size, (image_size, image_size), data.mean, data.std, tokenization.features == "normalised_pixels")
-    own = {"mean": data.mean, "std": data.std} if tokenization.features.endswith(".safetensors") else {}
+    own: dict = {"mean": data.mean, "std": data.std} if tokenization.features.endswith(".safetensors") else {}
     return Encoder(tokenization.features, size=tokenization.size, **own)
 
 
-def _check(manifest: dict, tokenizer: nn.Module) -> None:
-    """Raise RecipeError where it gives other ids, or of other cells, than the method is to learn."""
+def _check(manifest: dict, tokenizer: VQKD | Features) -> None:
+    """Raise RecipeError if the tokenizer has another grid or vocabulary than the method."""
     if list(tokenizer.grid) != manifest["grid"]:
         theirs, ours = (f"{rows} x {columns}" for rows, columns in (tokenizer.grid, manifest["grid"]))
-        mend = "set targets.size to fit" if isinstance(tokenizer, Features) else "set image_size or patch_size to fit"
-        raise RecipeError(f"the tokenizer gives {theirs} tokens for an image, and the encoder has {ours} patches: {mend}")
-    vocabulary = getattr(tokenizer, "vocabulary", manifest["vocabulary"])  # features have none before they are clustered
+        fix = "set targets.size to fit" if isinstance(tokenizer, Features) else "set image_size or patch_size to fit"
+        raise RecipeError(f"the tokenizer gives {theirs} tokens for an image, and the encoder has {ours} patches: {fix}")
+    vocabulary = getattr(tokenizer, "vocabulary", manifest["vocabulary"])  # features have none before clustering
     if vocabulary != manifest["vocabulary"]:
         raise RecipeError(f"the tokenizer has {vocabulary} tokens: set method.vocabulary={vocabulary}, not {manifest['vocabulary']}")
 
 
-def _loader(data: Data, split: Split, tokenizer: nn.Module, short_side: float, workers: int) -> Loader:
-    """The images as the tokenizer wants them, showing what the model sees of each."""
+def _loader(data: Data, split: Split, tokenizer: VQKD | Features, short_side: float, workers: int) -> Loader:
+    """A loader with the tokenizer's image size and normalisation, and the part of each image that the model sees."""
     return Loader(
         split,
         data=dataclasses.replace(data, mean=tokenizer.mean, std=tokenizer.std),
@@ -226,7 +230,7 @@ def _loader(data: Data, split: Split, tokenizer: nn.Module, short_side: float, w
 
 
 def _centroids(folder: Path, features: Features, tokenization: Tokenization, loader: Loader, codes: int, device: torch.device) -> Tensor:
-    """Those of the codebook in the folder; where there is none, of a sample."""
+    """Load the centroids from the codebook in the folder; if missing, compute them from a sample."""
     codebook, sample, images = folder / "codebook.safetensors", folder / "sample.npy", len(loader.split)
     vectors = _sample(tokenization, features, images, codes)
     if not codebook.exists():
@@ -235,16 +239,16 @@ def _centroids(folder: Path, features: Features, tokenization: Tokenization, loa
         centroids = fit_centroids(found, codes, tokenization.iterations, tokenization.redos, SEED)
         with replacing(codebook) as temporary:
             save_file({"centroids": centroids.contiguous()}, temporary)
-    for file in (sample, Path(f"{sample}.json")):  # here, as a process may have been killed before it
+    for file in (sample, Path(f"{sample}.json")):  # always, because a process may have been killed before this line
         file.unlink(missing_ok=True)
     return load_file(codebook)["centroids"]
 
 
 @torch.no_grad()
-def nearest_patches(tokenizer: nn.Module, loader: Loader, tokens: Tensor, device: torch.device) -> dict[str, list[Tensor]]:
-    """Some codes, from the most frequent to the rarest, and the patches (C, P, P) nearest to each, among some thousand images.
+def nearest_patches(tokenizer: Tokenizer, loader: Loader, tokens: Tensor, device: torch.device) -> dict[str, list[Tensor]]:
+    """Some codes, from the most frequent to the rarest, and the patches (C, P, P) nearest to each, found in up to LOOKED_AT images.
 
-    tokens (N, cells): of the loader's images first. Each code's name tells how often it is there.
+    tokens (N, cells): those of the loader's images come first. The name of each code includes its frequency.
     """
     split, (rows, columns) = loader.split, tokenizer.grid
     spread = torch.arange(min(LOOKED_AT, len(split))) * len(split) // min(LOOKED_AT, len(split))
@@ -252,7 +256,7 @@ def nearest_patches(tokenizer: nn.Module, loader: Loader, tokens: Tensor, device
     frequent = counts.argsort(descending=True, stable=True)[: (counts > 0).sum()]
     chosen = frequent[torch.linspace(0, len(frequent) - 1, min(CODEWORDS, len(frequent))).round().long()].tolist()
     height, width = tokenizer.size[0] // rows, tokenizer.size[1] // columns
-    best = {code: [] for code in chosen}
+    best: dict[int, list[tuple[float, Tensor]]] = {code: [] for code in chosen}
     for images_BCHW, _ in dataclasses.replace(loader, split=split.subset(spread)).epoch(0):
         id_BN, distance_BN = (found.cpu() for found in tokenizer(images_BCHW.to(device)))
         for code, found in best.items():
@@ -261,7 +265,7 @@ def nearest_patches(tokenizer: nn.Module, loader: Loader, tokens: Tensor, device
             for distance, place in zip(distances[:PATCHES].tolist(), places[order].tolist(), strict=False):
                 image, cell = divmod(place, rows * columns)
                 top, left = cell // columns * tokenizer.size[0] // rows, cell % columns * tokenizer.size[1] // columns
-                # a copy, as a view would keep the whole batch
+                # a copy: a view would keep the whole batch in memory
                 found.append((distance, images_BCHW[image, :, top : top + height, left : left + width].clone()))
             found.sort(key=lambda pair: pair[0])
             del found[PATCHES:]

@@ -1,15 +1,15 @@
-"""A store of tokens: what a tokenizer makes of every image of a data set, made once, and found again by the images' names.
+"""A store of tokens: the tokens of every image of a data set, made once, and found again by image names.
 
-manifest.json   what made the tokens, how images were seen, how many there are, and what the files of small sets held (Paths.contents);
-                while it is made also how many are done
+manifest.json   what made the tokens, how images were preprocessed, number of images, and file contents of small sets (Paths.contents);
+                while the store is made, also the number of images done
 tokens.npy      ids (images, cells) int16, cells in row-major order, read as a memory map
-images.json     a name per row: train/ or val/ and the path below the split's folder; of images in memory the hash of their pixels
-codewords.png   patches that are nearest to some of the codes
-codebook.safetensors   of k-means: the centroids
+images.json     a name per row: train/ or val/ and the path below the split's folder; for images in memory, the hash of their pixels
+codewords.png   the patches nearest to some of the codes
+codebook.safetensors   k-means only: the centroids
 
-A file is known by its path, wherever its data set lies and whenever it was written. That another image has its name now is noticed in
-sets of up to 20,000 files (by their contents up to 512 MiB, else by sizes); who does that in larger ones deletes the store. The folder is
-called .partial until all this is in it; a killed process leaves it, and the next goes on from there.
+A file is identified by its path below the split's folder; the location of the data set and the file date do not matter. If a file is
+replaced under the same name, this is detected in sets of up to 20,000 files (by contents up to 512 MiB, else by file sizes). In larger
+sets, delete the store after such a change. The folder is called .partial until it is complete; after a kill, the next process resumes it.
 """
 
 import hashlib
@@ -24,18 +24,21 @@ from pathlib import Path
 import numpy
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.data import DataError, Loader, Split
 from common.files import Locked, locked
 from common.run import RunError, console, write_text
+from mapet.tokenizers.kmeans import NearestCentroid
+from mapet.tokenizers.vqkd import VQKD
 
+Tokenizer = NearestCentroid | VQKD
 VERSION = 1
-SAVE_SECONDS = 20.0  # between two moments to which a killed process goes back
+SAVE_SECONDS = 20.0  # between two saves; a killed process resumes from the last one
 
 
 class TokenStore:
-    """A finished store, opened. Raises DataError, with the mend, where it is missing, unfinished, of another version, or damaged."""
+    """A finished store, opened. Raises DataError, with a fix, if it is missing, unfinished, of another version, or damaged."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -50,7 +53,7 @@ class TokenStore:
         if version != VERSION or unfinished:
             raise self._fault("it is not finished" if unfinished else f"it has version {version}, and this code reads version {VERSION}")
         try:
-            # copy-on-write, as torch has no tensors that cannot be written to
+            # copy-on-write, because torch has no read-only tensors
             self.tokens = torch.from_numpy(numpy.load(self.folder / "tokens.npy", mmap_mode="c"))
             self.names = json.loads((self.folder / "images.json").read_text())
             (rows, columns), vocabulary = self.manifest["grid"], int(self.manifest["vocabulary"])
@@ -59,25 +62,25 @@ class TokenStore:
             raise self._fault(f"it is truncated or damaged ({type(error).__name__}: {error})") from error
         if tuple(self.tokens.shape) != wanted or self.tokens.dtype != torch.int16 or not self.names:
             held = f"tokens.npy holds {tuple(self.tokens.shape)} {self.tokens.dtype}"
-            raise self._fault(f"{held}, and there are {wanted[0]} names, of {wanted[1]} cells each, which wants torch.int16")
+            raise self._fault(f"{held}, but {wanted[0]} names, of {wanted[1]} cells each, need {wanted} torch.int16")
         low, high = (int(bound) for bound in self.tokens.aminmax())
         if low < 0 or high >= vocabulary:
             raise self._fault(f"it holds ids from {low} to {high}, and the vocabulary has 0 to {vocabulary - 1}")
 
     def check(self, **wanted: object) -> None:
-        """Raise DataError where the manifest says otherwise than what is wanted, by the first thing that differs."""
+        """Raise DataError if the manifest differs from the wanted values; the error names the first difference."""
         for name, value in wanted.items():
             held, value = self.manifest.get(name), json.loads(json.dumps(value))
             if held != value:
                 raise DataError(
                     f"the tokens in {self.folder} were made with {name}={held}, and the recipe wants {name}={value}: "
-                    "change the recipe, or have other tokens made"
+                    "change the recipe, or make other tokens"
                 )
 
     def of(self, split: Split, part: str) -> Tensor:
-        """The tokens (N, cells) int16 of a split's images, or of some of them; `part` is "train" or "val".
+        """The tokens (N, cells) int16 of the images of a split, or of a part of it; `part` is "train" or "val".
 
-        Raises DataError naming the first image that the store does not know, or that another one has taken the place of.
+        Raises DataError, with the first such image, if images are missing from the store or were replaced by others.
         """
         names = image_names(split, part, self.names)
         first = self.names.index(names[0]) if names[0] in self.names else 0
@@ -89,24 +92,24 @@ class TokenStore:
         if absent:
             raise DataError(
                 f"{self.folder} has no tokens for {len(absent)} of {len(names)} images, the first is {absent[0]}: these are not the images "
-                "it was made from; give those, or delete the folder to have it made again"
+                "it was made from; use those, or delete the folder to have it made again"
             )
         rows = [row[name] for name in names]
         self._compare(split, names, rows)
         return self.tokens[torch.tensor(rows)]
 
     def _compare(self, split: Split, names: list[str], rows: Sequence[int]) -> None:
-        """Raise DataError where the images' files hold something else than those that the tokens were made from."""
+        """Raise DataError if the image files have other contents than those that the tokens were made from."""
         held = self.manifest.get("contents")
         if not held or split.paths is None:
             return
-        pairs = zip(names, split.paths.contents, (held[row] for row in rows), strict=False)  # no contents: a large set
-        # of the larger of two sets only sizes may be known, and nothing of the largest
+        pairs = zip(names, split.paths.contents, (held[row] for row in rows), strict=False)  # no contents: large set
+        # for large sets only file sizes are known, for the largest ones nothing: compare what both have
         other = [name for name, now, then in pairs if then and not now.startswith(then) and not then.startswith(now)]
         if other:
             raise DataError(
-                f"{self.folder} was made from other images than {len(other)} of these {len(names)}, the first is {other[0]}, which has the "
-                "name of one: give those, or delete the folder to have it made again"
+                f"{self.folder} was made from other images than {len(other)} of these {len(names)}, the first is {other[0]}; the names are "
+                "the same: use the original images, or delete the folder to have it made again"
             )
 
     def _fault(self, what: str) -> DataError:
@@ -114,24 +117,24 @@ class TokenStore:
 
 
 def image_names(split: Split, part: str, known: Container[str] = ()) -> list[str]:
-    """What images are called in a store: their path below the split's folder, or where they are in memory the hash of their pixels.
+    """Names of images in a store: the path below the split's folder, or for images in memory the hash of their pixels.
 
-    known: the names of a store, which tell the split's folder where some of its images have a deeper one in common.
+    known: the names of a store; they determine the split's folder if a part of its images shares a deeper one.
     """
-    if split.paths is None:
+    if split.images is not None:
         return [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:32] for image in split.images]
-    paths = [os.path.abspath(path) for path in split.paths]
-    # the folder that all have in common is that of the first and the last by name, which takes ImageNet's million a twentieth of the time
+    paths = [os.path.abspath(path) for path in split.paths or ()]
+    # the common folder of all paths is that of the first and last by name; for ImageNet's million this takes a twentieth of the time
     root = os.path.commonpath([os.path.dirname(min(paths)), os.path.dirname(max(paths))])
     above = [root, *map(str, Path(root).parents)]
-    # where there is one class only, the folder that they have in common is its
+    # with only one class, the common folder is the class folder
     own = above[1] if all(os.path.dirname(path) == root for path in paths) else root
     root = next((folder for folder in reversed(above) if f"{part}/{os.path.relpath(paths[0], folder)}" in known), own)
     return [f"{part}/{path[len(root) + 1 :]}" for path in paths]
 
 
 def unfinished(folder: Path, names: list[str], manifest: dict) -> Path:
-    """The folder in which a store is made, as a killed process left it; empty where that was of other images or otherwise."""
+    """The folder in which a store is made, as a killed process left it; without tokens if images or settings differ."""
     partial = folder.with_name(f"{folder.name}.partial")
     note, listed = partial / "manifest.json", partial / "images.json"
     begun = {"version": VERSION, "images": len(names), **manifest}
@@ -139,30 +142,30 @@ def unfinished(folder: Path, names: list[str], manifest: dict) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         write_text(listed, json.dumps(names, indent=0))
-        write_text(note, json.dumps(begun | {"done": 0}, indent=1) + "\n")  # after the names, so that where it is they are
+        write_text(note, json.dumps(begun | {"done": 0}, indent=1) + "\n")  # after the names: if it exists, they exist
     return partial
 
 
-def write_tokens(partial: Path, tokenizer: nn.Module, loaders: dict[str, Loader], device: torch.device, draw: Callable) -> None:
-    """Fill tokens.npy of an unfinished store from where it is, have draw(tokens) leave the picture, and give the folder its name.
+def write_tokens(partial: Path, tokenizer: Tokenizer, loaders: dict[str, Loader], device: torch.device, draw: Callable) -> None:
+    """Fill the rest of tokens.npy of an unfinished store, make the picture with draw(tokens), and give the folder its final name.
 
-    loaders: of "train" and "val", evaluation, of images as the tokenizer wants them.
+    loaders: evaluation loaders of "train" and "val", with the tokenizer's image size and normalisation.
     """
     file, note = partial / "tokens.npy", partial / "manifest.json"
     manifest = json.loads(note.read_text())
     total, cells = manifest["images"], tokenizer.grid[0] * tokenizer.grid[1]
-    done = manifest.get("done", total)  # it says nothing any more where a process was killed between its last two deeds
+    done = manifest.get("done", total)  # missing if a process was killed between its last two steps
     tokens = numpy.load(file, mmap_mode="r+") if done else numpy.lib.format.open_memmap(file, "w+", numpy.int16, (total, cells))
 
     def save(done: int) -> None:
-        tokens.flush()  # first the rows, then the note that they are there
+        tokens.flush()  # first the rows, then the note about them
         write_text(note, json.dumps(manifest | {"done": done}, indent=1) + "\n")
 
     begin, saved = 0, time.monotonic()
     with progress_bar("tokens", done) as show:
         for loader in loaders.values():
             end = begin + len(loader.split)
-            start = max(done - begin, 0) // loader.batch_size  # a batch that was saved in part is begun again
+            start = max(done - begin, 0) // loader.batch_size  # a partly saved batch is computed again
             position = begin + start * loader.batch_size
             for images_BCHW, _ in loader.epoch(0, start) if done < end else ():
                 id_BN, _ = tokenizer(images_BCHW.to(device))
@@ -181,7 +184,7 @@ def write_tokens(partial: Path, tokenizer: nn.Module, loaders: dict[str, Loader]
 
 @contextmanager
 def making(folder: Path) -> Iterator[None]:
-    """Hold a store while it is made. Raises RunError where another process makes it."""
+    """Hold the lock of a store while it is made. Raises RunError if another process holds it."""
     with ExitStack() as held:
         try:
             held.enter_context(locked(folder.with_name(f"{folder.name}.lock")))
@@ -192,9 +195,9 @@ def making(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(title: str, begun: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) that keeps a bar on a terminal, and elsewhere says a line at most every so many seconds, and at the end.
+    """Yield a function (done, total) that updates a bar on a terminal, and prints a line at most every SAVE_SECONDS and at the end.
 
-    begun: images that were done before, which tell nothing of the time that the others take.
+    begun: images that were done before; they are excluded from the estimate of the remaining time.
     """
     start = shown = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
