@@ -105,6 +105,18 @@ DEIT = TrainConfig(
 DEIT_LABELS: dict = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 DEIT_DROP_PATH = 0.1
 
+# MAE's fine-tuning and linear probe (He et al. 2022, Tables 9 and 10).
+MAE_FINETUNE = dataclasses.replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
+MAE_LINEAR = TrainConfig(
+    epochs=90,
+    batch_size=16384,
+    base_lr=0.1,
+    warmup_epochs=10,
+    optimizer="lars",
+    weight_decay=0.0,
+    augmentation=Augmentation(scale=(0.08, 1.0)),
+)
+
 # VISSL's linear probe. StoP is evaluated with it, with heads=("norm_affine", "linear") and layers=(1, 4): StoP's configurations of
 # ViT-B and ViT-L. 28 epochs are for ImageNet and CIFAR.
 VISSL_SGD = TrainConfig(
@@ -188,11 +200,7 @@ class Protocol:
             (min(self.lr_multipliers, default=0) > 0, "lr_multipliers", "give numbers above 0"),
             (min(self.decays, default=0) >= 0, "decays", "give numbers from 0 up"),
             *((sound, name, "give each once") for sound, name in once),
-            (
-                not (many and shared),
-                "stage",
-                "several layers, heads, lr_multipliers or decays go without clip_norm and final_weight_decay",
-            ),
+            (not (many and shared), "stage", "several layers, heads, lr_multipliers or decays go without clip_norm and final_weight_decay"),
         )
 
     @property

@@ -7,7 +7,7 @@ import torch
 
 from common.data import Augmentation, Data
 from common.picture import draw_positions
-from common.recipe import DEIT_CROPS, Protocol, Recipe, TrainConfig, check_options
+from common.recipe import DEIT_CROPS, MAE_FINETUNE, MAE_LINEAR, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from droppos.method import DropPos
 
@@ -28,18 +28,6 @@ def illustrate(method: DropPos, images: torch.Tensor, targets: torch.Tensor, dat
     caption = f"{method.visible} of {method.cells} visible (framed: position dropped)"
     placed = named["cells"], named["predicted"], named["dropped"], named["dropped"]
     draw_positions(images, method.encoder.patch_size, *placed, caption, data, directory / "positions.png")
-
-
-# The official code has no linear probe; this is MAE's (its appendix A.1), on the mean of the patch tokens.
-_LINEAR = TrainConfig(
-    epochs=90,
-    batch_size=16384,
-    base_lr=0.1,
-    warmup_epochs=10,
-    optimizer="lars",
-    weight_decay=0.0,
-    augmentation=Augmentation(crop="resized", scale=(0.08, 1.0)),
-)
 
 
 def digits() -> Recipe:
@@ -98,7 +86,7 @@ def cifar10() -> Recipe:
         layer_decay=0.75,
         augmentation=Augmentation(crop="padding", padding=4, randaugment="rand-m9-mstd0.5-inc1", erase=0.25),
     )
-    linear = replace(_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
+    linear = replace(MAE_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
     return Recipe(
         size="small",
         image_size=32,
@@ -138,26 +126,15 @@ def imagenet_vitb16_200() -> Recipe:
         device_batch=256,
         augmentation=Augmentation(crop="resized", scale=(0.2, 1.0)),
     )
-    finetune = TrainConfig(
-        epochs=100,
-        batch_size=1024,
-        base_lr=1e-3,
-        min_lr=1e-6,
-        warmup_epochs=5,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-        layer_decay=0.75,
-        device_batch=128,
-        augmentation=DEIT_CROPS,
-    )
     return Recipe(
         size="base",
         image_size=224,
         patch_size=16,
         pretrain=pretrain,
         protocols=(
-            Protocol(name="finetune", kind="finetune", stage=finetune, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
-            Protocol(name="linear", kind="linear", stage=_LINEAR),
+            Protocol(name="finetune", kind="finetune", stage=MAE_FINETUNE, drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1),
+            # The official code has no linear probe; this is MAE's, on the mean of the patch tokens.
+            Protocol(name="linear", kind="linear", stage=MAE_LINEAR),
             Protocol(name="knn", kind="knn"),
         ),
     )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from common.data import Augmentation
-from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
+from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, MAE_FINETUNE, Protocol, Recipe, TrainConfig, check_options
 from positional_label.method import PositionalLabel, PositionalMAE
 
 # What benchmarks.speed times, without blending: the models of the two releases.
@@ -201,15 +201,8 @@ def imagenet_mae() -> Recipe:
     Settings of MAE's Tables 8 and 9; our reading of "combine with". We had no access to its numbers. Expected of ours: not measured yet.
     """
     pretrain = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
-    tune = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
-    finetune = Protocol(name="finetune", kind="finetune", stage=tune, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
+    finetune = Protocol(name="finetune", kind="finetune", stage=MAE_FINETUNE, position="learned", drop_path=DEIT_DROP_PATH, **DEIT_LABELS)
     return Recipe(size="base", image_size=224, patch_size=16, pretrain=pretrain, protocols=(finetune,), arms=_arms("mae"))
 
 
-DEFAULTS = {
-    "digits": digits,
-    "cifar10": cifar10,
-    "cifar100": cifar10,
-    "mini-imagenet": mini_imagenet_vit,
-    "folder": imagenet_vit,
-}
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "mini-imagenet": mini_imagenet_vit, "folder": imagenet_vit}

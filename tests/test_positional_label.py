@@ -404,7 +404,7 @@ def test_a_ratio_that_leaves_no_pair_to_see_or_nothing_to_paint_is_refused_with_
 
 @pytest.mark.parametrize("options", [{"class_token": False}, {"position": "none"}])
 def test_an_encoder_that_mae_refuses_is_refused_here_too(options):
-    with pytest.raises(ValueError, match="the encoder needs both"):
+    with pytest.raises(ValueError, match="needs an encoder with a position embedding and a class token"):
         PositionalMAE(ViT(image_size=16, patch_size=4, width=32, depth=2, heads=2, **options), **SIZES)
 
 

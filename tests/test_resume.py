@@ -108,6 +108,6 @@ def test_sigterm_saves_and_exits_with_the_documented_code_and_a_second_run_in_th
     os.killpg(process.pid, signal.SIGTERM)  # as torchrun and `timeout` do
     said, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, said
-    assert "the same command goes on from here" in said
+    assert "the same command resumes from here" in said
     step = json.loads(next(tmp_path.glob("*/*/pretrain/metrics.jsonl")).read_text().splitlines()[-1])["step"]
     assert next(tmp_path.glob("*/*/pretrain/checkpoint.pt")).exists() and step > 0

@@ -148,4 +148,4 @@ def test_a_signal_while_tokens_are_made_ends_with_75(name, tmp_path, monkeypatch
 def test_the_process_exits_with_75_and_says_what_to_do():
     code = "import os, signal, sys, benchmarks.reproduce as r\nr.open_data = lambda *_: os.kill(os.getpid(), signal.SIGUSR2)\n"
     done = subprocess.run([sys.executable, "-c", code + "sys.exit(r.main(['droppos']))"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 75 and "the same command goes on from here" in done.stdout and not done.stderr
+    assert done.returncode == 75 and "run the same command again to resume" in done.stdout and not done.stderr

@@ -432,12 +432,12 @@ def transformer(bias: float) -> Encoder:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"vectors": 90}, "vectors: 100 there, 90 asked"),
-        ({"n": 22}, "images: 23 there, 22 asked"),
-        ({"seed": 1}, "seed: 0 there, 1 asked"),
-        ({"features": Counted(per_patch=True)}, "features: .*per_patch=False there, .*per_patch=True asked"),
+        ({"vectors": 90}, "vectors: 100 there, 90 requested"),
+        ({"n": 22}, "images: 23 there, 22 requested"),
+        ({"seed": 1}, "seed: 0 there, 1 requested"),
+        ({"features": Counted(per_patch=True)}, "features: .*per_patch=False there, .*per_patch=True requested"),
         ({"loader_": loader(24)}, "split: "),
-        ({"loader_": loader(interpolation="bilinear")}, "interpolation: bicubic there, bilinear asked"),
+        ({"loader_": loader(interpolation="bilinear")}, "interpolation: bicubic there, bilinear requested"),
     ],
 )
 def test_a_file_with_another_sample_is_refused_with_what_differs(tmp_path, options, name):

@@ -14,7 +14,7 @@ from common.data import Augmentation, Data
 from common.heads import PixelDecoder
 from common.masking import kept_tokens, permutation_ranks, random_order
 from common.method import Output
-from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
+from common.recipe import DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, MAE_FINETUNE, MAE_LINEAR, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT, patchify
 
 # Timed by benchmarks.speed: MAE at each eta of MP3's Table 2. Pre-training uses .75.
@@ -90,16 +90,6 @@ def illustrate(method: MAE, images: Tensor, targets: Tensor, data: Data, directo
 
 
 _PRETRAIN = TrainConfig(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, betas=(0.9, 0.95), device_batch=256)
-_FINETUNE = replace(DEIT, epochs=100, base_lr=1e-3, lr_batch=256, min_lr=1e-6, layer_decay=0.75, augmentation=DEIT_CROPS)
-_LINEAR = TrainConfig(
-    epochs=90,
-    batch_size=16384,
-    base_lr=0.1,
-    warmup_epochs=10,
-    optimizer="lars",
-    weight_decay=0.0,
-    augmentation=Augmentation(scale=(0.08, 1.0)),
-)
 
 
 def _protocols(tune: TrainConfig, linear: TrainConfig) -> tuple[Protocol, ...]:
@@ -134,15 +124,10 @@ def cifar10() -> Recipe:
     """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=mae DATA=cifar10`, one GPU. Ours. Expected: not measured yet."""
     crops = replace(DEIT_CROPS, crop="padding", padding=4)
     pretrain = replace(_PRETRAIN, epochs=400, batch_size=512, base_lr=7.5e-4, warmup_epochs=20, device_batch=512)
-    tune = replace(_FINETUNE, batch_size=512, device_batch=512, augmentation=crops)
-    linear = replace(_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
-    return Recipe(
-        size="small",
-        image_size=32,
-        patch_size=4,
-        pretrain=pretrain,
-        protocols=(*_protocols(tune, linear), Protocol(name="knn", kind="knn")),
-    )
+    tune = replace(MAE_FINETUNE, batch_size=512, device_batch=512, augmentation=crops)
+    linear = replace(MAE_LINEAR, batch_size=512, base_lr=1.0, augmentation=Augmentation(crop="padding", padding=4))
+    protocols = (*_protocols(tune, linear), Protocol(name="knn", kind="knn"))
+    return Recipe(size="small", image_size=32, patch_size=4, pretrain=pretrain, protocols=protocols)
 
 
 def imagenet_vitb16_800() -> Recipe:
@@ -150,7 +135,7 @@ def imagenet_vitb16_800() -> Recipe:
 
     The paper prints no number of this; users report a fine-tuned top-1 of 83.3 (issue 30 of the official repository).
     """
-    return Recipe(size="base", image_size=224, patch_size=16, pretrain=_PRETRAIN, protocols=_protocols(_FINETUNE, _LINEAR))
+    return Recipe(size="base", image_size=224, patch_size=16, pretrain=_PRETRAIN, protocols=_protocols(MAE_FINETUNE, MAE_LINEAR))
 
 
 def imagenet_vitb16_1600() -> Recipe:

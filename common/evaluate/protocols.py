@@ -27,12 +27,12 @@ from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic
 from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache, hold_out
 from common.method import Output
 from common.processes import once
-from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
+from common.recipe import DEIT_DROP_PATH, DEIT_LABELS, MAE_FINETUNE, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
 from common.run import Run
 from common.train import fit, make_fabric, make_loader
 from common.vit import ViT
 
-_MAE = replace(DEIT, epochs=100, lr_batch=256, min_lr=1e-6, layer_decay=0.65, augmentation=DEIT_CROPS)
+_VIT_B = replace(MAE_FINETUNE, base_lr=5e-4, layer_decay=0.65)  # as MAE's code fine-tunes ViT-B
 # Protocols by name, for encoders without a recipe. A recipe has the protocols of its paper.
 PROTOCOLS = {
     protocol.name: protocol
@@ -41,8 +41,7 @@ PROTOCOLS = {
         Protocol(name="logistic", kind="logistic"),
         # VISSL's linear probe, on the last layer, with a single classifier
         Protocol(name="linear", kind="linear", stage=VISSL_SGD, heads=("norm_affine",)),
-        # MAE's fine-tuning of ViT-B (He et al. 2022, Table 9)
-        Protocol(name="finetune", kind="finetune", stage=_MAE, drop_path=DEIT_DROP_PATH, **DEIT_LABELS),
+        Protocol(name="finetune", kind="finetune", stage=_VIT_B, drop_path=DEIT_DROP_PATH, **DEIT_LABELS),
         Protocol(name="classify", kind="classify"),
     )
 }

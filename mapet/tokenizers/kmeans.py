@@ -58,7 +58,7 @@ def sample_features(
     asked = {"images": images, "vectors": vectors, "seed": seed, "features": features.name, "weights": fingerprint(features)}
     asked |= {"data": loader.data.name, "split": loader.split.digest(), **loader.view}
     file, note, features = Path(file), Path(f"{file}.json"), features.to(device)
-    done = _read_note(note, asked, file)
+    done = _read_note(note, requested, file)
     if file.exists():
         if done < images:
             raise RunError(f"{file} exists, but {note.name} does not say that it is complete: delete it to have it made again")
@@ -151,7 +151,7 @@ def _read_note(note: Path, asked: dict, file: Path) -> int:
         held = json.loads(note.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return 0
-    differing = [f"{name}: {held.get(name)} there, {asked[name]} asked" for name in asked if held.get(name) != asked[name]]
+    differing = [f"{name}: {held.get(name)} there, {asked[name]} requested" for name in asked if held.get(name) != asked[name]]
     if differing:
         raise RunError(f"{file} holds another sample ({', '.join(differing)}): use another file, or delete it and {note.name}")
     return held["done"]
