@@ -151,8 +151,8 @@ def test_windows_that_do_not_fit_are_refused_with_some_that_do(size, window, gri
         with pytest.raises(ValueError, match=f"{window} x {window} do not fit a stage of {grid} x {grid} cells") as refusal:
             PositionalLabel(prepared(timm.create_model(**make, window_size=window), (size, size)), 10)
         offered = re.search("encoder.window_size=(.*) fits", str(refusal.value))[1].split(" or ")
-        for mend in offered:
-            check_windows(timm.create_model(**make, window_size=int(mend)))
+        for fix in offered:
+            check_windows(timm.create_model(**make, window_size=int(fix)))
 
 
 def test_the_windows_that_are_offered_are_the_nearest_and_no_larger_than_the_grid():

@@ -1,4 +1,4 @@
-"""What a user gets wrong is named with its mend, exits with 2, and loses nothing."""
+"""What a user gets wrong is named with its fix, exits with 2, and loses nothing."""
 
 import dataclasses
 import json

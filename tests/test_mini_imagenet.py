@@ -178,7 +178,7 @@ def test_more_or_fewer_classes_are_another_data_set(root, tmp_path):
         (",train", ",val", "leaves class 'ant' without train images"),
     ],
 )
-def test_a_fault_in_the_split_file_is_named_with_its_mend(old, new, fault, root):
+def test_a_fault_in_the_split_file_is_named_with_its_fix(old, new, fault, root):
     mini(root)
     content = (root / SPLIT).read_text()
     assert old in content

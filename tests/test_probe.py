@@ -314,7 +314,7 @@ def test_a_grid_that_has_no_second_image_of_any_class_to_choose_by_is_refused_wi
         ({"decays": (1.0, 2.0), "stage": replace(STAGE, final_weight_decay=1.0)}, "final_weight_decay"),
     ],
 )
-def test_values_that_make_no_sense_are_refused_with_value_and_mend(options, message):
+def test_values_that_make_no_sense_are_refused_with_value_and_fix(options, message):
     with pytest.raises(RecipeError, match=f"protocol p: .*{message}"):
         Protocol(**{"name": "p", "kind": "linear", "stage": STAGE} | options)
 

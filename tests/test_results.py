@@ -65,7 +65,7 @@ def test_the_rows_measured_before_the_ledger_got_its_columns_are_untouched(folde
     assert all(row["base_arm"] == (row["arm"].partition("+")[0] if "+" in row["arm"] else "") for row in rows)
 
 
-def test_a_ledger_from_before_these_columns_is_refused_with_what_is_missing_and_how_to_mend_it(tmp_path: Path) -> None:
+def test_a_ledger_from_before_these_columns_is_refused_with_what_is_missing_and_how_to_fix_it(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     path.write_text(",".join(name for name in TYPES if name == "recipe" or name not in GIVEN) + "\n")
     missing = "missing: arm, base_arm, overrides, encoder_file, split; unexpected: none"

@@ -203,7 +203,7 @@ def test_images_of_another_shape_are_refused(height, width, channels):
         Pixels(16, (64, 64), MEAN, STD)(torch.zeros(1, channels, height, width))
 
 
-def test_an_encoder_that_cannot_be_opened_is_refused_with_the_mend(tmp_path, monkeypatch):
+def test_an_encoder_that_cannot_be_opened_is_refused_with_the_fix(tmp_path, monkeypatch):
     path, given = save_run(tmp_path / "run", vit("micro", image_size=16, patch_size=4)), {"mean": MEAN, "std": STD}
     with pytest.raises(RecipeError, match="does not contain mean and std of its images: give those of its training data"):
         Encoder(path, mean=MEAN)
@@ -281,7 +281,7 @@ def test_clip_has_the_activation_of_its_weights(tiny_clip, monkeypatch):
         assert found == quick
 
 
-def test_clip_that_cannot_be_had_is_refused_with_the_mend(tiny_clip, monkeypatch):
+def test_clip_that_cannot_be_had_is_refused_with_the_fix(tiny_clip, monkeypatch):
     with pytest.raises(RecipeError, match="open_clip has no model 'resnett'; did you mean resnet"):
         Clip("resnett")
     with pytest.raises(RecipeError, match="open_clip has no weights 'opennai' for RN50x64; did you mean openai"):
@@ -455,7 +455,7 @@ def test_a_sample_of_other_weights_is_refused(tmp_path):
         sample(tmp_path / "s.npy", loader(**size), transformer(0.1), vectors=10)
 
 
-def test_what_cannot_be_sampled_is_refused_with_the_mend(tmp_path, monkeypatch):
+def test_what_cannot_be_sampled_is_refused_with_the_fix(tmp_path, monkeypatch):
     file = tmp_path / "s.npy"
     for options, message in {
         "vectors=369 is not possible, 23 images have 368 cells: choose fewer, or more images": {"vectors": 369},
@@ -528,7 +528,7 @@ def test_a_map_on_disk_is_given_to_faiss_as_it_lies_and_few_vectors_are_no_matte
     assert not capfd.readouterr().err
 
 
-def test_centroids_that_cannot_be_found_are_refused_with_the_mend(monkeypatch):
+def test_centroids_that_cannot_be_found_are_refused_with_the_fix(monkeypatch):
     with pytest.raises(RecipeError, match="codes=31 is not possible with 30 sampled vectors: sample more"):
         fit_centroids(blobs(30), 31)
     with pytest.raises(RecipeError, match="codes=0 is not possible"):

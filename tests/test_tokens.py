@@ -266,7 +266,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_a_damaged_store_is_refused_with_what_is_wrong_and_the_mend(whole, tmp_path, damage, message):
+def test_a_damaged_store_is_refused_with_what_is_wrong_and_the_fix(whole, tmp_path, damage, message):
     place = shutil.copytree(whole, tmp_path / "copy")
     assert prepare(digits(), tmp_path, {"store": str(place)}).train.labels.shape == (40, 16)
     damage(place)

@@ -58,7 +58,7 @@ def sample_features(
     asked = {"images": images, "vectors": vectors, "seed": seed, "features": features.name, "weights": fingerprint(features)}
     asked |= {"data": loader.data.name, "split": loader.split.digest(), **loader.view}
     file, note, features = Path(file), Path(f"{file}.json"), features.to(device)
-    done = _read_note(note, requested, file)
+    done = _read_note(note, asked, file)
     if file.exists():
         if done < images:
             raise RunError(f"{file} exists, but {note.name} does not say that it is complete: delete it to have it made again")
