@@ -67,72 +67,6 @@ _IMAGENET = (
 )
 
 
-def digits() -> Recipe:
-    """scikit-learn's handwritten digits: `make reproduce PAPER=stop`. Ours; no paper has it.
-
-    Enlarged to 12 px, for a grid of 6 x 6 cells, the smallest on which blocks of the papers' sizes exist. Chosen by the experiments in
-    README.md's log. Hardware: two CPU cores, five minutes an arm. Expected, over three seeds, of I-JEPA, StoP and a random encoder:
-    k-NN 87, 86, 78; logistic regression with 20 labels per class 92, 91, 85; linear probe of the last layer, the best on held-out
-    images, 97, 97, 93, and the best on the test images (`--set linear.choose_on=test`) 97, 97, 94.
-    """
-    pretrain = TrainConfig(
-        epochs=100,
-        batch_size=64,
-        base_lr=2.5e-4,
-        lr_batch=64,
-        warmup_epochs=7,
-        weight_decay=0.04,
-        augmentation=Augmentation(scale=(0.4, 1.0), flip=0.0),
-    )
-    still = Augmentation(crop="none", flip=0.0)
-    linear = TrainConfig(
-        epochs=50, batch_size=128, base_lr=1.0, lr_batch=128, milestones=(20, 40), optimizer="sgd", weight_decay=5e-4, augmentation=still
-    )
-    protocols = (
-        Protocol(
-            name="linear", kind="linear", stage=linear, layers=(1, 4), heads=("norm_affine", "linear"), lr_multipliers=(1.0, 0.3, 0.1)
-        ),
-        Protocol(name="logistic_20_per_class", kind="logistic", labels_per_class=20),
-        Protocol(name="knn", kind="knn"),
-    )
-    method = {"context_ratio": 0.3, "momentum": 0.998, "predictor_width": 96, "predictor_depth": 3}
-    # These stds give outputs as large as the papers' .02 does with 768 channels and patches of 768 numbers.
-    method |= {"init_std": 0.057, "patch_std": 0.28}
-    return Recipe(
-        size="micro",
-        image_size=12,
-        patch_size=2,
-        pretrain=pretrain,
-        protocols=protocols,
-        method=method,
-        encoder={"class_token": False},
-        arms=_ARMS,
-    )
-
-
-def cifar10() -> Recipe:
-    """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=stop DATA=cifar10`, one GPU. Ours. Expected: not measured yet.
-
-    The paper's settings with a quarter of the batch size and half of the learning rate. Initialised as for digits.
-    """
-    pretrain = replace(_BASE, epochs=400, batch_size=512, base_lr=4e-4, lr_batch=512, warmup_lr=1e-4, min_lr=5e-5, device_batch=512)
-    pretrain = replace(pretrain, augmentation=Augmentation(scale=(0.3, 1.0), interpolation="bilinear"))
-    linear = replace(_LINEAR, stage=replace(VISSL_SGD, augmentation=Augmentation(crop="padding", padding=4)))
-    logistic = Protocol(name="logistic_1pct", kind="logistic", label_fraction=0.01)
-    method = {"init_std": 0.028, "patch_std": 0.08, "predictor_width": 192}
-    protocols = (linear, logistic, Protocol(name="knn", kind="knn"))
-    return Recipe(
-        size="small",
-        image_size=32,
-        patch_size=4,
-        pretrain=pretrain,
-        protocols=protocols,
-        method=method,
-        encoder={"class_token": False},
-        arms=_ARMS,
-    )
-
-
 def imagenet_vitb16() -> Recipe:
     """StoP's ViT-B/16 (Table 10, `vit-b16.yaml`): `make reproduce PAPER=stop DATA=/datasets/imagenet ARGS="--data-name imagenet1k"`.
 
@@ -254,6 +188,56 @@ def transfer_clevr_count() -> Recipe:
 def transfer_clevr_dist() -> Recipe:
     """Likewise on CLEVR/Dist, 6 classes: `DATA=/datasets/clevr-dist RECIPE=transfer_clevr_dist`. Published: StoP 71.3, I-JEPA 70.7."""
     return _transfer(replace(transfer_clevr_count().protocols[0].training, epochs=100), resize=0)
+
+
+def cifar10() -> Recipe:
+    """CIFAR-10 (or 100) with a ViT-S/4: `make reproduce PAPER=stop DATA=cifar10`, one GPU. Ours. Expected: not measured yet.
+
+    The paper's settings with a quarter of the batch size and half of the learning rate. Initialised as for digits.
+    """
+    pretrain = replace(_BASE, epochs=400, batch_size=512, base_lr=4e-4, lr_batch=512, warmup_lr=1e-4, min_lr=5e-5, device_batch=512)
+    pretrain = replace(pretrain, augmentation=Augmentation(scale=(0.3, 1.0), interpolation="bilinear"))
+    linear = replace(_LINEAR, stage=replace(VISSL_SGD, augmentation=Augmentation(crop="padding", padding=4)))
+    logistic = Protocol(name="logistic_1pct", kind="logistic", label_fraction=0.01)
+    method = {"init_std": 0.028, "patch_std": 0.08, "predictor_width": 192}
+    protocols = (linear, logistic, Protocol(name="knn", kind="knn"))
+    base = imagenet_vitb16()
+    return replace(base, size="small", image_size=32, patch_size=4, pretrain=pretrain, protocols=protocols, method=method)
+
+
+def digits() -> Recipe:
+    """scikit-learn's handwritten digits: `make reproduce PAPER=stop`. Ours; no paper has it.
+
+    Enlarged to 12 px, for a grid of 6 x 6 cells, the smallest on which blocks of the papers' sizes exist. Chosen by the experiments in
+    README.md's log. Hardware: two CPU cores, five minutes an arm. Expected, over three seeds, of I-JEPA, StoP and a random encoder:
+    k-NN 87, 86, 78; logistic regression with 20 labels per class 92, 91, 85; linear probe of the last layer, the best on held-out
+    images, 97, 97, 93, and the best on the test images (`--set linear.choose_on=test`) 97, 97, 94.
+    """
+    pretrain = TrainConfig(
+        epochs=100,
+        batch_size=64,
+        base_lr=2.5e-4,
+        lr_batch=64,
+        warmup_epochs=7,
+        weight_decay=0.04,
+        augmentation=Augmentation(scale=(0.4, 1.0), flip=0.0),
+    )
+    still = Augmentation(crop="none", flip=0.0)
+    linear = TrainConfig(
+        epochs=50, batch_size=128, base_lr=1.0, lr_batch=128, milestones=(20, 40), optimizer="sgd", weight_decay=5e-4, augmentation=still
+    )
+    protocols = (
+        Protocol(
+            name="linear", kind="linear", stage=linear, layers=(1, 4), heads=("norm_affine", "linear"), lr_multipliers=(1.0, 0.3, 0.1)
+        ),
+        Protocol(name="logistic_20_per_class", kind="logistic", labels_per_class=20),
+        Protocol(name="knn", kind="knn"),
+    )
+    method = {"context_ratio": 0.3, "momentum": 0.998, "predictor_width": 96, "predictor_depth": 3}
+    # These stds give outputs as large as the papers' .02 does with 768 channels and patches of 768 numbers.
+    method |= {"init_std": 0.057, "patch_std": 0.28}
+    base = imagenet_vitb16()
+    return replace(base, size="micro", image_size=12, patch_size=2, pretrain=pretrain, protocols=protocols, method=method)
 
 
 DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16}
