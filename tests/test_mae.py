@@ -25,7 +25,7 @@ def mae_model(**options) -> MAE:
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(0.75, 4), (0.7, 4), (0.5, 8), (0.3, 11), (0.9, 1)])
-def test_the_encoder_gets_the_visible_patches_their_number_rounded_down(ratio, kept):
+def test_the_number_of_visible_patches_is_rounded_down(ratio, kept):
     model, noise = mae_model(mask_ratio=ratio), torch.rand(6, 16)
     named = model(batch()[0], noise=noise).named
     assert model.visible == kept and named["encoded"].shape == (6, 1 + kept, 32)
@@ -142,7 +142,7 @@ def by_name(official: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", parity.golden("mae"))
-def test_mae_gives_the_official_figures(name):
+def test_mae_equals_the_official_values(name):
     case = parity.golden("mae")[name]
     vit = ViT(image_size=64, patch_size=16, width=64, depth=2, heads=4)
     model = MAE(vit, decoder_width=32, decoder_depth=2, decoder_heads=4)

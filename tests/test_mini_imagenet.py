@@ -77,7 +77,7 @@ def test_the_split_file_lists_every_image_by_path(root):
     assert [path.name for path in sorted(root.iterdir())] == ["mini-imagenet", SPLIT]  # no temporary file is left
 
 
-def test_the_split_is_the_same_twice_and_on_another_machine(root, tmp_path, monkeypatch):
+def test_the_split_is_reproducible_also_on_another_machine(root, tmp_path, monkeypatch):
     first, again = open_mini(root), open_mini(root)
     walk, iterate = os.walk, Path.iterdir
     with monkeypatch.context() as patch:  # a file system may list its entries in any order

@@ -422,7 +422,7 @@ def test_in_every_layer_all_tokens_attend_to_the_class_token_and_the_context(eta
 
 
 @pytest.mark.parametrize(
-    ("size", "eta", "giga", "sheet"),
+    ("size", "eta", "giga", "reference"),
     [
         ("base", 0, 17.59, 17.59),
         ("base", 0.3, 16.54, 16.54),
@@ -436,7 +436,7 @@ def test_in_every_layer_all_tokens_attend_to_the_class_token_and_the_context(eta
         ("large", 0.9, 50.97, 50.97),
     ],
 )
-def test_multiply_adds_of_a_forward_match_the_expected_costs(size, eta, giga, sheet):
+def test_multiply_adds_of_a_forward_match_the_expected_costs(size, eta, giga, reference):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = MP3(vit(size, position="none"), eta=eta)
         model(torch.zeros(1, 3, 224, 224))
@@ -445,7 +445,7 @@ def test_multiply_adds_of_a_forward_match_the_expected_costs(size, eta, giga, sh
     # The expected costs round 197 (1 - eta) keys, class token included; the model has 1 + int(196 (1 - eta)): at most one more.
     width, depth = model.encoder.width, len(model.encoder.blocks)
     one_key = depth * (2 * width**2 + 2 * 197 * width) / 1e9
-    assert found - sheet == pytest.approx((1 + model.context - round(197 * (1 - eta))) * one_key, abs=0.006)
+    assert found - reference == pytest.approx((1 + model.context - round(197 * (1 - eta))) * one_key, abs=0.006)
 
 
 # ---- refused settings

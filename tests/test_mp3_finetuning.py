@@ -88,7 +88,7 @@ def test_the_bias_of_two_patches_depends_only_on_their_offset():
     assert all((part == part[:, :1]).all() for part in (bias[:, 0, 1:], bias[:, 1:, 0])) and (bias[:, 0, 1] != bias[:, 1, 0]).all()
 
 
-def test_relative_biases_change_the_output_of_every_block():
+def test_relative_biases_of_every_block_change_the_output():
     source, images = build(), draw()["images"]
     expected = source.encoder(images)
     for block in range(3):

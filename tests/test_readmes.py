@@ -106,11 +106,11 @@ def test_each_step_of_the_method_links_to_the_line_that_does_it(paper: str) -> N
         assert found == int(number), f"{name}: {fragment!r} is on line {found} of {paper}/method.py, not {number}"
 
 
-@pytest.mark.parametrize(("paper", "sheet", "count"), [("droppos", 7, 17), ("mp3", 5, 12)])
-def test_the_deviations_list_all_errors_of_the_other_implementation(paper: str, sheet: int, count: int) -> None:
+@pytest.mark.parametrize(("paper", "prefix", "count"), [("droppos", 7, 17), ("mp3", 5, 12)])
+def test_the_deviations_list_all_errors_of_the_other_implementation(paper: str, prefix: int, count: int) -> None:
     deviations = section((ROOT / paper / "README.md").read_text(encoding="utf-8"), "Deviations")
     faults = [cells for cells in rows(deviations) if re.match(r"\d+\.\d+( |$)", cells[0])]
-    assert [cells[0].split()[0] for cells in faults] == [f"{sheet}.{number}" for number in range(1, count + 1)]
+    assert [cells[0].split()[0] for cells in faults] == [f"{prefix}.{number}" for number in range(1, count + 1)]
     for fault, *cells in faults:
         assert fault.split()[1:] in ([["H"], ["M"], ["L"]] if paper == "droppos" else [[]]), f"{fault}: severity, where it is known"
         assert len(cells) == 4 and all(cells), f"{fault}: paper, the other code, ours, why"

@@ -98,9 +98,9 @@ def test_a_protocol_is_addressed_by_its_name():
     assert changed.pretrain == STAGE
 
 
-@pytest.mark.parametrize(("value", "taken"), [("learned", "learned"), ("null", None)])
-def test_an_optional_choice_accepts_a_value_and_null(value, taken):
-    assert override(RECIPE, [f"finetune.position={value}"]).protocols[0].position == taken
+@pytest.mark.parametrize(("value", "expected"), [("learned", "learned"), ("null", None)])
+def test_an_optional_choice_accepts_a_value_and_null(value, expected):
+    assert override(RECIPE, [f"finetune.position={value}"]).protocols[0].position == expected
 
 
 def test_later_assignments_build_on_earlier_ones():
@@ -346,11 +346,11 @@ def test_a_vit_without_a_patch_size_is_refused_by_name():
 
 @QUICK
 @given(st.integers(1, 300), st.integers(1, 16), st.integers(1, 200))
-def test_the_micro_batch_is_the_largest_divisor_within_the_limit(share, devices, limit):
-    stage = replace(STAGE, batch_size=share * devices, device_batch=limit)
-    size = max(d for d in range(1, share + 1) if share % d == 0 and d <= limit)
-    if share // size > 2 * math.ceil(share / limit):
-        with pytest.raises(RecipeError, match=f"{share // size} micro-batches of {size} images"):
+def test_the_micro_batch_is_the_largest_divisor_within_the_limit(per_device, devices, limit):
+    stage = replace(STAGE, batch_size=per_device * devices, device_batch=limit)
+    size = max(d for d in range(1, per_device + 1) if per_device % d == 0 and d <= limit)
+    if per_device // size > 2 * math.ceil(per_device / limit):
+        with pytest.raises(RecipeError, match=f"{per_device // size} micro-batches of {size} images"):
             device_batch(stage, devices)
     else:
         assert device_batch(stage, devices) == size

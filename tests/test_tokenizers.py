@@ -305,7 +305,7 @@ def test_unavailable_clip_weights_are_refused_with_the_fix(tiny_clip, monkeypatc
 
 
 @pytest.mark.parametrize("vectors", [5, 23, 100, 23 * 16])
-def test_each_image_contributes_equally_with_distinct_patches(tmp_path, vectors):
+def test_each_image_contributes_its_fraction_of_the_sample_from_distinct_patches(tmp_path, vectors):
     rows = sample(tmp_path / "s.npy", vectors=vectors)
     assert rows.shape == (vectors, 12) and rows.dtype == numpy.float32
     for i, (x, _) in enumerate(loader(batch=1).epoch(0)):
