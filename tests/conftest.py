@@ -1,10 +1,10 @@
-"""For every test: kernels run without a GPU, torchvision can be imported, and parallel workers do not fight over the cores."""
+"""Setup for all tests: kernels run without a GPU, torchvision can be imported, and parallel workers use one thread each."""
 
 import os
 import shutil
 
 if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks at it once, when it is imported, which torch may do
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, on import; torch may import Triton
 
 import common  # noqa: F401  (declares torchvision's operators; must come before torchvision, timm and lightning)
 

@@ -1,4 +1,4 @@
-"""Claims about attention through visibility windows: every backend gives what the plain float64 reference gives."""
+"""Tests of attention with visibility windows: every backend equals the plain float64 reference."""
 
 import csv
 import itertools
@@ -16,7 +16,7 @@ from common.attention import attend, attend_reference
 from common.kernels import WIDTHS
 from common.masking import permutation_ranks
 
-BACKENDS = ["auto", "sdpa"]  # these have gradients everywhere; flex has them on CUDA only, triton is in test_kernels.py
+BACKENDS = ["auto", "sdpa"]  # these have gradients on every device; flex has them on CUDA only; triton is in test_kernels.py
 QUICK = settings(deadline=None, max_examples=40, derandomize=True)
 CASES = st.fixed_dictionaries(
     {
@@ -31,7 +31,7 @@ CASES = st.fixed_dictionaries(
 
 
 def draw(B: int, H: int, Q: int, K: int, D: int, seed: int) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
-    """q, k, v; a random window; the incoming gradient."""
+    """Return q, k, v; a random window; the incoming gradient."""
     g = torch.Generator().manual_seed(seed)
     qkv = [torch.randn(B, H, length, D, generator=g) for length in (Q, K, K)]
     window = {"time": (B, Q), "visible_from": (B, K), "visible_until": (B, K)}
@@ -39,7 +39,7 @@ def draw(B: int, H: int, Q: int, K: int, D: int, seed: int) -> tuple[list[Tensor
 
 
 def run(function, qkv: list[Tensor], gradient: Tensor, **options) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the gradients of q, k and v."""
+    """Return the output and the gradients of q, k and v."""
     leaves = [tensor.clone().requires_grad_() for tensor in qkv]
     out = function(*leaves, **options)
     out.backward(gradient.to(out.dtype))
@@ -47,7 +47,7 @@ def run(function, qkv: list[Tensor], gradient: Tensor, **options) -> tuple[Tenso
 
 
 def visible(time: Tensor, visible_from: Tensor, visible_until: Tensor) -> list[list[str]]:
-    """The mask behind a window as rows of 0 and 1 per image, found by attending with equal scores to one-hot values."""
+    """Return the mask of a window as rows of 0 and 1 per image, found by attention with equal scores to one-hot values."""
     (B, Q), K = time.shape, visible_from.shape[1]
     out = attend(
         torch.zeros(B, 1, Q, K),
@@ -98,7 +98,7 @@ def test_a_bias_is_added_to_the_scores_and_gets_its_gradient_under_any_window(ba
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=2**-7 if bfloat16 else 0)
 
 
-def test_the_reference_is_attention_over_the_keys_of_the_definition():
+def test_the_reference_attends_to_exactly_the_keys_inside_the_window():
     qkv, window, _ = draw(B=3, H=2, Q=7, K=8, D=4, seed=5)
     q, k, v = (tensor.double() for tensor in qkv)
     expected = torch.zeros(3, 2, 7, 4, dtype=torch.float64)
@@ -115,11 +115,11 @@ def test_the_reference_is_attention_over_the_keys_of_the_definition():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_query_that_sees_nothing_gives_zeros_and_zero_gradients(backend):
+def test_a_query_without_visible_keys_outputs_zeros_and_gets_zero_gradients(backend):
     qkv, window, gradient = draw(B=2, H=2, Q=5, K=6, D=8, seed=1)
-    window["visible_until"][0] = window["visible_from"][0]  # nothing in image 0
-    window["time"][1, 2] = -100  # and nothing for one query of image 1
-    window["visible_from"][1], window["visible_until"][1, :5], window["visible_until"][1, 5] = -3, 9, -3  # nobody sees key 5 of image 1
+    window["visible_until"][0] = window["visible_from"][0]  # image 0 has no visible keys
+    window["time"][1, 2] = -100  # nor has one query of image 1
+    window["visible_from"][1], window["visible_until"][1, :5], window["visible_until"][1, 5] = -3, 9, -3  # key 5 of image 1 is never seen
     out, (grad_q, grad_k, grad_v) = run(attend, qkv, gradient, backend=backend, **window)
     for tensor in (out, grad_q):
         assert (tensor[0] == 0).all() and (tensor[1, :, 2] == 0).all() and (tensor[1, :, [0, 1, 3, 4]] != 0).all()
@@ -140,7 +140,7 @@ def test_without_a_window_it_is_softmax_attention_over_all_keys(backend, case):
 
 
 @pytest.mark.parametrize("windowed", [True, False])
-def test_bfloat16_on_the_cpu_is_torchs_own_forward_with_gradients_as_exact_as_float32(windowed):
+def test_bfloat16_on_the_cpu_equals_torchs_sdpa_and_its_gradients_match_the_reference(windowed):
     qkv, window, gradient = draw(B=2, H=2, Q=16, K=32, D=8, seed=2)
     qkv, window = [tensor.bfloat16() for tensor in qkv], window if windowed else {}
     out, grads = run(attend, qkv, gradient.bfloat16(), **window)
@@ -149,12 +149,12 @@ def test_bfloat16_on_the_cpu_is_torchs_own_forward_with_gradients_as_exact_as_fl
     expected, expected_grads = run(attend_reference, [tensor.float() for tensor in qkv], gradient.bfloat16(), **window)
     for found, wanted in zip([out, *grads], [expected, *expected_grads], strict=True):
         assert found.dtype == torch.bfloat16
-        assert (found.double() - wanted.double()).abs().max() < 2**-7 * wanted.abs().max()  # of 8 bits, as on GPUs
+        assert (found.double() - wanted.double()).abs().max() < 2**-7 * wanted.abs().max()  # the rounding to 8 bits, as on GPUs
 
 
 @pytest.mark.parametrize("alike", [("time",), ("visible_from", "visible_until"), ("time", "visible_from", "visible_until")], ids="-".join)
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
-def test_one_row_of_a_window_stands_for_all_images(backend, alike):
+def test_a_window_vector_with_one_row_applies_to_all_images(backend, alike):
     qkv, window, _ = draw(B=3, H=2, Q=5, K=7, D=4, seed=3)
     short = {name: vector[:1] if name in alike else vector for name, vector in window.items()}
     whole = {name: vector.expand(3, -1) for name, vector in short.items()}
@@ -163,11 +163,11 @@ def test_one_row_of_a_window_stands_for_all_images(backend, alike):
 
 
 def test_windows_reproduce_mapets_worked_example():
-    """Nine tokens in the order 1 8 4 2 7 6 | 3 5 9, of which the first six are context (papers' figure; no class token)."""
+    """Nine tokens in the order 1 8 4 2 7 6 | 3 5 9; the first six are context (papers' figure; no class token)."""
     context = 6
     rank_N = permutation_ranks(torch.tensor([[1, 8, 4, 2, 7, 6, 3, 5, 9]]) - 1)[0]
     entry_N = rank_N.clamp(min=context - 1)
-    target = [2, 4, 8]  # x3, x5, x9, whose placeholders m stand behind the nine real keys
+    target = [2, 4, 8]  # x3, x5, x9; their placeholders m follow the nine real keys
     visible_from = torch.cat([entry_N, torch.full((3,), -1)])[None]
     visible_until = torch.cat([torch.full((9,), 99), entry_N[target]])[None]
     query_time = rank_N[target] - 1
@@ -180,7 +180,7 @@ def test_windows_reproduce_mapets_worked_example():
 
 
 @pytest.mark.parametrize("function", [attend, attend_reference], ids=["attend", "reference"])
-def test_an_absent_vector_means_own_index_from_the_beginning_and_never_hidden(function):
+def test_missing_window_vectors_mean_time_by_index_and_keys_always_visible(function):
     qkv, window, _ = draw(B=2, H=2, Q=5, K=6, D=4, seed=3)
     whole = {"time": torch.arange(5).expand(2, 5), "visible_from": torch.full((2, 6), -99), "visible_until": torch.full((2, 6), 99)}
     for names in itertools.chain.from_iterable(itertools.combinations(window, size) for size in range(4)):
@@ -188,7 +188,7 @@ def test_an_absent_vector_means_own_index_from_the_beginning_and_never_hidden(fu
         torch.testing.assert_close(function(*qkv, **given_part), function(*qkv, **(whole | given_part)))
 
 
-def test_visible_from_alone_can_say_causal_attention():
+def test_visible_from_alone_can_express_causal_attention():
     qkv, _, _ = draw(B=2, H=2, Q=7, K=7, D=4, seed=4)
     expected = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
     torch.testing.assert_close(attend(*qkv, visible_from=torch.arange(7).expand(2, 7)), expected)
@@ -200,7 +200,7 @@ def test_visible_from_alone_can_say_causal_attention():
     [lambda x: x[:, :-1], lambda x: x[0], lambda x: x.float(), lambda x: x.bool(), lambda x: x.expand(2, -1), lambda x: x.to("meta")],
     ids=["short", "no batch", "float", "bool", "other batch", "other device"],
 )
-def test_a_window_vector_that_does_not_fit_is_refused_by_name(name, spoil):
+def test_a_window_vector_that_does_not_fit_is_refused_and_named(name, spoil):
     qkv, window, _ = draw(B=1, H=1, Q=2, K=3, D=4, seed=0)
     with pytest.raises(ValueError, match=f"^{name} "):
         attend(*qkv, **{**window, name: spoil(window[name])})
@@ -232,13 +232,13 @@ def test_keys_that_do_not_fit_the_queries_are_refused(shape, windowed):
         attend(q, torch.ones(shape), torch.ones(shape), **(window if windowed else {}))
 
 
-def test_an_unknown_backend_is_refused_with_the_known_ones():
+def test_an_unknown_backend_is_refused_and_the_known_ones_are_listed():
     qkv, _, _ = draw(B=1, H=1, Q=2, K=3, D=4, seed=0)
     with pytest.raises(ValueError, match="'flash3'.*'auto', 'sdpa', 'flex', 'triton'"):
         attend(*qkv, backend="flash3")
 
 
-def test_a_bias_that_does_not_fit_is_refused_by_name():
+def test_a_bias_that_does_not_fit_is_refused_and_named():
     qkv, _, _ = draw(B=1, H=2, Q=3, K=4, D=4, seed=0)
     for bias in (torch.zeros(2, 4, 3), torch.zeros(1, 3, 4), torch.zeros(2, 3, 4).int(), torch.zeros(2, 3, 4, device="meta")):
         with pytest.raises(ValueError, match=r"^bias_HQK must be a tensor of shape \(2, 3, 4\) on cpu, float"):
@@ -246,7 +246,7 @@ def test_a_bias_that_does_not_fit_is_refused_by_name():
 
 
 @pytest.mark.parametrize("backend", ["flex", "triton"])
-def test_a_bias_is_refused_by_the_backends_that_have_none(backend):
+def test_a_bias_is_refused_by_the_backends_that_do_not_support_it(backend):
     qkv, _, _ = draw(B=1, H=2, Q=3, K=4, D=4, seed=0)
     with pytest.raises(ValueError, match=f"{backend} backend takes no bias; choose 'sdpa' or 'auto'"):
         attend(*qkv, bias_HQK=torch.zeros(2, 3, 4), backend=backend)
@@ -262,7 +262,7 @@ def test_tensors_on_two_devices_or_without_four_axes_are_refused(name):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_on_the_cpu_refuses_gradients_and_names_what_has_them():
+def test_flex_on_the_cpu_refuses_gradients_and_names_a_backend_that_has_them():
     qkv, window, _ = draw(B=1, H=2, Q=4, K=4, D=4, seed=0)
     qkv[1].requires_grad_()
     with pytest.raises(ValueError, match="flex backend has no gradients on cpu; choose 'sdpa'"):
@@ -272,7 +272,7 @@ def test_flex_on_the_cpu_refuses_gradients_and_names_what_has_them():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_makes_a_block_mask_anew_for_another_window_and_no_other_time(monkeypatch):
+def test_flex_rebuilds_its_block_mask_only_when_the_window_changes(monkeypatch):
     qkv, window, _ = draw(B=2, H=2, Q=4, K=4, D=4, seed=0)
     made, make = [], attention.create_block_mask
     monkeypatch.setattr(attention, "create_block_mask", lambda *arguments, **options: (made.append(1), make(*arguments, **options))[1])
@@ -283,18 +283,18 @@ def test_flex_makes_a_block_mask_anew_for_another_window_and_no_other_time(monke
         return len(made)
 
     assert [count(window), count(window), count({name: vector[:, :] for name, vector in window.items()})] == [1, 0, 0]
-    assert count({name: vector.clone() for name, vector in window.items()}) == 1  # in other memory
+    assert count({name: vector.clone() for name, vector in window.items()}) == 1  # a copy in other memory
     window["visible_until"][0, 1] = -9
-    assert [count(window), count(window)] == [1, 0]  # in the same memory, changed
+    assert [count(window), count(window)] == [1, 0]  # changed in place
     assert count({name: vector for name, vector in window.items() if name != "time"}) == 1
     window["time"] = window["time"][:, 1:]
     assert [count(window, qkv[0][:, :, 1:]), count(window, qkv[0][:, :, 1:])] == [1, 0]
-    for seed in range(20):  # windows that are thrown away, in whose memory the next may lie
+    for seed in range(20):  # discarded windows, whose memory the next one may reuse
         _, other, _ = draw(B=2, H=2, Q=4, K=4, D=4, seed=seed)
         assert count(other) == 1
     with torch.inference_mode():
         vectors = {name: vector.clone() for name, vector in other.items()}
-        assert [count(vectors), count(vectors)] == [1, 1]  # changes of these would not be seen
+        assert [count(vectors), count(vectors)] == [1, 1]  # changes of inference tensors cannot be detected
 
 
 def test_without_triton_the_error_names_the_extra_to_install(monkeypatch):
@@ -325,14 +325,14 @@ other,False,400,400,64,flex
     ],
     ids=["as measured", "nearer to the larger", "nearer to the smaller", "fewer keys", "other device", "width", "dtype"],
 )
-def test_auto_takes_the_choice_of_the_nearest_measured_shape(tmp_path, monkeypatch, shape, dtype, windowed, expected):
+def test_auto_uses_the_backend_measured_for_the_nearest_shape(tmp_path, monkeypatch, shape, dtype, windowed, expected):
     (tmp_path / "choices.csv").write_text(MEASURED)
     monkeypatch.setattr(attention, "CHOICES", attention._read_choices(tmp_path / "choices.csv"))
     Q, K, D = shape
     assert attention._measured_choice(torch.zeros(1, 1, Q, D, dtype=dtype), torch.zeros(1, 1, K, D, dtype=dtype), windowed) == expected
 
 
-def test_auto_runs_the_measured_choice(monkeypatch):
+def test_auto_runs_the_measured_backend(monkeypatch):
     qkv, window, _ = draw(B=1, H=1, Q=4, K=4, D=32, seed=0)
     qkv[0].requires_grad_()
     monkeypatch.setattr(attention, "CHOICES", {("cpu", True): {(4, 4, 32): "flex"}})
@@ -341,7 +341,7 @@ def test_auto_runs_the_measured_choice(monkeypatch):
     attend(*qkv)
 
 
-def test_the_committed_choices_are_known_backends_each_shape_once():
+def test_the_committed_choices_name_known_backends_and_list_each_shape_once():
     rows = list(csv.DictReader(attention.CHOICES_FILE.read_text().splitlines()))
     assert all(row["backend"] in KNOWN[1:] and row["windowed"] in ("True", "False") and int(row["width"]) in WIDTHS for row in rows)
     shapes = [tuple(value for name, value in row.items() if name != "backend") for row in rows]
@@ -350,7 +350,7 @@ def test_the_committed_choices_are_known_backends_each_shape_once():
 
 @pytest.mark.parametrize("measured", [{}, {("cpu", True): {(4, 8, 32): "sdpa", (64, 64, 32): "triton"}}], ids=["no table", "table"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_it_compiles_into_one_graph(backend, measured, monkeypatch):
+def test_attend_compiles_into_one_graph(backend, measured, monkeypatch):
     monkeypatch.setattr(attention, "CHOICES", measured)
     torch._dynamo.reset()
     qkv, window, gradient = draw(B=2, H=2, Q=5, K=6, D=32, seed=6)

@@ -1,4 +1,4 @@
-"""Claims about what happens to an image between the data set and the model."""
+"""Tests of the processing of an image between the data set and the model."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def photo(image: torch.Tensor) -> Image.Image:
 
 
 def copies(image: torch.Tensor, augmentation: Augmentation, path: str, count: int = 400) -> torch.Tensor:
-    """What an image of the right size becomes, `count` times: float 0..255, from a batch in memory or from a worker."""
+    """Augment an image of the right size `count` times: float 0..255, from a batch in memory or from a worker."""
     if path == "memory":
         return augment(image.expand(count, -1, -1, -1), uniforms(count), augmentation, image.shape[-2:])
     torch.manual_seed(0)
@@ -54,8 +54,8 @@ def luma(images: torch.Tensor) -> torch.Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def steps(images: torch.Tensor) -> torch.Tensor:
-    """Mean square between neighbours across and down, per image: what an image has of high frequencies."""
+def high_frequencies(images: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of neighbouring pixels, horizontally plus vertically, per image."""
     return images.diff(dim=-1).square().mean((-3, -2, -1)) + images.diff(dim=-2).square().mean((-3, -2, -1))
 
 
@@ -74,17 +74,17 @@ def test_every_image_of_a_batch_gets_its_own_crop(crop):
 
 
 def test_padding_crop_moves_whole_pixels():
-    images = pictures(200) | 1  # no black pixel of their own
+    images = pictures(200) | 1  # no pixel is black, unlike the padding
     padding, seen = 2, set()
     for before, after in zip(images, padding_crop(images, uniforms(200, 2), padding), strict=True):
         framed = F.pad(before, (padding,) * 4)
         matches = [(y, x) for y in range(5) for x in range(5) if torch.equal(framed[:, y : y + 12, x : x + 12], after)]
         assert len(matches) == 1
         seen.update(matches)
-    assert len(seen) == 25  # every offset comes up, the border ones too
+    assert len(seen) == 25  # every offset occurs, including those at the border
 
 
-def test_a_box_of_whole_pixels_at_its_own_size_is_copied_exactly():
+def test_a_crop_box_of_whole_pixels_without_resizing_is_copied_exactly():
     images = pictures(2)
     boxes = torch.tensor([[3.0, 5.0, 4.0, 6.0], [8.0, 0.0, 4.0, 6.0]])
     for mode in ("bilinear", "bicubic"):
@@ -94,14 +94,14 @@ def test_a_box_of_whole_pixels_at_its_own_size_is_copied_exactly():
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_a_box_around_the_whole_image_is_ordinary_resizing(mode):
+def test_a_crop_box_around_the_whole_image_equals_plain_resizing(mode):
     images = pictures(3)
     whole = torch.tensor([[0.0, 0.0, 12.0, 12.0]]).expand(3, 4)
     expected = F.interpolate(images.float(), (30, 20), mode=mode, align_corners=False).clamp(0, 255)
     torch.testing.assert_close(resized_crop(images, whole, (30, 20), mode), expected, atol=1e-2, rtol=0)
 
 
-def test_random_boxes_lie_inside_and_keep_to_area_and_ratio():
+def test_random_boxes_stay_inside_the_image_and_in_the_range_of_area_and_ratio():
     height, width = 20, 30
     top, left, h, w = random_boxes(uniforms(5000, BOX), (0.2, 1.0), (3 / 4, 4 / 3), height, width).unbind(1)
     assert top.min() >= 0 and left.min() >= 0
@@ -111,7 +111,7 @@ def test_random_boxes_lie_inside_and_keep_to_area_and_ratio():
     assert 3 / 4 - 1e-4 <= ratio.min() < 0.76 and 1.32 < ratio.max() <= 4 / 3 + 1e-4
 
 
-def test_box_areas_follow_torchvision():
+def test_box_areas_have_torchvisions_distribution():
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)
@@ -119,16 +119,16 @@ def test_box_areas_follow_torchvision():
     theirs = [RandomResizedCrop.get_params(canvas, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
     their_area = torch.tensor([h * w / 64**2 for _, _, h, w in theirs])
     _, _, h, w = random_boxes(uniforms(3000, BOX), (0.2, 1.0), (3 / 4, 4 / 3), 64, 64).unbind(1)
-    shares = torch.tensor([0.1, 0.5, 0.9])
-    torch.testing.assert_close((h * w / 64**2).quantile(shares), their_area.quantile(shares), atol=0.03, rtol=0)
+    quantiles = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close((h * w / 64**2).quantile(quantiles), their_area.quantile(quantiles), atol=0.03, rtol=0)
 
 
-def test_impossible_boxes_are_cut_to_the_image():
+def test_impossible_boxes_are_clipped_to_the_image():
     boxes = random_boxes(uniforms(10, BOX), (1.0, 1.0), (1.0, 1.0), 10, 40)
     torch.testing.assert_close(boxes[:, 2:], torch.tensor([[10.0, 20.0]]).expand(10, 2))
 
 
-def test_squeezed_images_are_whole_in_training_and_in_evaluation_whatever_their_shape():
+def test_squash_keeps_the_whole_image_in_training_and_evaluation_for_any_shape():
     """The other views cut off the red column at the left of a wide image."""
     image = Image.new("RGB", (60, 20))
     image.paste((255, 0, 0), (0, 0, 6, 20))
@@ -143,16 +143,16 @@ def test_squeezed_images_are_whole_in_training_and_in_evaluation_whatever_their_
     "options", [{"crop": "none"}, {"crop": "none", "resize": 112}, {"crop": "none", "resize": 150}, {"crop": "squash"}]
 )
 @pytest.mark.parametrize("shape", [(300, 200), (201, 333)])
-def test_evaluation_can_show_what_training_shows_of_a_whole_image(options, shape):
+def test_evaluation_can_use_the_same_view_of_a_whole_image_as_training(options, shape):
     image = Image.fromarray(pictures(1, 64)[0].permute(1, 2, 0).numpy()).resize(shape)
     photos, augmentation = replace(in_memory(pictures(1)), image_size=None), Augmentation(flip=0.0, **options)
     trained = worker_transform(augmentation, photos, (112, 112))(image)
     assert torch.equal(worker_transform(None, photos, (112, 112), augmentation.evaluation_resize)(image), trained)
     assert not torch.equal(worker_transform(None, photos, (112, 112), 200)(image), trained)
-    assert Augmentation(resize=150).evaluation_resize is None  # a random part is none that evaluation could show
+    assert Augmentation(resize=150).evaluation_resize is None  # evaluation cannot show a random crop
 
 
-def test_flip_mirrors_left_and_right_at_its_rate():
+def test_flip_mirrors_left_and_right_with_its_probability():
     images = pictures(1).expand(400, -1, -1, -1)
     flipped = augment(images, uniforms(400), Augmentation(crop="none", flip=0.25), (12, 12))
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
@@ -161,7 +161,7 @@ def test_flip_mirrors_left_and_right_at_its_rate():
     assert 0.18 < mirrored.float().mean() < 0.32
 
 
-def test_jitter_leaves_images_alone_at_the_middle_draw():
+def test_jitter_with_the_middle_draw_leaves_images_unchanged():
     images = pictures(4).float()
     torch.testing.assert_close(jitter_colors(images, torch.full((3, 4), 0.5), 0.4), images, atol=1e-3, rtol=0)
 
@@ -182,51 +182,51 @@ def test_jitter_accepts_grey_images():
 
 
 @pytest.mark.parametrize("path", ["memory", "worker"])
-def test_grey_turns_its_share_of_images_into_their_luma_in_three_equal_channels(path):
+def test_grey_converts_its_fraction_of_images_to_luma_in_three_equal_channels(path):
     image = pictures(1)[0]
     results = copies(image, Augmentation(crop="none", flip=0.0, grey=0.2), path)
     greyed = (results != image).flatten(1).any(1)
     assert 0.14 < greyed.float().mean() < 0.26
-    rounding = 1e-3 if path == "memory" else 0.51  # Pillow keeps whole numbers
+    rounding = 1e-3 if path == "memory" else 0.51  # Pillow rounds to integers
     torch.testing.assert_close(results[greyed], luma(image).expand_as(results[greyed]), atol=rounding, rtol=0)
     assert (results[greyed] == results[greyed][:, :1]).all()
 
 
 @pytest.mark.parametrize("path", ["memory", "worker"])
-def test_blur_softens_its_share_of_images_and_keeps_their_mean(path):
+def test_blur_smooths_its_fraction_of_images_and_keeps_their_mean(path):
     image = pictures(1, 24)[0]
     results = copies(image, Augmentation(crop="none", flip=0.0, blur=0.3), path)
     blurred = (results != image).flatten(1).any(1)
     assert 0.23 < blurred.float().mean() < 0.37
-    sharpness = steps(results[blurred]) / steps(image.float())
+    sharpness = high_frequencies(results[blurred]) / high_frequencies(image.float())
     assert sharpness.max() < 1 and sharpness.min() < 0.02
     torch.testing.assert_close(results[blurred].mean((2, 3)), image.float().mean((1, 2)).expand(blurred.sum(), 3), atol=1.5, rtol=0)
 
 
 @pytest.mark.parametrize("path", ["memory", "worker"])
-def test_radii_are_uniform_between_a_tenth_and_two_pixels(path):
+def test_blur_radii_are_uniform_between_a_tenth_and_two_pixels(path):
     dot = torch.zeros(3, 31, 31, dtype=torch.uint8)
     dot[:, 15, 15] = 255
     heights = copies(dot, Augmentation(crop="none", flip=0.0, blur=1.0), path)[:, 0, 15, 15]
     expected = blur(dot.expand(2000, -1, -1, -1).float(), torch.linspace(0.1, 2.0, 2000))[:, 0, 15, 15]
-    shares = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
-    torch.testing.assert_close(heights.quantile(shares), expected.quantile(shares), atol=3, rtol=0.2)
+    quantiles = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    torch.testing.assert_close(heights.quantile(quantiles), expected.quantile(quantiles), atol=3, rtol=0.2)
 
 
 @pytest.mark.parametrize("radius", [BLUR_RADIUS[0], 0.3, 0.6, 1.0, 1.5, BLUR_RADIUS[1]])
 @pytest.mark.parametrize("image", ["smooth", "noisy"])
-def test_a_batch_is_blurred_as_pillow_blurs(image, radius):
-    # Both apply three box filters an axis, and Pillow rounds to whole numbers after each of the six: half a level a time, measured at most
-    # 3.0, and 1.04 on average (191 radii). A sampled Gaussian of this radius is up to 33 levels away on noise, and 27 at a border.
+def test_batch_blur_matches_pillows_gaussian_blur(image, radius):
+    # Both apply three box filters per axis. Pillow rounds to integers after each of the six, by half a level each time: the difference was
+    # 3.0 at most and 1.04 on average (191 radii). A sampled Gaussian of this radius differs by up to 33 levels on noise, 27 at a border.
     ramp = torch.arange(48.0)
     smooth = (127 + 100 * torch.sin(ramp / 7) * torch.cos(ramp / 5)[:, None]).expand(3, -1, -1)
     before = smooth.round().byte() if image == "smooth" else pictures(1, 48)[0]
     theirs = pil_to_tensor(photo(before).filter(ImageFilter.GaussianBlur(radius))).float()
-    apart = (blur(before[None].float(), torch.tensor([radius]))[0] - theirs).abs()
-    assert apart.max() < 3.2 and apart.mean() < 1.1
+    difference = (blur(before[None].float(), torch.tensor([radius]))[0] - theirs).abs()
+    assert difference.max() < 3.2 and difference.mean() < 1.1
 
 
-def test_the_radius_is_the_deviation_of_what_a_dot_becomes():
+def test_the_blur_radius_is_the_standard_deviation_of_a_blurred_dot():
     dots, radii, place = torch.zeros(4, 1, 41, 41), torch.tensor([0.1, 0.7, 1.3, 2.4]), torch.arange(41.0) - 20
     dots[:, :, 20, 20] = 1
     for axis in (2, 3):
@@ -246,14 +246,14 @@ def test_grey_and_blur_come_after_jitter_in_both_paths():
     torch.testing.assert_close(after, expected, atol=1e-2, rtol=0)
 
 
-def test_a_grey_image_is_blurred_too_and_has_no_colours_to_lose():
+def test_one_channel_images_are_blurred_and_not_changed_by_grey():
     images = pictures(4, channels=1)
     plain, draws = Augmentation(crop="none"), uniforms(4)
     assert torch.equal(augment(images, draws, replace(plain, grey=1.0), (12, 12)), augment(images, draws, plain, (12, 12)))
-    assert (steps(augment(images, draws, replace(plain, blur=1.0), (12, 12))) < steps(images.float())).all()
+    assert (high_frequencies(augment(images, draws, replace(plain, blur=1.0), (12, 12))) < high_frequencies(images.float())).all()
 
 
-def test_erasing_fills_one_box_with_noise_in_its_share_of_images():
+def test_erasing_fills_one_box_with_noise_in_its_fraction_of_images():
     erased = erase(torch.full((400, 3, 32, 32), 9.0), uniforms(400), 0.25)
     changed = (erased != 9).any(1)
     touched = changed.flatten(1).any(1)
@@ -265,7 +265,7 @@ def test_erasing_fills_one_box_with_noise_in_its_share_of_images():
         assert mask.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)  # a full rectangle
 
 
-def test_what_an_image_gets_does_not_depend_on_its_batch():
+def test_the_augmentation_of_an_image_does_not_depend_on_its_batch():
     images, draws = pictures(10), uniforms(10)
     everything = Augmentation(color_jitter=0.4, grey=0.5, blur=0.5, erase=0.5)
 
@@ -275,7 +275,7 @@ def test_what_an_image_gets_does_not_depend_on_its_batch():
     torch.testing.assert_close(run(slice(0, 10)), torch.cat([run(slice(i, i + 1)) for i in range(10)]), atol=1e-5, rtol=0)
 
 
-def test_normalised_pixels_undo_to_the_originals():
+def test_normalisation_can_be_undone_exactly():
     images = pictures(2)
     normal = normalize(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert normal.dtype == torch.float32
@@ -299,14 +299,14 @@ def test_impossible_options_are_refused(options):
 
 @pytest.mark.parametrize("option", ["grey", "blur"])
 @pytest.mark.parametrize("value", [-0.1, 1.5, 20, float("nan")])
-def test_what_is_no_probability_is_refused_by_name_and_value(option, value):
+def test_a_value_that_is_no_probability_is_refused_with_the_name_of_the_option(option, value):
     with pytest.raises(ValueError, match=rf"^{option}={value}: .*0\.\.1$"):
         Augmentation(**{option: value})
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("crop", ["none", "padding", "resized"])
-def test_randaugment_serves_images_in_memory_too(crop, channels):
+def test_randaugment_works_for_images_in_memory(crop, channels):
     data = in_memory(pictures(16, channels=channels))
     augmentation = Augmentation(crop=crop, randaugment="rand-m9-mstd0.5-inc1", erase=0.25, color_jitter=0.1)
     batches = Loader(data.train, data=data, image_size=(16, 16), batch_size=8, augmentation=augmentation, seed=0, device=CPU, workers=0)
@@ -314,8 +314,8 @@ def test_randaugment_serves_images_in_memory_too(crop, channels):
     assert images.shape == (8, channels, 16, 16) and images.dtype == torch.float32 and labels.dtype == torch.int64
 
 
-def test_randaugment_survives_its_strongest_draws():
-    # magnitude 10 keeps no bit of a colour, which Pillow 13 refuses unless it is told otherwise
+def test_randaugment_works_at_its_strongest_magnitude():
+    # magnitude 10 keeps zero bits of a colour, which Pillow 13 refuses by default
     data = in_memory(pictures(1))
     transform = worker_transform(Augmentation(randaugment="rand-m10-n6-p1-inc1"), data, (12, 12))
     picture = Image.new("RGB", (12, 12), (90, 120, 200))
@@ -323,7 +323,7 @@ def test_randaugment_survives_its_strongest_draws():
         assert transform(picture).shape == (3, 12, 12)
 
 
-def test_evaluation_cuts_the_centre_out_of_photos_but_nothing_off_small_images():
+def test_evaluation_center_crops_photos_and_keeps_small_images_whole():
     photos = replace(in_memory(pictures(1)), image_size=None)
     photo = Image.new("RGB", (256, 256))
     photo.paste((255, 255, 255), (16, 16, 240, 240))  # the central 224 pixels
@@ -334,7 +334,7 @@ def test_evaluation_cuts_the_centre_out_of_photos_but_nothing_off_small_images()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_sees_what_the_cpu_sees():
+def test_batches_on_the_gpu_equal_those_on_the_cpu():
     data = in_memory(pictures(32))
     options = {
         "data": data,
@@ -359,6 +359,6 @@ def test_a_gpu_sees_what_the_cpu_sees():
         ({"color_jitter": -0.4}, "color_jitter=-0.4: must be 0 or more"),
     ],
 )
-def test_an_option_out_of_its_range_is_refused_by_name(option, message):
+def test_an_option_out_of_its_range_is_refused_and_named(option, message):
     with pytest.raises(ValueError, match=message):
         Augmentation(**option)

@@ -1,4 +1,4 @@
-"""Claims about timm's backbones in Positional Label: whose tokens come in what order, the released Swin, what goes back to timm.
+"""Tests of timm's backbones in Positional Label: the order of the tokens, the released Swin, the compatibility with timm.
 
 Shapes: B images, H x W cells, N = H * W tokens, C channels.
 """
@@ -25,13 +25,13 @@ NEST = {"img_size": 32, "patch_size": 4, "num_levels": 2, "embed_dims": (16, 32)
 
 
 def prepared(encoder: nn.Module, size: Grid = (32, 32)) -> nn.Module:
-    """The backbone as a recipe would hand it over."""
+    """Return the backbone with the attributes that a recipe sets."""
     encoder.channels, encoder.image_size = 3, size
     return encoder
 
 
 def swin(**options) -> SwinTransformer:
-    """8 x 8 cells in four windows, then 4 x 4 cells in one."""
+    """A Swin with 8 x 8 cells in four windows, then 4 x 4 cells in one window."""
     return prepared(SwinTransformer(**{**SWIN, "img_size": 32, "window_size": 4, **options}))
 
 
@@ -51,7 +51,7 @@ def channels_first(features: Tensor, row: int, column: int, grid: Grid) -> Tenso
     return features[:, :, row, column]
 
 
-# How to make it, size of its images, its grid, where the token of a cell is in what forward_features gives.
+# Constructor, image size, grid, and the function that finds the token of a cell in the output of forward_features.
 BACKBONES = {
     "vit": (lambda: VisionTransformer(**VIT), (32, 48), (2, 3), lambda *a: tokens_first(*a, prefix=1)),
     "vit_without_class_token": (
@@ -75,7 +75,7 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_tokens_are_those_of_the_cells_row_by_row_in_every_layout(name):
+def test_tokens_are_in_row_major_order_for_every_layout(name):
     make, size, grid, token_of = BACKBONES[name]
     encoder = redraw(make())
     features = encoder.forward_features(pictures(size))
@@ -88,8 +88,8 @@ def test_tokens_are_those_of_the_cells_row_by_row_in_every_layout(name):
 
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize(("axis", "edge"), [("rows", 0), ("rows", -1), ("columns", 0), ("columns", -1)])
-def test_what_changes_at_an_edge_of_the_picture_changes_the_tokens_of_that_edge_and_hardly_those_opposite(name, axis, edge):
-    """Single cells are no measure: NesT's convolutions and pools carry a pixel to its neighbours, and a random one may weigh most."""
+def test_changing_an_edge_of_the_image_changes_mostly_the_tokens_of_that_edge(name, axis, edge):
+    """Change a whole edge: NesT's convolutions and pooling spread a single cell to its neighbours, one of which may change most."""
     torch.manual_seed(0)
     make, size, grid, _ = BACKBONES[name]
     encoder, images, axis = make().eval(), pictures(size, 4), ("rows", "columns").index(axis)
@@ -118,7 +118,7 @@ def test_width_and_grid_are_found_without_changing_the_backbone(name, training):
         ("volo_d1_224", r"VOLO .* in \(1, 197, 384\)"),
     ],
 )
-def test_a_backbone_that_ends_in_no_map_is_refused_by_its_class_and_what_it_ends_in(name, found):
+def test_a_backbone_without_a_feature_map_is_refused_with_its_class_and_output(name, found):
     with torch.device("meta"):
         encoder = prepared(timm.create_model(name, num_classes=0), (224, 224))
         with pytest.raises(ValueError, match=f"{found}, so its tokens have no positions to label; choose another backbone"):
@@ -126,7 +126,7 @@ def test_a_backbone_that_ends_in_no_map_is_refused_by_its_class_and_what_it_ends
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_efficientnet", "test_vit"])
-def test_nothing_but_the_classifier_changes_when_a_backbone_gets_one(name):
+def test_adding_a_classifier_changes_nothing_else_in_the_backbone(name):
     encoder = redraw(timm.create_model(name, num_classes=0))
     before = {name: parameter.clone() for name, parameter in encoder.named_parameters()}
     PositionalLabel(prepared(encoder, (160, 160)), 10)
@@ -145,7 +145,7 @@ def test_windows_that_fit_every_stage_are_accepted(name):
 
 
 @pytest.mark.parametrize(("size", "window", "grid"), [(192, 7, 48), (256, 7, 64), (224, 8, 28), (384, 7, 96)])
-def test_windows_that_do_not_fit_are_refused_with_some_that_do(size, window, grid):
+def test_windows_that_do_not_fit_are_refused_and_fitting_ones_suggested(size, window, grid):
     with torch.device("meta"):
         make = dict(model_name="swin_tiny_patch4_window7_224", img_size=size, num_classes=0)
         with pytest.raises(ValueError, match=f"{window} x {window} do not fit a stage of {grid} x {grid} cells") as refusal:
@@ -155,12 +155,12 @@ def test_windows_that_do_not_fit_are_refused_with_some_that_do(size, window, gri
             check_windows(timm.create_model(**make, window_size=int(fix)))
 
 
-def test_the_windows_that_are_offered_are_the_nearest_and_no_larger_than_the_grid():
+def test_the_suggested_windows_are_the_nearest_and_no_larger_than_the_grid():
     with pytest.raises(ValueError, match="encoder.window_size=2 or 4 or 8 fits"):
         check_windows(swin(window_size=3))
 
 
-def test_where_no_window_fits_another_size_is_asked_for():
+def test_if_no_window_fits_the_error_asks_for_another_size():
     with torch.device("meta"), pytest.raises(ValueError, match="a stage of 74 x 74 cells; choose another image or patch size"):
         check_windows(swin(img_size=296))
 
@@ -169,7 +169,7 @@ def test_where_no_window_fits_another_size_is_asked_for():
 
 
 def by_hand(block: ReleasedBlock, x_BHWC: Tensor, window: int, shift: int, heads: int) -> Tensor:
-    """The official block: convolution, norm, attention window by window with -100 between what the shift brought together, MLP."""
+    """The official block: convolution, norm, attention per window with -100 between cells that only the shift joined, MLP."""
     (_, H, W, C), attn, mlp = x_BHWC.shape, block.attn, block.mlp
     conv = F.conv2d(x_BHWC.permute(0, 3, 1, 2), block.cpe.weight, block.cpe.bias, padding=1, groups=C)
     x_BHWC = x_BHWC + conv.permute(0, 2, 3, 1)
@@ -186,19 +186,19 @@ def by_hand(block: ReleasedBlock, x_BHWC: Tensor, window: int, shift: int, heads
             region_T = region_HW[here].flatten()
             mask_TT = -100.0 * (region_T[:, None] != region_T[None])
             qkv = y_BHWC[(slice(None), *here)].flatten(1, 2) @ attn["qkv"].weight.T + attn["qkv"].bias
-            told = []
+            outputs = []
             for head in range(heads):
                 q, k, v = (part[..., head * C // heads : (head + 1) * C // heads] for part in qkv.split(C, -1))
-                told.append((q * (C // heads) ** -0.5 @ k.mT + mask_TT).softmax(-1) @ v)
-            told = torch.cat(told, -1) @ attn["proj"].weight.T + attn["proj"].bias
-            out_BHWC[(slice(None), *here)] = told.unflatten(1, (window, window))
+                outputs.append((q * (C // heads) ** -0.5 @ k.mT + mask_TT).softmax(-1) @ v)
+            attended = torch.cat(outputs, -1) @ attn["proj"].weight.T + attn["proj"].bias
+            out_BHWC[(slice(None), *here)] = attended.unflatten(1, (window, window))
     x_BHWC = x_BHWC + out_BHWC.roll((shift, shift), (1, 2))
     hidden = F.gelu(F.layer_norm(x_BHWC, (C,), block.norm2.weight, block.norm2.bias) @ mlp.fc1.weight.T + mlp.fc1.bias)
     return x_BHWC + hidden @ mlp.fc2.weight.T + mlp.fc2.bias
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_released_block_shifted_or_not_is_the_official_one(index):
+def test_a_released_block_equals_the_official_one_with_and_without_shift(index):
     encoder = swin()
     release_swin(encoder, keep_grid=False)
     block, shift = redraw(encoder).layers[0].blocks[index], (0, 2)[index]
@@ -225,7 +225,7 @@ def test_the_released_swin_has_no_relative_bias_and_a_depthwise_convolution_in_e
         assert sum(tensor.numel() for tensor in own.values()) == 9 * channels + channels
 
 
-def test_with_the_grid_kept_the_last_stage_is_one_window_and_every_cell_asks_every_other():
+def test_with_keep_grid_the_last_stage_is_one_window_with_full_attention():
     encoder = swin(depths=(1, 2))
     release_swin(encoder, keep_grid=True)
     last = redraw(encoder).layers[-1]
@@ -240,7 +240,7 @@ def test_with_the_grid_kept_the_last_stage_is_one_window_and_every_cell_asks_eve
     assert feature_map(encoder) == (32, (8, 8))
 
 
-def test_in_bf16_the_released_swin_is_off_by_a_few_roundings():
+def test_the_released_swin_in_bf16_stays_close_to_float32():
     encoder = swin()
     release_swin(encoder, keep_grid=False)
     images = pictures()
@@ -251,16 +251,16 @@ def test_in_bf16_the_released_swin_is_off_by_a_few_roundings():
 
 
 @pytest.mark.parametrize("make", [lambda: VisionTransformer(**VIT), lambda: SwinTransformerV2(**SWIN, img_size=32, window_size=4)])
-def test_releasing_what_is_no_swin_is_refused_by_its_class(make):
+def test_the_released_swin_is_refused_for_another_backbone(make):
     encoder = prepared(make(), (32, 48))
     with pytest.raises(ValueError, match=f"this is a {type(encoder).__name__}; use swin='plain'"):
         PositionalLabel(prepared(encoder), 10, swin="released")
 
 
-# ---- what goes back to timm
+# ---- compatibility with timm
 
 
-def test_a_plain_swin_gives_what_timms_gives_to_the_bit():
+def test_a_plain_swin_equals_timms_bit_for_bit():
     model = redraw(PositionalLabel(swin(), 10))
     theirs = SwinTransformer(**{**SWIN, "num_classes": 10}, img_size=32, window_size=4).eval()
     theirs.load_state_dict(model.encoder.state_dict())
@@ -274,7 +274,7 @@ def test_a_plain_swin_gives_what_timms_gives_to_the_bit():
     "name",
     ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "nest_tiny"],
 )
-def test_a_trained_encoder_is_timms_model_without_anything_more(name, label):
+def test_an_encoder_has_exactly_the_parameters_of_timms_model(name, label):
     with torch.device("meta"):
         model = PositionalLabel(prepared(timm.create_model(name, num_classes=0), (224, 224)), 10, label=label)
         theirs = timm.create_model(name, num_classes=10)
@@ -292,7 +292,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_timm_makes_of_the_weights_of_an_arm_is_what_the_arm_says(name):
+def test_timms_model_with_the_weights_of_an_arm_gives_the_same_logits(name):
     own = PLAIN[name]
     model = redraw(build(own, own.build_encoder(3), 10))
     options = own.encoder | {"img_size": own.image_size, "patch_size": own.patch_size, "num_classes": 10}

@@ -1,4 +1,4 @@
-"""What a user gets wrong is named with its fix, exits with 2, and loses nothing."""
+"""User errors exit with 2, say how to fix them, and lose no data."""
 
 import dataclasses
 import json
@@ -14,18 +14,18 @@ from tests.tiny import STAGE, Tiny, train
 
 
 def refused(capsys, *arguments: str) -> str:
-    """What the command says on its way out with code 2."""
+    """Run the command, check that it exits with 2 and no traceback, and return what it prints."""
     try:
         code = main(list(arguments))
-    except SystemExit as stopped:  # the command line's own parser
+    except SystemExit as stopped:  # from the command-line parser
         code = stopped.code
-    said = capsys.readouterr()
-    assert code == 2, said.out + said.err
-    assert "Traceback" not in said.out + said.err
-    return " ".join((said.out + said.err).replace("│", " ").split())
+    printed = capsys.readouterr()
+    assert code == 2, printed.out + printed.err
+    assert "Traceback" not in printed.out + printed.err
+    return " ".join((printed.out + printed.err).replace("│", " ").split())
 
 
-def test_unknown_names_are_answered_with_the_nearest(capsys, tmp_path):
+def test_unknown_names_are_refused_with_the_nearest_known_name(capsys, tmp_path):
     assert "PAPER='drpopos' is not known; did you mean droppos?" in refused(capsys, "drpopos")
     assert "RECIPE='digit' is not known for droppos; did you mean digits?" in refused(capsys, "droppos", "--recipe", "digit")
     assert "did you mean cifar10" in refused(capsys, "droppos", "--data", "cifar1")
@@ -33,9 +33,9 @@ def test_unknown_names_are_answered_with_the_nearest(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("epochs", ["0", "-1", "abc"])
-def test_epochs_that_are_no_number_from_1_up_are_refused_by_value(capsys, epochs):
-    said = refused(capsys, "droppos", "--epochs", epochs)
-    assert f"EPOCHS={epochs}" in said or f"'{epochs}'" in said
+def test_epochs_below_1_or_not_a_number_are_refused_with_their_value(capsys, epochs):
+    printed = refused(capsys, "droppos", "--epochs", epochs)
+    assert f"EPOCHS={epochs}" in printed or f"'{epochs}'" in printed
 
 
 @pytest.mark.parametrize(
@@ -49,20 +49,20 @@ def test_epochs_that_are_no_number_from_1_up_are_refused_by_value(capsys, epochs
         (["linear.layers=[1, 7]"], "protocol linear: layers=(1, 7), and the encoder has 6"),
     ],
 )
-def test_what_an_evaluation_could_not_do_is_refused_before_the_training(changes, message, capsys, tmp_path):
+def test_an_impossible_evaluation_is_refused_before_training(changes, message, capsys, tmp_path):
     (tmp_path / "list.txt").write_text("0.png\n")
     words = [word for change in changes for word in ("--set", change.format(tmp_path / "list.txt"))]
     assert message in refused(capsys, "droppos", "--epochs", "1", "--out", str(tmp_path / "runs"), *words)
     assert not (tmp_path / "runs").exists()
 
 
-def test_cuda_asked_for_and_absent_is_said_before_anything_runs(capsys, monkeypatch, tmp_path):
+def test_a_missing_cuda_gpu_is_reported_before_anything_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds no CUDA GPU; use DEVICE=cpu" in refused(capsys, "droppos", "--device", "cuda", "--out", str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_sizes_and_ratios_that_leave_nothing_are_refused_with_their_values(capsys, tmp_path):
+def test_impossible_sizes_and_ratios_are_refused_with_their_values(capsys, tmp_path):
     out = ("--device", "cpu", "--out", str(tmp_path))
     assert "image size 8 x 8 is not a multiple of the patch size 3" in refused(capsys, "droppos", "--set", "patch_size=3", *out)
     assert "mask_ratio=0.99 leaves none of the 16 tokens" in refused(capsys, "droppos", "--set", "method.mask_ratio=0.99", *out)
@@ -75,16 +75,16 @@ def test_sizes_and_ratios_that_leave_nothing_are_refused_with_their_values(capsy
     assert "1437" in too_large and "4096" in too_large
 
 
-def test_an_encoder_that_no_protocol_would_judge_is_refused(capsys, tmp_path):
+def test_an_encoder_without_a_protocol_to_evaluate_it_is_refused(capsys, tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "val" / "a").mkdir(parents=True)
     for split in ("train", "val"):
         Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / "0.png")
-    said = refused(capsys, "deit", "--data", str(tmp_path), "--encoder", str(tmp_path / "any.pth"))
-    assert "the recipe imagenet_vitb16 of deit has no protocol" in said
+    printed = refused(capsys, "deit", "--data", str(tmp_path), "--encoder", str(tmp_path / "any.pth"))
+    assert "the recipe imagenet_vitb16 of deit has no protocol" in printed
 
 
-def test_a_folder_is_refused_by_what_is_wrong_with_it(capsys, tmp_path):
+def test_a_data_folder_is_refused_with_what_is_wrong_with_it(capsys, tmp_path):
     assert "/nowhere/at/all" in refused(capsys, "droppos", "--data", "/nowhere/at/all")
     images = tmp_path / "images"
     images.mkdir()
@@ -96,7 +96,7 @@ def test_a_folder_is_refused_by_what_is_wrong_with_it(capsys, tmp_path):
     assert "empty" in refused(capsys, "droppos", "--data", str(images))
 
 
-def test_a_corrupt_image_stops_the_run_by_name_and_is_replaced_only_if_asked(capsys, tmp_path):
+def test_a_corrupt_image_is_named_and_stops_the_run_without_skip_corrupt(capsys, tmp_path):
     for split in ("train", "val"):
         for label in ("a", "b"):
             directory = tmp_path / "images" / split / label
@@ -127,7 +127,7 @@ def test_a_corrupt_image_stops_the_run_by_name_and_is_replaced_only_if_asked(cap
     assert main([*arguments, "--skip-corrupt"]) == 0
 
 
-def test_a_directory_with_a_run_of_other_settings_is_refused_and_kept(tmp_path):
+def test_a_run_directory_with_other_settings_is_refused_and_kept(tmp_path):
     train(tmp_path, Tiny())
     before = (tmp_path / "checkpoint.pt").read_bytes()
     with pytest.raises(RunError, match="other settings .epochs: 2 there, 3 requested.*OUT="):
@@ -144,27 +144,27 @@ def test_a_truncated_checkpoint_is_named_and_not_overwritten(tmp_path):
     assert path.stat().st_size == 1000
 
 
-def test_two_runs_in_one_directory_are_kept_apart(tmp_path):
+def test_two_runs_cannot_use_one_directory_at_once(tmp_path):
     with Run(tmp_path, {}, torch.device("cpu")):
         with pytest.raises(RunError, match="in use by another run"):
             Run(tmp_path, {}, torch.device("cpu")).__enter__()
     with Run(tmp_path, {}, torch.device("cpu")):
-        pass  # the lock is gone with its holder
+        pass  # the lock is released when its run ends
 
 
-def test_a_loss_that_is_not_finite_names_step_rate_and_checkpoint_and_leaves_the_checkpoint_good(tmp_path):
+def test_a_non_finite_loss_reports_step_rate_and_checkpoint_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(RunError, match=r"loss is nan at step 4 of 6 .*learning rate 0\.\d+.*last good checkpoint is .*checkpoint.pt"):
         train(tmp_path, Tiny(spoiled_step=4), checkpoint_seconds=-1.0)
-    run, _ = train(tmp_path, Tiny())  # goes on from step 4
+    run, _ = train(tmp_path, Tiny())  # resumes from step 4
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == [3, 6]
     assert "resuming from step" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     train(tmp_path, Tiny(), dataclasses.replace(STAGE, epochs=1))
     whole = (tmp_path / "checkpoint.pt").read_bytes()
-    (tmp_path / "recipe.json").unlink()  # so that more epochs are no other settings
+    (tmp_path / "recipe.json").unlink()  # so that more epochs do not count as other settings
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))  # writing past this fails as on a full disk
     try:

@@ -1,4 +1,4 @@
-"""Claims about the baselines: DeiT and its teacher, and both as papers of the reproduce command. MAE's own are in test_mae.py."""
+"""Tests of the baselines: DeiT and its teacher, and the baselines in the reproduce command. MAE's own tests are in test_mae.py."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def batch(count: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def make_teacher() -> nn.Module:
-    """An untrained teacher whose batch norms are not the identity, so that it shows in which mode it is."""
+    """An untrained teacher whose batch norms are not the identity, so that its output depends on its mode."""
     torch.manual_seed(3)
     teacher = timm.create_model(TEACHER, num_classes=CLASSES)
     with torch.no_grad():
@@ -55,17 +55,17 @@ def make_teacher() -> nn.Module:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
-    torch.save({"model": make_teacher().state_dict()}, path)  # the official codes' container
+    torch.save({"model": make_teacher().state_dict()}, path)  # the format of the official code
     return str(path)
 
 
 @pytest.fixture
-def taught(weights) -> dict[str, str]:
+def teacher_options(weights) -> dict[str, str]:
     return {"teacher": TEACHER, "teacher_weights": weights}
 
 
 def step_by_step(model: DeiT, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Both heads' logits, from the tokens laid out by hand: class, distillation, patches."""
+    """Return both heads' logits from tokens concatenated by hand: class, distillation, patches."""
     vit = model.encoder
     patches = vit.patch_embed.proj(images).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
     first = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
@@ -77,8 +77,8 @@ def step_by_step(model: DeiT, images: Tensor) -> tuple[Tensor, Tensor]:
 # ---- DeiT's losses
 
 
-def test_the_hard_loss_is_half_the_labels_cross_entropy_and_half_that_of_the_teachers_decision(taught):
-    model, (images, targets) = deit(distillation="hard", smoothing=0.1, **taught), batch()
+def test_the_hard_loss_averages_the_label_loss_and_the_loss_for_the_teachers_class(teacher_options):
+    model, (images, targets) = deit(distillation="hard", smoothing=0.1, **teacher_options), batch()
     student, distilled = (logits.double().log_softmax(1) for logits in step_by_step(model, images))
     smooth = torch.full((6, CLASSES), 0.1 / CLASSES).double().scatter_add_(1, targets[:, None], torch.full((6, 1), 0.9).double())
     decision = make_teacher()(images).argmax(1)
@@ -87,13 +87,13 @@ def test_the_hard_loss_is_half_the_labels_cross_entropy_and_half_that_of_the_tea
 
 
 @pytest.mark.parametrize(("options", "alpha", "tau"), [({}, 0.1, 3.0), ({"alpha": 0.7, "temperature": 1.5}, 0.7, 1.5)])
-def test_the_soft_loss_adds_tau_squared_times_the_divergence_of_the_softened_answers(taught, options, alpha, tau):
-    model, (images, targets) = deit(distillation="soft", **options, **taught), batch()
+def test_the_soft_loss_adds_tau_squared_times_the_divergence_of_the_softened_outputs(teacher_options, options, alpha, tau):
+    model, (images, targets) = deit(distillation="soft", **options, **teacher_options), batch()
     student, distilled = step_by_step(model, images)
     total = 0.0
-    for logits, guess, told, target in zip(student, distilled, make_teacher()(images), targets, strict=True):
-        own, truth = ((x / tau).double().exp() / (x / tau).double().exp().sum() for x in (guess, told))
-        divergence = sum(t * (t / o).log() for t, o in zip(truth, own, strict=True))
+    for logits, distilled_K, teacher_K, target in zip(student, distilled, make_teacher()(images), targets, strict=True):
+        own, soft = ((x / tau).double().exp() / (x / tau).double().exp().sum() for x in (distilled_K, teacher_K))
+        divergence = sum(t * (t / o).log() for t, o in zip(soft, own, strict=True))
         label = -(logits.double().exp()[target] / logits.double().exp().sum()).log()
         total += (1 - alpha) * label + alpha * tau**2 * divergence
     assert model.train()(images, targets).loss.item() == pytest.approx((total / len(images)).item(), rel=1e-5)
@@ -113,21 +113,21 @@ def test_without_distillation_the_loss_is_that_of_fine_tuning_the_class_token(la
         assert torch.equal(losses[0].named["logits"], losses[1].named["logits"])
 
 
-def test_the_teacher_answers_to_the_blended_images(taught):
-    model, (images, targets) = deit(distillation="hard", mixup=0.8, cutmix=1.0, **taught), batch()
-    asked, embed, ask = [], model.encoder.embed, model.teacher
-    model.encoder.embed = lambda x: asked.append(x) or embed(x)
-    model.teacher = lambda x: asked.append(x) or ask(x)
+def test_the_teacher_gets_the_same_mixed_images_as_the_student(teacher_options):
+    model, (images, targets) = deit(distillation="hard", mixup=0.8, cutmix=1.0, **teacher_options), batch()
+    inputs, embed, teacher = [], model.encoder.embed, model.teacher
+    model.encoder.embed = lambda x: inputs.append(x) or embed(x)
+    model.teacher = lambda x: inputs.append(x) or teacher(x)
     model.train()(images, targets)
-    seen, told = asked
-    assert torch.equal(seen, told) and not torch.equal(seen, images)
+    student_input, teacher_input = inputs
+    assert torch.equal(student_input, teacher_input) and not torch.equal(student_input, images)
     assert torch.equal(images, batch()[0])
 
 
-def test_the_teacher_is_neither_trained_nor_saved_nor_copied(taught, monkeypatch):
+def test_the_teacher_is_neither_trained_nor_saved_nor_copied(teacher_options, monkeypatch):
     made, create = [], timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *words, **options: made.append(create(*words, **options)) or made[-1])
-    model, (images, targets) = deit(distillation="hard", **taught), batch()
+    model, (images, targets) = deit(distillation="hard", **teacher_options), batch()
     (teacher,) = made
     before = copy.deepcopy(teacher.state_dict())
     assert set(model.state_dict()) - set(deit().state_dict()) == {
@@ -144,13 +144,13 @@ def test_the_teacher_is_neither_trained_nor_saved_nor_copied(taught, monkeypatch
     assert not model.teacher(images).requires_grad
 
 
-def test_the_teacher_goes_where_the_images_are(taught):
-    model = deit(distillation="hard", **taught)
+def test_the_teacher_moves_to_the_device_of_the_images(teacher_options):
+    model = deit(distillation="hard", **teacher_options)
     assert model.teacher(torch.zeros(2, 3, 32, 32, device="meta")).device.type == "meta"
 
 
-def test_in_evaluation_the_answer_is_the_mean_of_both_heads_and_no_teacher_is_asked(taught):
-    model, (images, targets) = deit(distillation="hard", smoothing=0.1, mixup=0.8, **taught).eval(), batch(5)
+def test_evaluation_averages_both_heads_and_does_not_run_the_teacher(teacher_options):
+    model, (images, targets) = deit(distillation="hard", smoothing=0.1, mixup=0.8, **teacher_options).eval(), batch(5)
     student, distilled = step_by_step(model, images)
     model.teacher = None
     output = model(images, targets)
@@ -159,20 +159,20 @@ def test_in_evaluation_the_answer_is_the_mean_of_both_heads_and_no_teacher_is_as
     assert torch.equal(model(images).named["logits"], output.named["logits"])
 
 
-def test_the_distillation_token_is_read_by_its_own_head_and_matters(taught):
-    model, (images, targets) = deit(distillation="hard", alpha=1.0, **taught).train(), batch()
+def test_the_distillation_token_has_its_own_head_and_influences_the_class_token(teacher_options):
+    model, (images, targets) = deit(distillation="hard", alpha=1.0, **teacher_options).train(), batch()
     model(images, targets).loss.backward()
     assert not model.head.weight.grad.any()
     assert model.distillation_head.weight.grad.any() and model.distillation_token.grad.any()
     before = model(images, targets).named["logits"]
     with torch.no_grad():
         model.distillation_head.weight.add_(1)
-        assert torch.equal(model(images, targets).named["logits"], before)  # in training, the class token's head alone
+        assert torch.equal(model(images, targets).named["logits"], before)  # in training, only the class token's head is used
         model.distillation_token.normal_()
         assert not torch.allclose(model(images, targets).named["logits"], before)  # but the tokens attend to each other
 
 
-def test_top1_is_of_images_that_are_not_blended():
+def test_top1_is_reported_only_for_images_that_are_not_mixed():
     model, (images, targets) = deit(), batch()
     for mode in (True, False):
         output = model.train(mode)(images, targets)
@@ -185,8 +185,8 @@ def test_top1_is_of_images_that_are_not_blended():
 
 
 @pytest.mark.parametrize("options", [{}, {"distillation": "hard"}])
-def test_the_encoder_is_timms_vit_without_the_distillation_token(options, taught):
-    model = deit(**options, **(taught if options else {})).eval()
+def test_the_encoder_is_timms_vit_without_the_distillation_token(options, teacher_options):
+    model = deit(**options, **(teacher_options if options else {})).eval()
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
     reference = timm.models.VisionTransformer(**shape).eval()
     reference.load_state_dict(model.encoder.state_dict())  # strict
@@ -194,21 +194,21 @@ def test_the_encoder_is_timms_vit_without_the_distillation_token(options, taught
     torch.testing.assert_close(model.encoder(images), reference.forward_features(images), rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_and_positions_are_not_decayed_and_new_weights_are_drawn_as_deit_draws_them(taught):
-    model = deit(distillation="hard", **taught)
+def test_tokens_and_positions_get_no_weight_decay_and_heads_are_initialised_as_in_deit(teacher_options):
+    model = deit(distillation="hard", **teacher_options)
     assert model.no_weight_decay() == {"encoder.cls_token", "encoder.pos_embed", "distillation_token"}
     large = DeiT(ViT(image_size=32, patch_size=8, width=768, depth=1, position="learned"), 1000)
     assert large.head.weight.std().item() == pytest.approx(0.02, rel=0.01) and not large.head.bias.any()
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), encoder().parameters(), strict=True))
 
 
-def test_relative_and_absent_positions_are_taken_and_a_distillation_token_where_it_has_a_place(taught):
+def test_relative_and_no_positions_work_but_distillation_refuses_relative_ones(teacher_options):
     images, targets = batch()
     for position in ("relative", "none"):
         assert DeiT(encoder(position=position), CLASSES)(images, targets).loss.isfinite()
-    assert DeiT(encoder(position="none"), CLASSES, distillation="hard", **taught)(images, targets).loss.isfinite()
+    assert DeiT(encoder(position="none"), CLASSES, distillation="hard", **teacher_options)(images, targets).loss.isfinite()
     with pytest.raises(ValueError, match="does not support relative positions"):
-        DeiT(encoder(position="relative"), CLASSES, distillation="hard", **taught)
+        DeiT(encoder(position="relative"), CLASSES, distillation="hard", **teacher_options)
     with pytest.raises(ValueError, match="reads a class token"):
         DeiT(encoder(class_token=False), CLASSES)
 
@@ -227,12 +227,12 @@ def test_relative_and_absent_positions_are_taken_and_a_distillation_token_where_
         ({"teacher_weights": "teacher.pth"}, "have no effect without a teacher"),
     ],
 )
-def test_an_option_out_of_range_or_of_no_use_is_refused_with_its_value(options, message):
+def test_an_option_out_of_range_or_without_effect_is_refused_with_its_value(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         deit(**options)
 
 
-def test_an_option_that_deit_does_not_have_is_refused_with_the_nearest():
+def test_an_unknown_deit_option_is_refused_with_the_nearest_known_one():
     recipe = override(deit_module.digits(), ["method.distilation=hard"])
     with pytest.raises(RecipeError, match="DeiT has no option 'distilation'.*did you mean distillation"):
         deit_module.build(recipe, recipe.build_encoder(1), 10)
@@ -248,12 +248,12 @@ def test_an_option_that_deit_does_not_have_is_refused_with_the_nearest():
         ({"teacher": TEACHER, "teacher_weights": "nowhere.pth"}, "there is no checkpoint at nowhere.pth"),
     ],
 )
-def test_a_teacher_that_cannot_be_had_is_refused_by_name(options, message):
+def test_an_unavailable_teacher_is_refused_and_named(options, message):
     with pytest.raises(ValueError, match=message):
         deit(distillation="hard", **options)
 
 
-def test_a_teacher_of_other_weights_classes_or_image_sizes_is_refused(weights, tmp_path):
+def test_a_teacher_with_other_weights_classes_or_image_sizes_is_refused(weights, tmp_path):
     with pytest.raises(ConversionError, match="another method or another configuration"):
         deit(distillation="hard", teacher="test_resnet", teacher_weights=weights)
     with pytest.raises(ConversionError, match="other shapes: classifier.bias, classifier.weight"):
@@ -264,7 +264,7 @@ def test_a_teacher_of_other_weights_classes_or_image_sizes_is_refused(weights, t
         deit(distillation="hard", teacher=vit, teacher_weights=str(tmp_path / "vit.pth"))
 
 
-def test_without_a_file_timms_weights_are_taken_and_a_download_that_fails_is_said(monkeypatch):
+def test_without_a_file_timms_weights_are_loaded_and_a_failed_download_is_reported(monkeypatch):
     asked, create = [], timm.create_model
 
     def pretrained(name: str, pretrained: bool, **options):
@@ -283,7 +283,7 @@ def test_without_a_file_timms_weights_are_taken_and_a_download_that_fails_is_sai
         distillation.load_teacher(TEACHER, None, 1000, (3, 32, 32))
 
 
-def test_the_distilled_recipe_asks_for_the_papers_teacher(monkeypatch):
+def test_the_distilled_recipe_uses_the_papers_teacher(monkeypatch):
     asked = []
     monkeypatch.setattr(deit_module, "load_teacher", lambda *words: asked.append(words))
     recipe = deit_module.imagenet_vitb16_distilled()
@@ -291,10 +291,10 @@ def test_the_distilled_recipe_asks_for_the_papers_teacher(monkeypatch):
         model = deit_module.build(recipe, recipe.build_encoder(3), 1000)
     assert asked == [("regnety_160.deit_in1k", None, 1000, (3, 224, 224))]
     assert (model.distillation, model.alpha, recipe.supervised) == ("hard", 0.5, True)
-    assert sum(p.numel() for p in model.parameters()) == 87_338_192 - 768  # timm's deit_base_distilled; its token has a position
+    assert sum(p.numel() for p in model.parameters()) == 87_338_192 - 768  # timm's deit_base_distilled also has a position for its token
 
 
-# ---- as papers of the reproduce command
+# ---- in the reproduce command
 
 
 def test_the_baselines_are_these_three_and_each_is_one_short_file():
@@ -307,8 +307,8 @@ def test_deit_reports_its_own_accuracy_as_training_from_scratch(tmp_path, monkey
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     (tmp_path / BASELINES).mkdir(parents=True)
     assert main(["deit", "--device", "cpu", "--epochs", "2", "--out", str(tmp_path / "runs"), "--record"]) == 0
-    said = capsys.readouterr().out
-    assert "deit, recipe digits" in said and "scratch" in said
+    printed = capsys.readouterr().out
+    assert "deit, recipe digits" in printed and "scratch" in printed
     ledger = load(tmp_path / BASELINES / "results.csv")
     assert set(ledger["paper"]) == {"deit"} and set(ledger["log"]) == {"benchmarks/baselines/logs/deit-digits-2ep-seed0.txt"}
     kinds = set(zip(ledger["protocol"], ledger["start"], ledger["metric"], strict=True))
@@ -321,7 +321,7 @@ def test_deit_reports_its_own_accuracy_as_training_from_scratch(tmp_path, monkey
     assert not [name for name in load_file(directory / "encoder.safetensors") if "distillation" in name or "head" in name]
 
 
-def test_a_distilled_run_needs_no_more_than_a_name_and_a_file(tmp_path):
+def test_a_distilled_run_needs_only_a_teacher_name_and_a_checkpoint(tmp_path):
     teacher = timm.create_model(TEACHER, num_classes=10, in_chans=1)
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
     changes = ["distillation=soft", f"teacher={TEACHER}", f"teacher_weights={tmp_path / 'teacher.pth'}", "mixup=0.8"]
@@ -332,7 +332,7 @@ def test_a_distilled_run_needs_no_more_than_a_name_and_a_file(tmp_path):
     assert "top1" in json.loads((tmp_path / "deit" / "digits-1ep-seed0" / "pretrain" / "result.json").read_text())
 
 
-def test_mae_runs_through_all_its_protocols_and_leaves_a_picture(tmp_path, monkeypatch):
+def test_mae_runs_all_its_protocols_and_saves_a_reconstruction(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     (tmp_path / BASELINES).mkdir(parents=True)
     names = [protocol.name for protocol in mae.digits().protocols if protocol.stage]
@@ -347,7 +347,7 @@ def test_mae_runs_through_all_its_protocols_and_leaves_a_picture(tmp_path, monke
     assert "# finetune-scratch" in (tmp_path / "benchmarks/baselines/logs/mae-digits-2ep-seed0.txt").read_text()
 
 
-def test_what_the_baselines_train_by_on_imagenet_is_what_the_papers_print():
+def test_the_imagenet_recipes_of_the_baselines_equal_the_papers_tables():
     """MAE: Tables 8 to 10. DeiT: Table 9."""
     recipe = recipes(paper_module("mae"))["imagenet_vitb16_800"]()
     stage, (tune, probe) = recipe.pretrain, recipe.protocols

@@ -1,4 +1,4 @@
-"""Claims about the files of CIFAR: who downloads and unpacks them, and what a process that was killed leaves."""
+"""Tests of the files of CIFAR: which process downloads and extracts them, and what happens after a process was killed."""
 
 import hashlib
 import http.server
@@ -28,7 +28,7 @@ def md5(content: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def small() -> tuple[dict, bytes]:
-    """Attributes of a CIFAR-10 of 300 images, and its archive, in which the names of classes come last."""
+    """Attributes of a CIFAR-10 of 300 images, and its archive, which ends with the class names."""
     pixels = numpy.random.default_rng(0).integers(0, 256, (IMAGES, 3072), dtype=numpy.uint8)
     batch = pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(IMAGES)]})
     files = {"data_batch_1": batch, "test_batch": batch, "batches.meta": pickle.dumps({"label_names": list("abcdefghij")})}
@@ -45,7 +45,7 @@ def small() -> tuple[dict, bytes]:
 
 @pytest.fixture
 def address(small, monkeypatch):
-    """The URL of a server that takes a second for the archive."""
+    """The URL of a server that takes one second to send the archive."""
 
     class Slow(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_) -> None:
@@ -61,7 +61,7 @@ def address(small, monkeypatch):
                 time.sleep(0.05)
 
     class Quiet(http.server.ThreadingHTTPServer):
-        def handle_error(self, *_) -> None:  # who asks where a redirection leads does not read on
+        def handle_error(self, *_) -> None:  # a client that follows redirects stops reading
             pass
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -74,7 +74,7 @@ def address(small, monkeypatch):
 
 @pytest.fixture
 def cifar(small, monkeypatch):
-    """torchvision's class, of the small set, without a network."""
+    """torchvision's class with the small data set and without a network."""
     for name, value in small[0].items():
         monkeypatch.setattr(datasets.CIFAR10, name, value)
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/none")
@@ -87,7 +87,7 @@ def fill(root: Path, archive: bytes) -> Path:
     return root / FOLDER
 
 
-def test_processes_that_start_without_the_files_all_find_them_whole(small, address, tmp_path):
+def test_processes_started_together_without_the_files_all_get_complete_files(small, address, tmp_path):
     code = f"""
 import common, sys, time
 from pathlib import Path
@@ -99,15 +99,15 @@ datasets.CIFAR10.url = {address!r}
 Path("ready" + sys.argv[1]).touch()
 while len(list(Path().glob("ready*"))) < 2:
     time.sleep(0.01)
-time.sleep(0.7 * int(sys.argv[1]))  # the second one comes when the first one has most of it
+time.sleep(0.7 * int(sys.argv[1]))  # the second process starts when the first has most of the archive
 data = open_data("cifar10", Path("data"))
 assert len(data.train) == len(data.val) == {IMAGES}
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     call = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([sys.executable, "-c", code, str(number)], **call) for number in range(2)]
-    said = [process.communicate(timeout=100)[1][-500:] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 2, said
+    errors = [process.communicate(timeout=100)[1][-500:] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 2, errors
     assert (tmp_path / "data" / ARCHIVE).read_bytes() == small[1]
 
 
@@ -120,13 +120,13 @@ assert len(data.train) == len(data.val) == {IMAGES}
         lambda folder: (folder / "batches.meta").unlink(),
     ],
 )
-def test_what_a_killed_unpacking_left_is_completed_from_the_archive(left, small, cifar, tmp_path):
+def test_an_interrupted_extraction_is_completed_from_the_archive(left, small, cifar, tmp_path):
     left(fill(tmp_path, small[1]))
     data = open_data("cifar10", tmp_path)
     assert len(data.train) == IMAGES and data.train.class_names == tuple("abcdefghij")
 
 
-def test_half_an_archive_is_not_taken_for_whole(small, cifar, tmp_path, address, monkeypatch):
+def test_a_truncated_archive_is_not_used(small, cifar, tmp_path, address, monkeypatch):
     (tmp_path / ARCHIVE).write_bytes(small[1][: len(small[1]) // 2])
     with pytest.raises(DataError, match=f"cifar10 is not in {tmp_path} and cannot be downloaded .*: put {ARCHIVE} from"):
         open_data("cifar10", tmp_path)
@@ -134,7 +134,7 @@ def test_half_an_archive_is_not_taken_for_whole(small, cifar, tmp_path, address,
     assert len(open_data("cifar10", tmp_path).train) == IMAGES
 
 
-def test_files_that_are_there_need_no_lock_and_nothing_is_written(small, cifar, tmp_path, monkeypatch):
+def test_existing_files_need_no_lock_and_nothing_is_written(small, cifar, tmp_path, monkeypatch):
     fill(tmp_path, small[1])
     (tmp_path / ARCHIVE).unlink()
     before = sorted(tmp_path.rglob("*"))
@@ -143,7 +143,7 @@ def test_files_that_are_there_need_no_lock_and_nothing_is_written(small, cifar, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_where_files_are_missing(cifar, tmp_path):
+def test_if_files_are_missing_a_folder_that_cannot_be_written_is_named(cifar, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=f"cifar10 is not in {tmp_path / 'file' / 'data'} and cannot be downloaded"):
         open_data("cifar10", tmp_path / "file" / "data")

@@ -1,4 +1,4 @@
-"""torch.compile does not compile a method anew in later steps."""
+"""torch.compile does not recompile a method in later steps."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ METHODS = {
 
 
 def graphs(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> list[int]:
-    """How many graphs were compiled after each of ten training steps."""
+    """Return the number of graphs compiled so far after each of ten training steps."""
     compiled = []
 
     def count(graph: torch.fx.GraphModule, _: list) -> object:
@@ -47,7 +47,7 @@ def graphs(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> lis
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_method_is_compiled_anew_after_its_second_step(name):
+def test_no_method_is_recompiled_after_its_second_step(name):
     paper, changes = METHODS[name]
     module, data = paper_module(paper), open_data("digits")
     _, recipe = choose_recipe(module, "digits", None)
@@ -61,7 +61,7 @@ def test_no_method_is_compiled_anew_after_its_second_step(name):
 
 
 @pytest.mark.parametrize("kind", ["finetune", "linear"])
-def test_no_evaluation_is_compiled_anew_after_its_second_step(kind):
+def test_no_evaluation_is_recompiled_after_its_second_step(kind):
     _, recipe = choose_recipe(paper_module("droppos"), "digits", None)
     protocol = next(protocol for protocol in recipe.protocols if protocol.kind == kind)
     blended = {"mixup": 0.8, "cutmix": 1.0} if kind == "finetune" else {}

@@ -1,4 +1,4 @@
-"""Claims about checkpoints: whose are read, what is covered, what is refused, and what comes out for timm."""
+"""Tests of checkpoints: which are read, what must be covered, what is refused, and the export for timm."""
 
 import argparse
 import collections
@@ -49,7 +49,7 @@ def copied(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 class Harmful:
-    """What a pickle of this does when it is loaded without care: it makes a file."""
+    """An object whose pickle creates a folder when it is loaded without restrictions."""
 
     def __init__(self, victim: Path):
         self.victim = victim
@@ -58,10 +58,10 @@ class Harmful:
         return os.mkdir, (str(self.victim),)
 
 
-# ---- whose files are read
+# ---- files that are read
 
 
-def test_an_official_droppos_file_fills_the_encoder_and_leaves_exactly_its_decoder(tmp_path):
+def test_an_official_droppos_file_fills_the_encoder_and_leaves_only_its_decoder(tmp_path):
     source = droppos(seed=1)
     official = rename(source.state_dict(), TO_OFFICIAL)
     content = {
@@ -81,7 +81,7 @@ def test_an_official_droppos_file_fills_the_encoder_and_leaves_exactly_its_decod
     )
 
 
-def test_the_official_names_of_base_are_the_checkpoint_sheets():
+def test_the_official_names_of_base_have_the_listed_shapes():
     with torch.device("meta"):
         state = rename(DropPos(vit("base")).state_dict(), TO_OFFICIAL)
     assert len(state) == 181
@@ -104,7 +104,7 @@ def test_the_official_names_of_base_are_the_checkpoint_sheets():
 
 
 @pytest.mark.parametrize("options", [{}, {"position_weight": 0.05}, {"position_token": "zeros"}])
-def test_a_whole_method_goes_to_official_names_and_back(options):
+def test_a_whole_method_converts_to_official_names_and_back(options):
     source, ours = droppos(seed=1, **options), droppos(seed=2, **options)
     official = rename(source.state_dict(), TO_OFFICIAL)
     assert any(name.startswith("aux_decoder_") for name in official) == ("position_weight" in options)
@@ -119,12 +119,12 @@ def test_an_mae_file_with_its_argparse_options_is_read(tmp_path):
     ours = encoder()
     coverage = load_encoder(ours, read_checkpoint(str(tmp_path / "mae.pth")))
     assert same(ours.state_dict(), source.state_dict()) and coverage.unexpected == ("mask_token",)
-    with pytest.raises(Exception, match="argparse.Namespace"):  # and reading one has not made Namespace safe for good
+    with pytest.raises(Exception, match="argparse.Namespace"):  # reading one does not allow Namespace permanently
         torch.load(tmp_path / "mae.pth", weights_only=True)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_timms_names_are_ours_in_either_file_format(suffix, tmp_path):
+def test_timms_names_are_read_unchanged_in_both_file_formats(suffix, tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=16, patch_size=4, depth=2)
     path = tmp_path / f"timm.{suffix}"
     save_file(theirs.state_dict(), path) if suffix == "safetensors" else torch.save(theirs.state_dict(), path)
@@ -134,18 +134,18 @@ def test_timms_names_are_ours_in_either_file_format(suffix, tmp_path):
     assert same(ours.state_dict(), {name: t for name, t in theirs.state_dict().items() if not name.startswith("head")})
 
 
-def test_a_checkpoint_of_a_method_of_this_project_fills_an_encoder():
+def test_a_method_checkpoint_of_this_project_fills_an_encoder():
     source, ours = droppos(seed=1), encoder(position="sincos")
     coverage = load_encoder(ours, source.state_dict())
     assert same(ours.state_dict(), source.encoder.state_dict())
     assert all(name.startswith(("decoder.", "dropped_position")) for name in coverage.unexpected)
 
 
-# ---- queries apart from keys and values
+# ---- separate q and kv
 
 
-def parted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As MaPeT's official code has it: of each qkv the first third as q, the others as kv."""
+def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split each qkv as in MaPeT's official code: the first third is q, the rest is kv."""
     found = {}
     for name, tensor in state.items():
         q, k, v = tensor.chunk(3) if ".attn.qkv." in name else (None, None, None)
@@ -154,30 +154,30 @@ def parted(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "encoder."])
-def test_an_encoder_with_queries_apart_from_keys_and_values_is_loaded_whole(prefix):
+def test_an_encoder_with_separate_q_and_kv_is_loaded_completely(prefix):
     source, ours = encoder(seed=1), encoder()
-    official = {f"{prefix}{name}": tensor for name, tensor in parted(source.state_dict()).items()}
+    official = {f"{prefix}{name}": tensor for name, tensor in split_qkv(source.state_dict()).items()}
     assert len(official) == len(ours.state_dict()) + 2 * 2  # blocks, weights and biases
     coverage = load_encoder(ours, official)
     assert same(ours.state_dict(), source.state_dict())
     assert set(coverage.loaded) == set(ours.state_dict()) and coverage.missing == coverage.unexpected == coverage.reshaped == ()
 
 
-def test_a_method_with_queries_apart_from_keys_and_values_is_loaded_whole():
+def test_a_method_with_separate_q_and_kv_is_loaded_completely():
     source, ours = droppos(seed=1), droppos(seed=2)
-    official = parted(rename(source.state_dict(), TO_OFFICIAL))
+    official = split_qkv(rename(source.state_dict(), TO_OFFICIAL))
     assert "decoder_blocks.0.attn.kv.weight" in official
     coverage = load_method(ours, official, OFFICIAL_NAMES)
     assert same(ours.state_dict(), source.state_dict()) and set(coverage.loaded) == set(ours.state_dict())
 
 
-def test_fused_rows_are_queries_keys_values_whatever_the_order_in_the_file():
+def test_fused_rows_are_in_the_order_q_k_v_for_any_order_in_the_file():
     q, kv = torch.zeros(2, 2), torch.tensor([[1.0, 1], [1, 1], [2, 2], [2, 2]])
     for state in ({"attn.q.weight": q, "attn.kv.weight": kv}, {"attn.kv.weight": kv, "attn.q.weight": q}):
         assert fuse_qkv(state)["attn.qkv.weight"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_other_tensors_pass_as_they_are():
+def test_fuse_qkv_leaves_other_tensors_unchanged():
     names = ["blocks.0.attn.qkv.weight", "attn_pool.q.weight", "attn_pool.kv.weight", "cross_attn.q.bias", "attn.q_norm.weight", "q.weight"]
     state = {name: torch.zeros(1) for name in names}
     fused = fuse_qkv(state)
@@ -186,8 +186,8 @@ def test_other_tensors_pass_as_they_are():
 
 @pytest.mark.parametrize(("lost", "left"), [("q", "kv"), ("kv", "q")])
 @pytest.mark.parametrize("kind", ["weight", "bias"])
-def test_queries_without_keys_and_values_are_refused_by_name(lost, left, kind):
-    state, ours = parted(copied(encoder(seed=1))), encoder()
+def test_q_without_kv_or_kv_without_q_is_refused_and_named(lost, left, kind):
+    state, ours = split_qkv(copied(encoder(seed=1))), encoder()
     before, lost, left = copied(ours), f"blocks.1.attn.{lost}.{kind}", f"blocks.1.attn.{left}.{kind}"
     whole = state.pop(lost)
     with pytest.raises(ConversionError, match=rf"^{left} .* needs {lost}, which is missing"):
@@ -200,14 +200,14 @@ def test_queries_without_keys_and_values_are_refused_by_name(lost, left, kind):
 # ---- class token and grid
 
 
-def test_a_class_token_that_the_encoder_lacks_is_left_out_with_its_position():
+def test_a_class_token_that_the_encoder_lacks_is_ignored_with_its_position():
     source, ours = encoder(seed=1), encoder(class_token=False)
     coverage = load_encoder(ours, source.state_dict())
     assert torch.equal(ours.pos_embed, source.pos_embed[:, 1:])
     assert coverage.unexpected == ("cls_token",) and coverage.reshaped == ("pos_embed",)
 
 
-def test_a_missing_class_token_is_refused_unless_it_is_named():
+def test_a_missing_class_token_is_refused_unless_it_is_allowed():
     source, ours = encoder(seed=1, class_token=False), encoder()
     before = copied(ours)
     with pytest.raises(ConversionError, match="missing: cls_token"):
@@ -222,7 +222,7 @@ def test_a_missing_class_token_is_refused_unless_it_is_named():
 @pytest.mark.parametrize("class_token", [True, False])
 def test_the_position_embedding_is_resized_to_the_encoders_grid_and_reported(class_token):
     source, ours = encoder(seed=1, class_token=class_token), encoder(image_size=(24, 16), class_token=class_token)
-    rows = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))  # of each cell, its row and its column
+    rows = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))  # row and column of each cell
     first = int(class_token)
     source.pos_embed.data[:, first:, :2] = rows
     coverage = load_encoder(ours, source.state_dict())
@@ -233,7 +233,7 @@ def test_the_position_embedding_is_resized_to_the_encoders_grid_and_reported(cla
     assert (row.diff(dim=0) > 0).all() and row[0, 0] < 0.5 and row[-1, 0] > 2.5
 
 
-def test_a_position_embedding_that_is_no_square_cannot_be_resized():
+def test_a_position_embedding_of_a_non_square_grid_cannot_be_resized():
     source, ours = encoder(seed=1, image_size=(24, 16)), encoder()
     before = copied(ours)
     with pytest.raises(ConversionError, match=r"24 patches .*\(4, 4\)"):
@@ -241,7 +241,7 @@ def test_a_position_embedding_that_is_no_square_cannot_be_resized():
     assert same(ours.state_dict(), before)
 
 
-def test_an_encoder_without_positions_leaves_them_in_the_file():
+def test_an_encoder_without_positions_ignores_those_in_the_file():
     source, ours = encoder(seed=1), encoder(position="none")
     assert load_encoder(ours, source.state_dict()).unexpected == ("pos_embed",)
 
@@ -270,7 +270,7 @@ def test_another_width_is_refused_and_nothing_is_loaded(class_token, image_size)
     assert same(ours.state_dict(), before)
 
 
-def test_a_method_that_is_not_covered_to_the_last_tensor_is_refused():
+def test_a_method_with_a_missing_or_unexpected_tensor_is_refused():
     official, ours = rename(droppos(seed=1).state_dict(), TO_OFFICIAL), droppos()
     before = copied(ours)
     with pytest.raises(ConversionError, match="missing: decoder.head.bias"):
@@ -290,7 +290,7 @@ def test_a_method_of_another_width_is_refused_and_nothing_is_loaded():
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.95])
-def test_a_truncated_file_is_refused_by_path(suffix, kept, tmp_path):
+def test_a_truncated_file_is_refused_with_its_path(suffix, kept, tmp_path):
     path = tmp_path / f"cut.{suffix}"
     save_file(copied(encoder()), path) if suffix == "safetensors" else torch.save(copied(encoder()), path)
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
@@ -298,7 +298,7 @@ def test_a_truncated_file_is_refused_by_path(suffix, kept, tmp_path):
         read_checkpoint(path)
 
 
-def test_a_file_that_is_absent_is_refused_by_path(tmp_path):
+def test_a_missing_file_is_refused_with_its_path(tmp_path):
     for name in ("gone.pth", "gone.safetensors"):
         with pytest.raises(ConversionError, match=f"no checkpoint at .*{name}"):
             read_checkpoint(tmp_path / name)
@@ -307,13 +307,13 @@ def test_a_file_that_is_absent_is_refused_by_path(tmp_path):
 @pytest.mark.parametrize(
     "content", [{"epoch": 3}, torch.zeros(3), [torch.zeros(3)], 7], ids=["no tensors", "a tensor", "a list", "a number"]
 )
-def test_a_file_without_named_tensors_is_refused_by_path(content, tmp_path):
+def test_a_file_without_named_tensors_is_refused_with_its_path(content, tmp_path):
     torch.save(content, tmp_path / "odd.pth")
     with pytest.raises(ConversionError, match=r"odd\.pth"):
         read_checkpoint(tmp_path / "odd.pth")
 
 
-def test_a_text_file_is_refused_by_path(tmp_path):
+def test_a_text_file_is_refused_with_its_path(tmp_path):
     (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
     with pytest.raises(ConversionError, match=r"page\.pth"):
         read_checkpoint(tmp_path / "page.pth")
@@ -326,21 +326,21 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
         read_checkpoint(tmp_path / "harmful.pth")
     assert not victim.exists()
     torch.load(tmp_path / "harmful.pth", weights_only=False)
-    assert victim.exists()  # the file would have done harm
+    assert victim.exists()  # without restrictions the code runs
 
 
-# ---- parts of the file's encoder for which there is no place
+# ---- parts of the file's encoder that ours does not have
 
 
 def timm_vit(**options) -> dict[str, Tensor]:
-    """The tensors of timm's ViT of `encoder`'s sizes, with whatever else timm has."""
+    """Return the tensors of timm's ViT with the sizes of `encoder`; `options` are timm's."""
     torch.manual_seed(1)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
     return copied(VisionTransformer(**sizes | options))
 
 
 def refusal(ours: ViT, state: dict[str, Tensor], **options) -> str:
-    """Why a state is refused, by which nothing has changed."""
+    """Return the error message for a refused state; check that nothing is loaded."""
     before = copied(ours)
     with pytest.raises(ConversionError) as error:
         load_encoder(ours, state, **options)
@@ -375,9 +375,9 @@ def refusal(ours: ViT, state: dict[str, Tensor], **options) -> str:
         (lambda: {f"a.encoder.{name}": tensor for name, tensor in timm_vit().items()} | {"a.pos_embed": torch.ones(1)}, "a.pos_embed"),
     ],
 )
-def test_what_the_files_encoder_has_and_ours_has_not_is_refused_by_name(state, named):
-    said = refusal(encoder(), state())
-    assert f"in the file but not here: {named}" in said and len(said) < 300
+def test_encoder_tensors_that_only_the_file_has_are_refused_and_named(state, named):
+    text = refusal(encoder(), state())
+    assert f"in the file but not here: {named}" in text and len(text) < 300
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_what_the_files_encoder_has_and_ours_has_not_is_refused_by_name(state, n
         ({"width": 192, "depth": 3}, "size=tiny --set encoder.depth=3"),
     ],
 )
-def test_an_encoder_that_can_be_built_is_refused_with_the_set_that_builds_it(source, setting):
+def test_another_encoder_is_refused_with_the_set_option_that_builds_it(source, setting):
     recipe = Recipe(
         size="micro",
         image_size=16,
@@ -406,8 +406,8 @@ def test_an_encoder_that_can_be_built_is_refused_with_the_set_that_builds_it(sou
         encoder={"position": "learned"},
     )
     state = ViT(**{"image_size": 16, "patch_size": 4, "width": 96, "depth": 6, "heads": 3, "position": "learned", **source}).state_dict()
-    said = refusal(recipe.build_encoder(3), state)
-    assert said.startswith("the checkpoint has another architecture: ") and f"; --set {setting} would fit" in said and len(said) < 300
+    text = refusal(recipe.build_encoder(3), state)
+    assert text.startswith("the checkpoint has another architecture: ") and f"; --set {setting} would fit" in text and len(text) < 300
     built = override(recipe, setting.split(" --set ")).build_encoder(3)
     coverage = load_encoder(built, state)
     assert not coverage.missing and not coverage.unexpected and same(built.state_dict(), state)
@@ -433,19 +433,19 @@ def test_a_class_token_without_a_position_gives_timms_tokens():
     torch.testing.assert_close(ours(images), theirs.forward_features(images), atol=1e-5, rtol=0)
 
 
-def test_a_classifier_that_norms_after_pooling_is_refused_for_that():
-    said = refusal(encoder(), timm_vit(global_pool="avg", num_classes=3))
-    assert "norm after pooling (fc_norm) in the file" in said and "missing: norm.bias, norm.weight" in said
+def test_a_classifier_with_a_norm_after_pooling_is_refused_with_the_reason():
+    text = refusal(encoder(), timm_vit(global_pool="avg", num_classes=3))
+    assert "norm after pooling (fc_norm) in the file" in text and "missing: norm.bias, norm.weight" in text
 
 
-def test_positions_that_the_caller_does_not_allow_to_be_left_out_are_refused_with_the_set_that_keeps_them():
+def test_positions_that_may_not_be_ignored_are_refused_with_the_option_that_keeps_them():
     for position in ("none", "relative"):
-        said = refusal(encoder(position=position), timm_vit(), allow_unused=("cls_token",))
-        assert "a position embedding in the file, none here; --set encoder.position=learned would fit" in said
+        text = refusal(encoder(position=position), timm_vit(), allow_unused=("cls_token",))
+        assert "a position embedding in the file, none here; --set encoder.position=learned would fit" in text
     assert "in the file but not here: cls_token" in refusal(encoder(class_token=False), timm_vit(), allow_unused=())
 
 
-def test_what_is_left_out_on_purpose_is_said():
+def test_tensors_ignored_on_purpose_are_reported():
     assert "class token is ignored" in str(load_encoder(encoder(class_token=False), timm_vit()))
     assert "position embedding is ignored" in str(load_encoder(encoder(position="none"), timm_vit()))
     assert load_encoder(encoder(), timm_vit() | {"extra.weight": torch.ones(1)}, allow_unused=["extra.weight"]).unexpected == (
@@ -458,21 +458,21 @@ def test_what_is_left_out_on_purpose_is_said():
     """head.weight head_dist.bias fc_norm.weight fc.weight lm_head.weight logit_scale decoder.weight decoder_blocks.0.norm1.weight
     aux_decoder_pos_embed mask_token masked_embed predictor.blocks.0.norm1.weight projector.0.weight""".split(),
 )
-def test_what_is_no_part_of_an_encoder_is_reported_as_unexpected(name):
+def test_tensors_outside_the_encoder_are_reported_as_unexpected(name):
     assert load_encoder(encoder(), timm_vit() | {name: torch.ones(1)}).unexpected == (name,)
 
 
-def test_refusals_name_three_tensors_and_count_the_others():
+def test_error_messages_name_three_tensors_and_count_the_others():
     names = [f"decoder.{number}" for number in range(9)] + ["blocks.3.weight", "surprise"]
     assert str(Coverage((), (), tuple(names))).endswith("unexpected: blocks.3.weight, decoder.0, surprise and 8 more")
-    method, said = droppos(), refusal(encoder(), {f"{number}.{name}": torch.ones(1) for number in range(500) for name in ("a", "b")})
-    assert said == "the file has none of the encoder's 30 names, but 1000 others: 0.a, 1.a, 10.a and 997 more"
+    method, text = droppos(), refusal(encoder(), {f"{number}.{name}": torch.ones(1) for number in range(500) for name in ("a", "b")})
+    assert text == "the file has none of the encoder's 30 names, but 1000 others: 0.a, 1.a, 10.a and 997 more"
     with pytest.raises(ConversionError) as error:
         load_method(method, {f"x.{number}.y": torch.ones(1) for number in range(5000)}, OFFICIAL_NAMES)
     assert "missing" in str(error.value) and len(str(error.value)) < 500
 
 
-def test_a_method_of_another_depth_is_refused_by_its_depth():
+def test_a_method_of_another_depth_is_refused_with_both_depths():
     official = rename(droppos(seed=1, decoder_depth=3).state_dict(), TO_OFFICIAL)
     with pytest.raises(ConversionError, match=r"configuration \(3 decoder.blocks in the file, 1 here; "):
         load_method(droppos(), official, OFFICIAL_NAMES)
@@ -495,7 +495,7 @@ PREFIXES += [
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("container", [(), ("model",), ("state_dict",), ("model", "state_dict"), ("state_dict", "model"), ("teacher",)])
-def test_what_stands_before_every_name_is_taken_off_and_said(prefix, container, tmp_path):
+def test_a_common_prefix_of_all_names_is_removed_and_reported(prefix, container, tmp_path):
     source, ours = encoder(seed=1), encoder()
     content = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
     assert load_encoder(encoder(), content).notes
@@ -507,14 +507,14 @@ def test_what_stands_before_every_name_is_taken_off_and_said(prefix, container, 
     assert all(f"{part}." in str(coverage) for part in prefix.split(".")[:-1]) and "removed" in str(coverage)
 
 
-def test_names_of_blocks_that_are_compiled_one_by_one_are_ours():
+def test_names_of_separately_compiled_blocks_are_recognised():
     source, ours = encoder(seed=1), encoder()
     load_encoder(ours, {re.sub(r"(blocks\.\d)", r"\1._orig_mod", name): tensor for name, tensor in source.state_dict().items()})
     assert same(ours.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "network."])
-def test_a_whole_method_is_loaded_whatever_stands_before_its_names(prefix, tmp_path):
+def test_a_whole_method_is_loaded_with_any_common_prefix(prefix, tmp_path):
     source, ours = droppos(seed=1), droppos(seed=2)
     official = {f"{prefix}{name}": tensor for name, tensor in rename(source.state_dict(), TO_OFFICIAL).items()}
     assert load_method(droppos(), official, OFFICIAL_NAMES).notes
@@ -523,15 +523,15 @@ def test_a_whole_method_is_loaded_whatever_stands_before_its_names(prefix, tmp_p
     assert same(ours.state_dict(), source.state_dict()) and "removed" in str(coverage)
 
 
-def test_two_tensors_do_not_come_to_one_name():
+def test_two_tensors_cannot_get_the_same_name():
     state = copied(encoder())
     with pytest.raises(ConversionError, match=r"two tensors would be called cls_token, module\.cls_token is one of them"):
         load_encoder(encoder(), state | {f"module.{name}": tensor for name, tensor in state.items()})
 
 
-def run_offered(said: str) -> None:
-    """Run the command at the end of a refusal, here instead of in a process of its own, which would take seconds."""
-    program, option, code = shlex.split(said[said.index("python -c") :])
+def run_suggested_command(text: str) -> None:
+    """Run the command at the end of an error message in this process, since a new process would take seconds."""
+    program, option, code = shlex.split(text[text.index("python -c") :])
     assert (program, option) == ("python", "-c")
     exec(code, {})
 
@@ -557,14 +557,14 @@ def two_encoders() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("case", two_encoders())
-def test_of_two_encoders_one_is_asked_for_and_the_command_that_is_offered_takes_it_out(case, tmp_path):
+def test_two_encoders_in_a_file_are_refused_with_a_command_that_extracts_one(case, tmp_path):
     torch.save(two_encoders()[case], tmp_path / "both.pth")
     with pytest.raises(ConversionError) as error:
         load_encoder(encoder(), read_checkpoint(tmp_path / "both.pth"))
-    said, ours = str(error.value), encoder()
+    text, ours = str(error.value), encoder()
     first, second = case.split()
-    assert f"both.pth has 2 encoders, '{first}" in said and f" and '{second}" in said and "choose one and" in said and len(said) < 600
-    run_offered(said)
+    assert f"both.pth has 2 encoders, '{first}" in text and f" and '{second}" in text and "choose one and" in text and len(text) < 600
+    run_suggested_command(text)
     (taken,) = set(tmp_path.iterdir()) - {tmp_path / "both.pth"}
     load_encoder(ours, read_checkpoint(taken))
     assert same(ours.state_dict(), copied(encoder(seed=2)))
@@ -574,14 +574,14 @@ def test_of_two_encoders_one_is_asked_for_and_the_command_that_is_offered_takes_
         read_checkpoint(tmp_path / "both.pth", "neither")
 
 
-def test_beside_timms_state_dict_its_average_is_left_out_and_that_is_said(tmp_path):
+def test_timms_ema_weights_are_ignored_and_this_is_reported(tmp_path):
     source, ours = encoder(seed=1), encoder()
     torch.save({"state_dict": source.state_dict(), "state_dict_ema": encoder(seed=2).state_dict()}, tmp_path / "a.pth")
     coverage = load_encoder(ours, read_checkpoint(tmp_path / "a.pth"))
     assert same(ours.state_dict(), source.state_dict()) and "state_dict read, state_dict_ema ignored" in str(coverage)
 
 
-# ---- what a file holds beside tensors
+# ---- other objects in a file
 
 
 OBJECTS = {
@@ -596,30 +596,30 @@ OBJECTS = {
 
 @pytest.mark.parametrize("kind", OBJECTS)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_with_harmless_objects_is_read_whole(kind, zipped, tmp_path):
+def test_a_file_with_harmless_objects_is_read_completely(kind, zipped, tmp_path):
     source, ours = encoder(seed=1), encoder()
     torch.save({"args": OBJECTS[kind](), "model": source.state_dict()}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     coverage = load_encoder(ours, read_checkpoint(tmp_path / "a.pth"))
     assert same(ours.state_dict(), source.state_dict()) and not coverage.unexpected
     with pytest.raises(Exception, match="Weights only load failed") if kind != "dicts" else pytest.raises(Exception, match="."):
-        torch.load(tmp_path / "a.pth", weights_only=True)  # and reading one has not made anything safe for good
+        torch.load(tmp_path / "a.pth", weights_only=True)  # reading one does not allow its classes permanently
 
 
 class Settings:
-    """An object of a class of somebody's own."""
+    """A user-defined class."""
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("holder", [lambda state: {"model": state, "args": Settings()}, lambda state: {"model": whole(state)}])
-def test_a_file_with_other_objects_is_refused_by_their_class_and_the_command_that_is_offered_keeps_its_tensors(holder, zipped, tmp_path):
+def test_a_file_with_other_objects_is_refused_with_a_command_that_keeps_its_tensors(holder, zipped, tmp_path):
     source, ours = encoder(seed=1), encoder()
     torch.save(holder(copied(source)), tmp_path / "own.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ConversionError) as error:
         read_checkpoint(tmp_path / "own.pth")
-    said = str(error.value)
-    assert re.search(r"own\.pth contains (tests\.test_convert\.Settings|common\.vit\.\w+|.*torch\.nn)", said) and "truncated" not in said
-    assert "if you trust the source of the file" in said and len(said) < 900
-    run_offered(said)
+    text = str(error.value)
+    assert re.search(r"own\.pth contains (tests\.test_convert\.Settings|common\.vit\.\w+|.*torch\.nn)", text) and "truncated" not in text
+    assert "if you trust the source of the file" in text and len(text) < 900
+    run_suggested_command(text)
     load_encoder(ours, read_checkpoint(tmp_path / "own-tensors.pth"))
     assert same(ours.state_dict(), source.state_dict())
 
@@ -631,13 +631,13 @@ def whole(state: dict[str, Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize("function", [eval, exec, print, subprocess.run, getattr])
-def test_functions_in_a_file_are_refused_by_name(function, tmp_path):
+def test_functions_in_a_file_are_refused_and_named(function, tmp_path):
     torch.save({"model": copied(encoder()), "hook": function}, tmp_path / "a.pth")
     with pytest.raises(ConversionError, match=rf"a\.pth contains \w+\.{function.__name__} besides plain tensors"):
         read_checkpoint(tmp_path / "a.pth")
 
 
-def test_numpy_arrays_in_the_place_of_tensors_are_said_to_be_that(tmp_path):
+def test_numpy_arrays_instead_of_tensors_are_refused_with_the_reason(tmp_path):
     torch.save({"model": {name: tensor.numpy() for name, tensor in copied(encoder()).items()}}, tmp_path / "a.pth")
     with pytest.raises(ConversionError, match="has numpy arrays instead of tensors"):
         read_checkpoint(tmp_path / "a.pth")
@@ -655,14 +655,14 @@ def test_numpy_arrays_in_the_place_of_tensors_are_said_to_be_that(tmp_path):
     ],
 )
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_another_kind_of_file_is_called_by_its_name(content, kind, suffix, tmp_path):
+def test_another_file_type_is_refused_and_named(content, kind, suffix, tmp_path):
     path = tmp_path / f"odd.{suffix}"
     path.write_bytes(content)
     with pytest.raises(ConversionError, match=re.escape(f"{path} is {kind}")):
         read_checkpoint(path)
 
 
-def test_archives_folders_and_programs_are_called_by_their_names(tmp_path):
+def test_archives_and_folders_are_refused_with_their_type(tmp_path):
     numpy.savez(tmp_path / "a.npz", kernel=numpy.ones(2))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("images/a.txt", "x")
@@ -671,7 +671,7 @@ def test_archives_folders_and_programs_are_called_by_their_names(tmp_path):
             read_checkpoint(tmp_path / name)
 
 
-def test_a_file_is_read_by_what_it_holds_and_not_by_its_suffix(tmp_path):
+def test_the_file_format_is_detected_by_content_and_not_by_suffix(tmp_path):
     state = copied(encoder(seed=1))
     save_file(state, tmp_path / "a.bin")
     torch.save(state, tmp_path / "a.safetensors")
@@ -682,7 +682,7 @@ def test_a_file_is_read_by_what_it_holds_and_not_by_its_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(value):
+def test_weights_that_are_not_finite_are_refused_and_named(value):
     state = timm_vit() | {"head.weight": torch.tensor([value])}
     load_encoder(encoder(), state)  # a head is not loaded
     state["blocks.1.mlp.fc2.weight"][3, 5], state["norm.bias"][0] = value, value
@@ -696,7 +696,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
     assert same(ours.state_dict(), before)
 
 
-def test_a_number_that_only_double_precision_holds_is_not_finite_here():
+def test_a_float64_value_too_large_for_float32_is_refused_as_not_finite():
     assert "are not finite: norm.bias" in refusal(encoder(), timm_vit() | {"norm.bias": torch.full((16,), 1e300, dtype=torch.float64)})
 
 
@@ -710,14 +710,14 @@ def test_a_number_that_only_double_precision_holds_is_not_finite_here():
         (lambda weight: weight.to_sparse(), "sparse"),
     ],
 )
-def test_tensors_of_another_kind_are_refused_by_name_and_kind(change, kind):
+def test_tensors_that_are_not_dense_floats_are_refused_with_name_and_kind(change, kind):
     state = timm_vit()
-    said = refusal(encoder(), state | {"blocks.0.mlp.fc1.weight": change(state["blocks.0.mlp.fc1.weight"])})
-    assert said.startswith("blocks.0.mlp.fc1.weight is ") and kind in said and "float32 here" in said
+    text = refusal(encoder(), state | {"blocks.0.mlp.fc1.weight": change(state["blocks.0.mlp.fc1.weight"])})
+    assert text.startswith("blocks.0.mlp.fc1.weight is ") and kind in text and "float32 here" in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_are_loaded_into_float32_also_where_positions_are_resized(dtype):
+def test_other_precisions_are_loaded_as_float32_also_with_resized_positions(dtype):
     state = {name: tensor.to(dtype) for name, tensor in timm_vit(img_size=32).items()}
     ours, same_numbers = encoder(), encoder()
     load_encoder(ours, state)
@@ -726,11 +726,11 @@ def test_other_precisions_are_loaded_into_float32_also_where_positions_are_resiz
     assert same(ours.state_dict(), same_numbers.state_dict())
 
 
-# ---- buffers that the architecture decides
+# ---- buffers determined by the architecture
 
 
 def released(**options) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A released Swin at full depth on 224 pixels, narrow, and its tensors as the official code saves them, masks included."""
+    """Return a narrow released Swin at full depth for 224 pixels, and its tensors under the official names."""
     torch.manual_seed(0)
     sizes = {"img_size": 224, "embed_dim": 8, "depths": (2, 2, 6, 2), "num_heads": (1, 1, 2, 2), "num_classes": 3}
     method = nn.Module()
@@ -744,7 +744,7 @@ def released(**options) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def official_mask(side: int, window: int) -> Tensor:
-    """(windows, T, T) of a grid of so many cells that is rolled by half a window: 0 where two cells were neighbours before, else -100."""
+    """Return (windows, T, T) of a grid rolled by half a window: 0 where two cells were less than a window apart before, else -100."""
     place = torch.arange(side).roll(-(window // 2))
     cell = torch.cartesian_prod(place, place).view(side // window, window, side // window, window, 2)
     cell = cell.permute(0, 2, 1, 3, 4).reshape(-1, window**2, 2)
@@ -755,7 +755,7 @@ def official_mask(side: int, window: int) -> Tensor:
 MASKS = {f"layers.{stage}.blocks.{block}.attn_mask": 56 >> stage for stage, block in ((0, 1), (1, 1), (2, 1), (2, 3), (2, 5))}
 
 
-def test_an_official_swin_of_full_depth_is_loaded_with_the_masks_of_its_windows():
+def test_an_official_swin_of_full_depth_is_loaded_with_its_window_masks():
     method, official = released()
     masks = {name: official_mask(side, 7) for name, side in MASKS.items()}
     assert [int((mask == 0).sum()) for mask in masks.values()] == [135424, 29584, 5476, 5476, 5476]  # as in the official files
@@ -769,7 +769,7 @@ def test_an_official_swin_of_full_depth_is_loaded_with_the_masks_of_its_windows(
 
 
 @pytest.mark.parametrize("change", [lambda mask: mask.flip(0), lambda mask: mask.mT + mask, lambda mask: mask[:1], torch.zeros_like])
-def test_masks_of_other_windows_are_refused_by_name(change):
+def test_masks_of_other_windows_are_refused_and_named(change):
     method, official = released()
     masks = {name: official_mask(side, 7) for name, side in MASKS.items()}
     masks["layers.2.blocks.3.attn_mask"] = change(masks["layers.2.blocks.3.attn_mask"])
@@ -777,7 +777,7 @@ def test_masks_of_other_windows_are_refused_by_name(change):
         load_method(method, official | masks, OFFICIAL_SWIN_NAMES)
 
 
-def test_indices_of_relative_positions_may_be_in_a_file_if_they_are_ours():
+def test_relative_position_indices_in_a_file_are_accepted_only_if_equal():
     source, ours = encoder(seed=1, position="relative"), encoder(position="relative")
     index = {
         f"blocks.{block}.attn.rel_pos.relative_position_index": source.blocks[block].attn.rel_pos.relative_position_index
@@ -788,7 +788,7 @@ def test_indices_of_relative_positions_may_be_in_a_file_if_they_are_ours():
     assert "relative_position_index" in refusal(ours, source.state_dict() | {name: tensor + 1 for name, tensor in index.items()})
 
 
-def test_counters_of_batches_may_be_missing_and_batch_norms_means_may_not():
+def test_batch_norm_counters_may_be_missing_but_running_means_may_not():
     source, ours = (timm.create_model("test_resnet", num_classes=3) for _ in range(2))
     state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("num_batches_tracked")}
     assert len(state) < len(source.state_dict()) and load_method(ours, state, {}).missing == ()
@@ -800,7 +800,7 @@ def test_counters_of_batches_may_be_missing_and_batch_norms_means_may_not():
 
 
 @pytest.mark.parametrize("options", [{}, {"position": "learned"}])
-def test_an_exported_encoder_is_timms_model_with_nothing_missing(options, tmp_path):
+def test_an_exported_encoder_loads_strictly_into_timms_model(options, tmp_path):
     ours = vit("tiny", image_size=32, **options).eval()
     export_encoder(ours, tmp_path / "encoder.safetensors")
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, weight_init="skip").eval()

@@ -1,4 +1,4 @@
-"""Claims about where images come from and in which order they arrive."""
+"""Tests of the data sets, the reading of images and their order."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from common.randomness import generator, reseed
 IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette"
 CPU = torch.device("cpu")
 STRONG = Augmentation(randaugment="rand-m9-mstd0.5-inc1", color_jitter=0.2, grey=0.3, blur=0.5, erase=0.5)
-PLAIN = replace(STRONG, randaugment=None)  # what images in memory can get without workers
+PLAIN = replace(STRONG, randaugment=None)  # possible for images in memory without workers
 
 
 def draw(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0) -> None:
@@ -33,7 +33,7 @@ def draw(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes with four images each to train and two to validate, 20 x 16 pixels."""
+    """Three classes with four training and two validation images each, 20 x 16 pixels."""
     for part, count in (("train", 4), ("val", 2)):
         for number, name in enumerate(("ant", "bee", "cat")):
             for i in range(count):
@@ -64,8 +64,8 @@ def test_digits_split_is_stratified_and_disjoint(digits):
     assert (len(digits.train), len(digits.val)) == (1437, 360)
     assert (digits.classes, digits.channels, digits.image_size) == (10, 1, (8, 8))
     assert digits.train.images.dtype == torch.uint8 and digits.train.images.max() == 255
-    train_share, val_share = (torch.bincount(part.labels) / len(part) for part in (digits.train, digits.val))
-    torch.testing.assert_close(train_share, val_share, atol=0.005, rtol=0)
+    train_fraction, val_fraction = (torch.bincount(part.labels) / len(part) for part in (digits.train, digits.val))
+    torch.testing.assert_close(train_fraction, val_fraction, atol=0.005, rtol=0)
 
     from sklearn.datasets import load_digits
 
@@ -80,12 +80,12 @@ def test_digits_are_the_same_every_time(digits):
     assert torch.equal(digits.train.images, open_data("digits").train.images)
 
 
-def test_mean_and_deviation_are_those_of_the_training_images(digits):
+def test_mean_and_std_are_those_of_the_training_images(digits):
     pixels = digits.train.images.double() / 255
     assert digits.mean[0] == pytest.approx(pixels.mean().item()) and digits.std[0] == pytest.approx(pixels.std(correction=0).item())
 
 
-def test_per_class_draws_that_many_of_each(digits):
+def test_per_class_draws_the_given_number_of_images_per_class(digits):
     few, more = digits.train.per_class(5, seed=3), digits.train.per_class(20, seed=3)
     assert torch.bincount(few.labels).tolist() == [5] * 10
     images_of_more = {bytes(image) for image in more.images.flatten(1).numpy()}
@@ -94,7 +94,7 @@ def test_per_class_draws_that_many_of_each(digits):
     assert not torch.equal(few.images, digits.train.per_class(5, seed=4).images)
 
 
-def test_per_class_names_the_class_that_has_too_few(folder):
+def test_per_class_names_the_class_with_too_few_images(folder):
     (folder / "train" / "bee" / "3.png").unlink()
     train = open_data(str(folder)).train
     assert len(train.per_class(3, seed=0)) == 9
@@ -102,7 +102,7 @@ def test_per_class_names_the_class_that_has_too_few(folder):
         train.per_class(4, seed=0)
 
 
-def test_subset_keeps_the_asked_for_order(folder):
+def test_subset_keeps_the_requested_order(folder):
     train = open_data(str(folder)).train
     part = train.subset([7, 0])
     assert part.paths == [train.paths[7], train.paths[0]] and part.labels.tolist() == [1, 0]
@@ -123,7 +123,7 @@ def test_a_missing_folder_is_named():
 
 
 @pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")])
-def test_without_a_network_cifar_says_what_to_put_where(name, archive, tmp_path, monkeypatch):
+def test_without_a_network_the_error_says_where_to_put_the_cifar_archive(name, archive, tmp_path, monkeypatch):
     def offline(self):
         raise URLError("no network")
 
@@ -133,7 +133,7 @@ def test_without_a_network_cifar_says_what_to_put_where(name, archive, tmp_path,
     assert str(tmp_path) in str(caught.value)
 
 
-def test_cifar_arrives_as_channels_first_bytes(tmp_path, monkeypatch):
+def test_cifar_images_are_channels_first_uint8(tmp_path, monkeypatch):
     class Fake:
         def __init__(self, root, train, download):
             self.data = numpy.full((20 if train else 10, 32, 32, 3), 7, dtype=numpy.uint8)
@@ -146,7 +146,7 @@ def test_cifar_arrives_as_channels_first_bytes(tmp_path, monkeypatch):
     assert data.train.images[0, :, 0, 0].tolist() == [7, 7, 51] and data.mean[2] == pytest.approx(0.2)
 
 
-def test_tiny_imagenet_reads_its_own_layout(tmp_path):
+def test_tiny_imagenet_is_read_in_its_own_folder_layout(tmp_path):
     home = tmp_path / "tiny-imagenet-200"
     with pytest.raises(DataError, match="tiny-imagenet-200/train not found: download http.*unpack"):
         open_data("tiny-imagenet", root=tmp_path)
@@ -175,7 +175,7 @@ def test_a_folder_is_read_class_by_class(folder):
     assert all(f"/{data.train.class_names[label]}/" in path for path, label in zip(data.train.paths, data.train.labels, strict=True))
 
 
-def test_test_stands_in_for_a_missing_val(folder):
+def test_the_test_folder_replaces_a_missing_val_folder(folder):
     (folder / "val").rename(folder / "test")
     assert len(open_data(str(folder)).val) == 6
 
@@ -196,7 +196,7 @@ def test_empty_class_folder_is_named(folder):
         open_data(str(folder))
 
 
-def test_images_outside_class_folders_are_no_data_set(tmp_path):
+def test_images_outside_class_folders_are_refused(tmp_path):
     draw(tmp_path / "train" / "0.png")
     draw(tmp_path / "val" / "0.png")
     with pytest.raises(DataError, match="train has no class folders"):
@@ -207,7 +207,7 @@ def test_classes_must_agree_between_train_and_val(folder):
     draw(folder / "val" / "dog" / "0.png")
     with pytest.raises(DataError, match="3 classes and .* has 4: dog"):
         open_data(str(folder))
-    (folder / "val" / "ant").rename(folder / "ant")  # as many again, but others
+    (folder / "val" / "ant").rename(folder / "ant")  # the same number of classes, but other ones
     with pytest.raises(DataError, match="ant, dog"):
         open_data(str(folder))
 
@@ -224,7 +224,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("level", ["train", "train/bee", "train/bee/deep/er", "val/cat"])
-def test_only_what_a_person_put_there_is_an_image_at_every_level(level, folder):
+def test_hidden_and_system_files_are_ignored_at_every_level(level, folder):
     draw(folder / "train" / "bee" / "deep" / "er" / "9.png")
     before = open_data(str(folder))
     for name in FOREIGN if level != "train" else [name for name in FOREIGN if not name.startswith("deep")]:
@@ -236,14 +236,14 @@ def test_only_what_a_person_put_there_is_an_image_at_every_level(level, folder):
     assert after.identity == before.identity and len(after.train) == 13
 
 
-def test_a_class_folder_with_nothing_but_hidden_files_is_empty(folder):
+def test_a_class_folder_with_only_hidden_files_counts_as_empty(folder):
     for path in (folder / "train" / "bee").iterdir():
         path.rename(path.with_name(f"._{path.name}"))
     with pytest.raises(DataError, match="train/bee has no images"):
         open_data(str(folder))
 
 
-def test_hidden_folders_on_the_way_to_a_data_set_hide_nothing(folder, tmp_path_factory):
+def test_a_data_set_inside_hidden_folders_is_read(folder, tmp_path_factory):
     home = tmp_path_factory.mktemp("home") / ".cache" / "@eaDir" / "set"
     home.parent.mkdir(parents=True)
     folder.rename(home)
@@ -258,7 +258,7 @@ def test_class_folders_may_be_links(folder, tmp_path_factory):
     assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and "/train/bee/" in data.train.paths[5]
 
 
-def test_a_folder_that_cannot_be_listed_is_named_and_not_passed_over(folder, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_named_and_not_skipped(folder, monkeypatch):
     (folder / "train" / "bee" / "deep").mkdir()
     scan = os.scandir
 
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_listed_is_named_and_not_passed_over(folder, mon
         open_data(str(folder))
 
 
-def test_tiny_imagenet_names_a_validation_image_that_is_not_there(tmp_path):
+def test_tiny_imagenet_names_a_missing_validation_image(tmp_path):
     home = tmp_path / "tiny-imagenet-200"
     draw(home / "train" / "n01" / "images" / "n01_0.JPEG", (64, 64))
     draw(home / "train" / "n01" / "images" / "._n01_0.JPEG", (64, 64))
@@ -295,12 +295,12 @@ def test_tiny_imagenet_names_a_validation_image_that_is_not_there(tmp_path):
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"shape \(3, 8, 8\)"),
     ],
 )
-def test_images_in_memory_that_are_not_bytes_are_refused_with_the_conversion(images, message):
+def test_images_in_memory_that_are_not_uint8_are_refused_with_the_conversion(images, message):
     with pytest.raises(DataError, match=message):
         Split(torch.zeros(3, dtype=torch.int64), images)
 
 
-def test_images_in_memory_have_the_channels_of_their_data_set(digits):
+def test_images_in_memory_must_have_the_channels_of_their_data_set(digits):
     rows_last = Split(torch.zeros(8, dtype=torch.int64), torch.zeros(8, 32, 32, 3, dtype=torch.uint8))
     with pytest.raises(DataError, match=r"\(8, 32, 32, 3\) for digits with channels=1: use a split of \(N, 1, H, W\)"):
         batches(rows_last, digits, None)
@@ -346,7 +346,7 @@ def test_integers_of_16_and_32_bits_are_scaled_or_refused_and_never_black(tmp_pa
 @pytest.mark.parametrize(
     ("mode", "value"), [("PA", (1, 7)), ("YCbCr", (200, 128, 128)), ("LAB", (200, 128, 128)), ("CMYK", (55, 55, 55, 0))]
 )
-def test_other_modes_are_read_as_they_look(mode, value, tmp_path):
+def test_other_image_modes_are_converted_to_the_right_colours(mode, value, tmp_path):
     image = Image.new(mode, (3, 2), value)
     if mode == "PA":
         image.putpalette([0, 0, 0, 200, 200, 200])
@@ -363,8 +363,8 @@ def test_colours_of_16_bits_keep_their_high_byte(tmp_path):
     assert read_image(str(tmp_path / "a.png")).getpixel((0, 0)) == (200, 100, 0)
 
 
-@pytest.mark.parametrize("limit", [60, 100])  # of the 160 pixels: an error by itself, and a warning
-def test_a_sound_image_above_pillows_limit_is_read_without_a_word_and_the_limit_stays(limit, tmp_path, monkeypatch, recwarn):
+@pytest.mark.parametrize("limit", [60, 100])  # for 160 pixels, Pillow alone would raise an error, or warn
+def test_a_valid_image_above_pillows_limit_is_read_silently_and_the_limit_is_kept(limit, tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     Image.new("RGB", (16, 10), (1, 2, 3)).save(tmp_path / "a.png")
     with ThreadPoolExecutor(4) as pool:
@@ -373,14 +373,14 @@ def test_a_sound_image_above_pillows_limit_is_read_without_a_word_and_the_limit_
     assert not recwarn.list and Image.MAX_IMAGE_PIXELS == limit
 
 
-def test_a_sound_image_with_long_text_in_it_is_read(tmp_path):
+def test_a_valid_image_with_a_long_text_chunk_is_read(tmp_path):
     text = PngImagePlugin.PngInfo()
     text.add_text("notes", "x" * 3 * 2**20, zip=True)
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "a.png", pnginfo=text)
     assert read_image(str(tmp_path / "a.png")).getpixel((0, 0)) == (1, 2, 3)
 
 
-def test_nobody_is_told_to_delete_an_image_that_may_be_sound(tmp_path, monkeypatch):
+def test_no_error_advises_to_delete_an_image_that_may_be_valid(tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="gone.png cannot be opened .No such file") as absent:
         read_image(str(tmp_path / "gone.png"))
@@ -438,7 +438,7 @@ def test_a_corrupt_image_is_named(how, workers, folder):
     spoil(victim, how)
     data = open_data(str(folder))
     message = ""
-    try:  # pytest.raises would keep the traceback, and with it the worker, which then takes five seconds to end
+    try:  # pytest.raises would keep the traceback and with it the worker, which then takes five seconds to stop
         list(batches(data.train, data, None, workers=workers).epoch(0))
     except DataError as error:
         message = str(error)
@@ -447,7 +447,7 @@ def test_a_corrupt_image_is_named(how, workers, folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skip_corrupt_takes_the_next_readable_image_and_says_so_once(workers, folder, caplog):
+def test_skip_corrupt_uses_the_next_readable_image_and_warns_once(workers, folder, caplog):
     for number in (2, 3):
         spoil(folder / "train" / "cat" / f"{number}.png", "zero-byte")
     data = open_data(str(folder), skip_corrupt=True)
@@ -455,12 +455,12 @@ def test_skip_corrupt_takes_the_next_readable_image_and_says_so_once(workers, fo
     with caplog.at_level(logging.WARNING):
         for epoch in range(2):
             images, labels = map(torch.cat, zip(*batch.epoch(epoch), strict=True))
-    assert labels.tolist() == [0] * 4 + [1] * 4 + [2, 2, 0, 0]  # past the end it goes on from the beginning
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2, 2, 0, 0]  # after the last image it continues with the first
     assert torch.equal(images[10], images[0]) and torch.equal(images[11], images[0])
     assert sorted(record.args[0][-9:] for record in caplog.records) == ["cat/2.png", "cat/3.png"]
 
 
-def test_a_set_of_nothing_but_corrupt_images_ends(folder):
+def test_a_data_set_of_only_corrupt_images_raises_an_error(folder):
     for path in folder.glob("train/*/*.png"):
         spoil(path, "zero-byte")
     data = open_data(str(folder), skip_corrupt=True)
@@ -480,11 +480,11 @@ def test_photos_do_not_depend_on_the_number_of_workers():
     assert not same(alone.epoch(1), alone.epoch(2))
 
 
-def test_order_depends_on_seed_and_epoch_alone(folder, digits):
+def test_the_order_depends_only_on_seed_and_epoch(folder, digits):
     for data, augmentation, workers in ((open_data(str(folder)), STRONG, 2), (digits, STRONG, 2), (digits, PLAIN, 0)):
         split = data.train.subset(range(12))
         undisturbed, other = batches(split, data, augmentation), batches(split, data, augmentation, workers=workers)
-        next(other.epoch(0))  # an epoch that was begun and left leaves no trace
+        next(other.epoch(0))  # an unfinished epoch has no effect on later ones
         torch.rand(7)
         assert same(other.epoch(3), undisturbed.epoch(3))
         assert same(other.epoch(1), undisturbed.epoch(1))
@@ -494,7 +494,7 @@ def test_order_depends_on_seed_and_epoch_alone(folder, digits):
 
 @pytest.mark.parametrize("augmentation", [STRONG, replace(STRONG, repeats=3), None])
 @pytest.mark.parametrize("source", ["files", "memory"])
-def test_starting_in_the_middle_gives_the_same_batches(source, augmentation, folder, digits):
+def test_starting_in_the_middle_of_an_epoch_gives_the_same_batches(source, augmentation, folder, digits):
     data = open_data(str(folder)) if source == "files" else digits
     plain = replace(augmentation, randaugment=None) if source == "memory" and augmentation else augmentation
     split = data.train.subset(range(12))
@@ -521,12 +521,12 @@ def test_effective_batches_do_not_depend_on_accumulation_or_world_size(repeats, 
     assert len(reference) == 1437 // 48
     for division in ((24, 2, 1), (24, 1, 2), (6, 4, 2), (2, 3, 8)):
         assert effective(*division) == reference
-    # an effective batch is a multiple of the repeats, so it holds all copies of its images and no others
+    # an effective batch is a multiple of the repeats, so it contains all copies of its images and no others
     assert all(len({row % 1437 for row in rows}) == 48 // repeats for rows in reference)
 
 
 @pytest.mark.parametrize("augmentation", [PLAIN, replace(PLAIN, repeats=3), replace(STRONG, repeats=3)])
-def test_what_an_image_looks_like_does_not_depend_on_accumulation_or_world_size(augmentation, digits):
+def test_the_augmentation_of_an_image_does_not_depend_on_accumulation_or_world_size(augmentation, digits):
     split = Split(torch.arange(48), digits.train.images[:48])
 
     def by_row(used=augmentation, **division):
@@ -542,19 +542,19 @@ def test_what_an_image_looks_like_does_not_depend_on_accumulation_or_world_size(
     assert whole.keys() == halves.keys() and len(whole) == 48
     for row, image in whole.items():
         torch.testing.assert_close(halves[row], image, atol=1e-5, rtol=0)
-    once = by_row(replace(augmentation, repeats=1), batch_size=48)  # the first copy is what an image is that has no other
+    once = by_row(replace(augmentation, repeats=1), batch_size=48)  # the first copy equals the image without repeats
     for row in whole.keys() & once.keys():
         torch.testing.assert_close(once[row], whole[row], atol=1e-5, rtol=0)
 
 
-def test_an_epoch_draws_each_of_its_images_as_often_as_asked_but_for_the_cut_end(digits):
+def test_an_epoch_repeats_each_of_its_images_except_at_the_truncated_end(digits):
     once, repeated = (batches(digits.train, digits, replace(PLAIN, repeats=repeats), batch_size=50) for repeats in (1, 3))
     assert len(repeated) == len(repeated.indices(0)) == len(once) == 28
     images, copies = torch.cat(repeated.indices(0)) % 1437, torch.cat(repeated.indices(0)) // 1437
     assert torch.equal(images, torch.cat(once.indices(0))[:467].repeat_interleave(3)[:1400])  # 466 images three times and one twice
     assert torch.equal(copies, torch.arange(1400) % 3)
     others = set((torch.cat(repeated.indices(1)) % 1437).tolist())
-    assert len(others) == 467 and len(others & set(images.tolist())) < 467 / 2  # the shuffle decides who is seen: a third on average
+    assert len(others) == 467 and len(others & set(images.tolist())) < 467 / 2  # the shuffle selects the images: a third on average
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -568,7 +568,7 @@ def test_copies_of_an_image_are_augmented_differently(source, workers, folder, d
         assert len(images.flatten(1).unique(dim=0)) == 6
 
 
-def test_one_repeat_in_memory_is_what_it_was_before_there_were_repeats(digits):
+def test_one_repeat_in_memory_equals_loading_without_repeats(digits):
     order = torch.randperm(1437, generator=generator(7, 4, 1))
     draws = torch.rand(1437, DRAWS, generator=generator(7, 4, 2))
     batch = batches(digits.train, digits, PLAIN, seed=7, batch_size=100)
@@ -580,7 +580,7 @@ def test_one_repeat_in_memory_is_what_it_was_before_there_were_repeats(digits):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_one_repeat_by_workers_is_what_it_was_before_there_were_repeats(workers, folder):
+def test_one_repeat_with_workers_equals_loading_without_repeats(workers, folder):
     data = open_data(str(folder))
     transform = worker_transform(STRONG, data, (16, 16))
     order = torch.randperm(12, generator=generator(7, 4, 1))
@@ -588,7 +588,7 @@ def test_one_repeat_by_workers_is_what_it_was_before_there_were_repeats(workers,
         for index, image, label in zip(chosen.tolist(), images, labels, strict=True):
             reseed(7, 4, index, 2)
             pixels = transform(read_image(data.train.paths[index]))
-            # contiguous, as a batch is: noise is written in the order in which pixels lie in memory
+            # contiguous like a batch, since the noise is written in memory order
             expected = normalize(pixels[None].contiguous(), data.mean, data.std)
             assert torch.equal(image, erase(expected, torch.rand(1, DRAWS), STRONG.erase)[0])
             assert label == data.train.labels[index]
@@ -613,7 +613,7 @@ def test_evaluation_sees_every_image_once_over_all_ranks(count, world_size, digi
     assert sorted(seen) == list(range(count))
 
 
-def test_evaluation_of_images_in_memory_is_normalised_and_in_order(digits):
+def test_evaluation_images_in_memory_are_normalised_and_in_order(digits):
     images, labels = next(batches(digits.val, digits, None, size=8, batch_size=360).epoch(0))
     assert torch.equal(labels, digits.val.labels) and images.dtype == torch.float32
     torch.testing.assert_close(images * digits.std[0] + digits.mean[0], digits.val.images / 255)
@@ -622,10 +622,10 @@ def test_evaluation_of_images_in_memory_is_normalised_and_in_order(digits):
 def test_fewer_images_than_one_effective_batch_are_refused(digits):
     with pytest.raises(ValueError, match="1437 training images are fewer than one effective batch of 2048 .*at most 1437"):
         batches(digits.train, digits, batch_size=512, accumulate=2, world_size=2)
-    batches(digits.val, digits, None, batch_size=512)  # evaluation takes what there is
+    batches(digits.val, digits, None, batch_size=512)  # evaluation accepts any number of images
 
 
-def test_loading_with_workers_leaves_the_callers_generators_alone(folder):
+def test_loading_with_workers_does_not_change_the_callers_random_state(folder):
     data = open_data(str(folder))
     torch.manual_seed(3)
     expected = torch.rand(3)

@@ -1,4 +1,4 @@
-"""Claims about DropPos that go beyond the official figures of test_droppos_matches_the_release.py."""
+"""Tests of DropPos beyond the official figures of test_droppos_matches_the_release.py."""
 
 import math
 
@@ -13,7 +13,7 @@ from common.positions import smoothed_targets
 from common.vit import ViT, patchify, vit
 from droppos.method import DropPos
 
-B, L, V, K = 5, 16, 8, 2  # images, cells, visible ones at mask_ratio .5, of which those that keep their position at .75
+B, L, V, K = 5, 16, 8, 2  # images, cells, visible cells at mask_ratio .5, those that keep their position at .75
 NO_DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 
 
@@ -24,7 +24,7 @@ def build(**options) -> DropPos:
 
 
 def draw(seed: int = 0, visible: int = V) -> dict[str, Tensor]:
-    """Images, and the noise that decides what is hidden and what is dropped."""
+    """Return images and the noise that selects the hidden patches and the dropped positions."""
     g = torch.Generator().manual_seed(seed)
     return {
         "images": torch.randn(B, 3, 16, 16, generator=g),
@@ -33,8 +33,8 @@ def draw(seed: int = 0, visible: int = V) -> dict[str, Tensor]:
     }
 
 
-class Says(nn.Module):
-    """In the decoder's place: the given logits (B, V, L), whatever it is shown; the class token's are nonsense."""
+class FixedLogits(nn.Module):
+    """A decoder that returns the given logits (B, V, L) for any input; the class token's are meaningless."""
 
     def __init__(self, logits_BVL: Tensor):
         super().__init__()
@@ -45,7 +45,7 @@ class Says(nn.Module):
 
 
 def positions_given(model: DropPos, **inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """What is added to the visible patches, (B, V, D), found by making patches embed to zero; their cells, and which were dropped."""
+    """Return what is added to the visible patches (B, V, D), measured with a zero patch embedding; their cells; which are dropped."""
     nn.init.zeros_(model.encoder.patch_embed.proj.weight)
     nn.init.zeros_(model.encoder.patch_embed.proj.bias)
     seen = []
@@ -59,13 +59,13 @@ def positions_given(model: DropPos, **inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5, math.nan])
-def test_dropping_no_position_is_refused_by_name(ratio):
+def test_dropping_no_position_is_refused_and_named(ratio):
     with pytest.raises(ValueError, match=f"position_mask_ratio={ratio}.*nothing to predict"):
         build(position_mask_ratio=ratio)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.95])
-def test_hiding_every_patch_is_refused_by_name(ratio):
+def test_hiding_every_patch_is_refused_and_named(ratio):
     with pytest.raises(ValueError, match=f"mask_ratio={ratio} leaves none of the 16"):
         build(mask_ratio=ratio)
 
@@ -98,7 +98,7 @@ def test_pixels_of_hidden_patches_do_not_matter_without_attentive_reconstruction
     assert not torch.equal(attentive(**inputs | {"images": changed}).loss, attentive(**inputs).loss)
 
 
-def test_each_image_keeps_the_patches_of_lowest_noise_and_the_positions_of_lowest_noise():
+def test_each_image_keeps_the_patches_and_positions_with_the_lowest_noise():
     inputs = draw()
     named = build()(**inputs).named
     assert torch.equal(named["cells"], inputs["noise_patch"].sort(1).indices[:, :V])
@@ -106,22 +106,22 @@ def test_each_image_keeps_the_patches_of_lowest_noise_and_the_positions_of_lowes
     assert torch.equal(named["dropped"], inputs["noise_position"] >= threshold)
 
 
-def test_without_given_noise_every_forward_draws_anew():
+def test_without_given_noise_every_forward_draws_new_noise():
     model, images = build(), draw()["images"]
     first, second = model(images).named, model(images).named
     assert not torch.equal(first["cells"], second["cells"]) and not torch.equal(first["dropped"], second["dropped"])
 
 
 @pytest.mark.parametrize("position_token", ["learned", "zeros"])
-def test_dropped_patches_get_the_stand_in_and_the_others_their_true_position(position_token):
+def test_dropped_patches_get_the_placeholder_and_the_others_their_true_position(position_token):
     model = build(position_token=position_token)
     given, cells, dropped = positions_given(model, **draw())
-    stand_in = model.dropped_position[0, 0] if position_token == "learned" else torch.zeros(32)
-    assert torch.equal(given[dropped], stand_in.expand(B * (V - K), -1))
+    placeholder = model.dropped_position[0, 0] if position_token == "learned" else torch.zeros(32)
+    assert torch.equal(given[dropped], placeholder.expand(B * (V - K), -1))
     assert torch.equal(given[~dropped], model.encoder.patch_positions[0, cells[~dropped]])
 
 
-def test_wrong_positions_are_other_dropped_ones_exchanged_alike_in_every_image():
+def test_wrong_positions_permute_the_dropped_ones_identically_in_every_image():
     model = build(position_token="wrong")
     torch.manual_seed(1)
     given, cells, dropped = positions_given(model, **draw())
@@ -137,7 +137,7 @@ def test_wrong_positions_are_other_dropped_ones_exchanged_alike_in_every_image()
     assert not any(name == "dropped_position" for name, _ in model.named_parameters())
 
 
-def test_shuffling_the_visible_tokens_changes_nothing_but_rounding():
+def test_shuffling_the_visible_tokens_changes_the_results_only_by_rounding():
     plain, shuffled = build(attentive=True), build(attentive=True, shuffle=True)
     inputs = draw()
     seen = []
@@ -158,28 +158,28 @@ def test_shuffling_the_visible_tokens_changes_nothing_but_rounding():
 def test_without_smoothing_the_loss_is_cross_entropy_over_all_dropped_tokens_of_the_batch():
     model, inputs = build(sigma=0.0), draw()
     logits = 3 * torch.randn(B, V, L, generator=torch.Generator().manual_seed(3))
-    model.decoder = Says(logits)
+    model.decoder = FixedLogits(logits)
     output = model(**inputs)
     dropped, cells = output.named["dropped"], output.named["cells"]
     assert output.loss.item() == pytest.approx(F.cross_entropy(logits[dropped], cells[dropped]).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("attentive", [False, True])
-def test_tokens_that_kept_their_position_contribute_nothing(attentive):
+def test_tokens_that_kept_their_position_add_nothing_to_loss_and_accuracy(attentive):
     model, inputs = build(attentive=attentive), draw()
     logits = torch.randn(B, V, L, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    model.decoder = Says(logits)
+    model.decoder = FixedLogits(logits)
     output = model(**inputs)
     output.loss.backward()
     dropped = output.named["dropped"]
     assert (logits.grad[~dropped] == 0).all() and (logits.grad[dropped] != 0).any(-1).all()
     changed = torch.where(dropped[..., None], logits.detach(), 50.0)
-    model.decoder = Says(changed)
+    model.decoder = FixedLogits(changed)
     again = model(**inputs)
     assert torch.equal(again.loss, output.loss) and torch.equal(again.metrics["position_top1"], output.metrics["position_top1"])
 
 
-def test_position_top1_is_the_share_of_dropped_tokens_put_right():
+def test_position_top1_is_the_accuracy_over_dropped_tokens():
     model, inputs = build(), draw()
     cells, dropped = (model(**inputs).named[name] for name in ("cells", "dropped"))
     right = F.one_hot(cells, L).float()
@@ -190,26 +190,26 @@ def test_position_top1_is_the_share_of_dropped_tokens_put_right():
         (torch.where(dropped[..., None], right, wrong), 100),
         (torch.where((torch.arange(B) < 2)[:, None, None], right, wrong), 40),
     ):
-        model.decoder = Says(logits)
+        model.decoder = FixedLogits(logits)
         assert model(**inputs).metrics["position_top1"].item() == pytest.approx(expected)
 
 
-def test_tokens_more_confident_than_their_target_are_left_out():
+def test_tokens_more_confident_than_their_target_are_left_out_of_the_loss():
     model, inputs = build(ignore_confident=True, sigma=1.0), draw()
     cells, dropped = (model(**inputs).named[name] for name in ("cells", "dropped"))
     confident = dropped & (torch.arange(B) < 2)[:, None]
     logits = torch.where(confident[..., None], 20 * F.one_hot(cells, L).float(), torch.zeros(B, V, L))
-    model.decoder = Says(logits)
-    # The other dropped tokens believe in every cell alike, less than in their target, and pay ln 16 each.
+    model.decoder = FixedLogits(logits)
+    # The other dropped tokens predict all cells with equal probability, so each has a loss of ln 16.
     assert model(**inputs).loss.item() == pytest.approx(math.log(L), abs=1e-5)
     certain = (20 * F.one_hot(cells, L).float()).requires_grad_()
-    model.decoder = Says(certain)
+    model.decoder = FixedLogits(certain)
     loss = model(**inputs).loss
     loss.backward()
-    assert loss == 0 and (certain.grad == 0).all()  # where all are left out there is nothing to learn, and no NaN
+    assert loss == 0 and (certain.grad == 0).all()  # if all tokens are left out, the loss is zero and not NaN
 
 
-def test_with_a_position_weight_the_loss_is_that_many_position_losses_and_the_pixel_loss():
+def test_position_weight_scales_the_position_loss_added_to_the_pixel_loss():
     inputs = draw()
     alone = build().eval()
     both = build(position_weight=0.3).eval()
@@ -226,16 +226,16 @@ def test_with_a_position_weight_the_loss_is_that_many_position_losses_and_the_pi
 
 
 @pytest.mark.parametrize("size", ["micro", pytest.param("base", marks=pytest.mark.slow)])
-def test_a_fresh_model_on_white_noise_starts_above_chance_by_half_the_variance_of_its_logits(size):
+def test_the_initial_loss_on_white_noise_is_chance_plus_half_the_variance_of_the_logits(size):
     # Not at ln 196 = 5.28: Xavier-uniform weights on 512 normed features give logits of variance 2 * 512 / (512 + 196). The official
-    # code printed 6.18 for one draw; draws of few images scatter by 0.1 to 0.2.
+    # code printed 6.18 for one draw; draws of few images vary by 0.1 to 0.2.
     torch.manual_seed(0)
     model = DropPos(vit(size), sigma=0.0)
     with torch.no_grad():
         assert model(torch.randn(8, 3, 224, 224)).loss.item() == pytest.approx(math.log(196) + 512 / (512 + 196), abs=0.2)
 
 
-def test_a_fresh_decoder_is_drawn_as_mae_draws_it():
+def test_a_new_decoder_is_initialised_as_in_mae():
     torch.manual_seed(0)
     for name, parameter in DropPos(vit("micro")).decoder.named_parameters():
         if parameter.ndim == 2:
@@ -254,7 +254,7 @@ def steps_of(model: DropPos, steps: list[int], total: int) -> Tensor:
     return model.target_LL.clone()
 
 
-def test_sigma_falls_once_per_epoch_from_exactly_its_start_to_a_last_share():
+def test_sigma_decreases_once_per_epoch_from_its_exact_start_to_a_last_fraction():
     model, epochs, per_epoch = build(sigma=1.5, sigma_epochs=5), 5, 7
     assert torch.equal(model.target_LL, smoothed_targets((4, 4), 1.5))
     for step in range(epochs * per_epoch):
@@ -263,7 +263,7 @@ def test_sigma_falls_once_per_epoch_from_exactly_its_start_to_a_last_share():
     torch.testing.assert_close(model.target_LL, smoothed_targets((4, 4), 1.5 / 5))
 
 
-def test_a_resumed_run_smooths_as_one_that_was_never_stopped():
+def test_a_resumed_run_has_the_same_smoothing_as_an_uninterrupted_one():
     total = 35
     for step in range(total):
         whole = steps_of(build(sigma_epochs=5), list(range(step + 1)), total)
@@ -271,15 +271,15 @@ def test_a_resumed_run_smooths_as_one_that_was_never_stopped():
         assert torch.equal(steps_of(build(sigma_epochs=5), [34, step], total), whole), step
 
 
-def test_without_sigma_epochs_the_smoothing_stays():
+def test_without_sigma_epochs_the_smoothing_is_constant():
     model = build(sigma=0.7)
     assert torch.equal(steps_of(model, [0, 50, 99], 100), smoothed_targets((4, 4), 0.7))
 
 
-def test_the_loss_follows_the_falling_sigma():
+def test_the_loss_uses_the_decreased_sigma():
     model, inputs = build(sigma_epochs=10), draw()
     logits = 5 * torch.randn(B, V, L, generator=torch.Generator().manual_seed(3))
-    model.decoder = Says(logits)
+    model.decoder = FixedLogits(logits)
     model.at_step(99, 100)
     output = model(**inputs)
     dropped = output.named["dropped"]
@@ -287,12 +287,12 @@ def test_the_loss_follows_the_falling_sigma():
     assert output.loss.item() == pytest.approx(F.cross_entropy(logits[dropped], target).item(), abs=1e-5)
 
 
-def test_released_smoothing_at_224_is_the_release_s_table_and_not_the_papers():
+def test_released_smoothing_at_224_equals_the_releases_table_and_not_the_papers():
     def table(smoothing):
         return DropPos(ViT(width=8, depth=1, heads=2), smoothing=smoothing, **NO_DECODER).target_LL
 
     released, paper = table("released"), table("paper")
-    # Printed by the official code's engine at 224 px: it lays 14 x 14 cells out on a grid of 16 x 16.
+    # Printed by the official code's engine at 224 px. It places the 14 x 14 cells on a grid of 16 x 16.
     for (row, column), figure in {
         (0, 0): 0.520324,
         (0, 1): 0.151274,
@@ -306,7 +306,7 @@ def test_released_smoothing_at_224_is_the_release_s_table_and_not_the_papers():
     assert torch.equal(paper, smoothed_targets((14, 14), 1.0)) and (paper - released).abs().max() > 0.1
 
 
-def test_released_smoothing_keeps_its_geometry_as_sigma_falls():
+def test_released_smoothing_keeps_its_grid_as_sigma_decreases():
     model = DropPos(ViT(width=8, depth=1, heads=2), smoothing="released", sigma_epochs=2, **NO_DECODER)
     model.at_step(1, 2)
     assert torch.equal(model.target_LL, smoothed_targets((14, 14), 0.5, normalise="columns", assumed_side=16))
@@ -317,7 +317,7 @@ def test_released_smoothing_keeps_its_geometry_as_sigma_falls():
 
 
 def affinity_by_hand(model: DropPos, images: Tensor, cells: Tensor, temperature: float) -> Tensor:
-    """The release's way: a softmax over all L cells of the whole image, gathered and renormalised over the visible ones."""
+    """As in the release: a softmax over all L cells of the whole image, gathered and renormalised over the visible ones."""
     with torch.no_grad():
         tokens = model.encoder(images).double()
     first, rest = tokens[:, :1], tokens[:, 1:]
@@ -345,7 +345,7 @@ def test_affinity_weights_the_loss_as_a_constant():
     model.zero_grad()
     model.attentive = False
     unweighted = model(**inputs)
-    # The same loss by hand, from the unweighted model's tokens and the affinity as a number.
+    # The same loss by hand, from the unweighted model's tokens and the affinity as a constant.
     log_p = model.decoder(unweighted.named["encoded"])[:, 1:].log_softmax(-1)
     cells, dropped = unweighted.named["cells"], unweighted.named["dropped"]
     weight = output.named["affinity"] * dropped
@@ -369,7 +369,7 @@ def test_without_attentive_reconstruction_the_whole_image_is_never_encoded():
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation gives while this is on, and the name of the operation."""
+    """Record the largest tensor that any operation returns, and the name of the operation."""
 
     def __init__(self):
         super().__init__()
@@ -378,7 +378,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            # An expanded view takes no memory of its own, so what counts is the storage.
+            # An expanded view needs no memory of its own, so count the storage.
             if isinstance(leaf, Tensor) and (size := leaf.untyped_storage().nbytes() // leaf.element_size()) > self.elements:
                 self.elements, self.operation = size, str(func)
         return out
@@ -386,9 +386,9 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("attentive", [False, True])
 @pytest.mark.parametrize("position_token", ["learned", "wrong"])
-def test_nothing_larger_than_the_logits_the_images_and_the_mlp_is_ever_made(attentive, position_token):
-    # Sizes at which a cells x cells matrix per image, the release's (B, B * dropped, D) index and an attention matrix of the
-    # whole image (H, T, T) would each be larger than all that is needed.
+def test_no_tensor_is_larger_than_the_largest_needed_one(attentive, position_token):
+    # With these sizes, a cells x cells matrix per image, the release's (B, B * dropped, D) index and an attention matrix of
+    # the whole image (H, T, T) would each be larger than any tensor that is needed.
     batch, cells, visible, width, hidden = 64, 256, 64, 8, 4 * 8
     encoder = ViT(image_size=32, patch_size=2, width=width, depth=1, heads=2)
     model = DropPos(encoder, attentive=attentive, position_token=position_token, **NO_DECODER)
@@ -405,12 +405,12 @@ def test_nothing_larger_than_the_logits_the_images_and_the_mlp_is_ever_made(atte
     with Largest() as largest:
         model(images).loss.backward()
     assert largest.elements <= max(needed.values()), largest.operation
-    assert largest.elements >= needed["logits"]  # it does watch
+    assert largest.elements >= needed["logits"]  # the recorder works
 
 
 @pytest.mark.parametrize("attentive", [False, True])
-def test_bf16_trains_every_weight_and_follows_float32(attentive):
-    """The affinity pass shares autocast's copies of the weights; none of them may come out of it without a gradient."""
+def test_bf16_trains_every_weight_and_stays_close_to_float32(attentive):
+    """The affinity pass shares autocast's copies of the weights; none of them may lose its gradient."""
     gradients = {}
     for precision, enabled in (("float32", False), ("bf16", True)):
         model = build(attentive=attentive)

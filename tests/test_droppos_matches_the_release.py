@@ -1,4 +1,4 @@
-"""DropPos computes what the official code computed, on weights, images and noise made by formulas (tests/parity.py)."""
+"""DropPos equals the official code on weights, images and noise made by formulas (tests/parity.py)."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def build(args: dict) -> DropPos:
     if model.position_token != "learned":
         del state["mask_pos_token"]
     load_method(model, state, OFFICIAL_NAMES)
-    # These figures were taken with the release's column normalisation, on a grid of the side that each case names.
+    # These figures were taken with the release's column normalisation, on a grid with the side given by each case.
     side = int(args.get("K", 16) ** 0.5)
     model.target_LL.copy_(smoothed_targets((4, 4), args["sigma"], normalise="columns", assumed_side=side))
     return model

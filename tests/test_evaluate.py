@@ -1,4 +1,4 @@
-"""Claims about how an encoder is judged."""
+"""Tests of the evaluation of an encoder."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ def batch(count: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def classifier(**options) -> Classifier:
-    """With a head that already tells classes apart, so that a loss is no constant."""
+    """A classifier whose head already separates the classes, so that the loss is not constant."""
     model = Classifier(encoder(drop_path=options.pop("drop_path", 0.0)), CLASSES, protocol(**options))
     nn.init.normal_(model.head.weight, std=0.5)
     nn.init.normal_(model.head.bias, std=0.5)
@@ -53,7 +53,7 @@ def one_hot(targets_B: Tensor, smoothing: float) -> Tensor:
 
 
 class Batches:
-    """A loader of given batches; it must be asked for epoch 0."""
+    """A loader of the given batches, only for epoch 0."""
 
     def __init__(self, *batches: tuple[Tensor, Tensor]):
         self.batches = batches
@@ -101,7 +101,7 @@ def test_every_image_is_its_own_nearest_neighbour_also_beyond_one_block():
 # ---- features
 
 
-def test_features_are_of_every_image_in_order_and_leave_the_encoder_as_it_was():
+def test_features_cover_every_image_in_order_and_leave_the_encoder_unchanged():
     model = encoder(drop_path=0.5).train()
     loader = Batches(batch(4, seed=1), batch(4, seed=2), batch(1, seed=3))
     found, targets = features(CPU, model, loader, "mean")
@@ -117,7 +117,7 @@ def test_without_an_encoder_the_features_are_the_pixels():
     assert torch.equal(found, images.flatten(1))
 
 
-def test_pooling_takes_the_patches_mean_or_the_class_token():
+def test_pooling_returns_the_patch_mean_or_the_class_token():
     tokens = torch.randn(2, 5, 16)
     assert torch.equal(pool_tokens(tokens, encoder(), "mean"), tokens[:, 1:].mean(1))
     assert torch.equal(pool_tokens(tokens, encoder(), "class"), tokens[:, 0])
@@ -129,7 +129,7 @@ def test_pooling_takes_the_patches_mean_or_the_class_token():
 # ---- fine-tuning
 
 
-def test_mean_pooling_leaves_out_the_class_token_and_norms_after_pooling():
+def test_mean_pooling_leaves_out_the_class_token_and_applies_the_norm_afterwards():
     model = classifier().eval()
     assert not any(name.startswith("encoder.norm") for name in model.state_dict())
     assert isinstance(model.fc_norm, nn.LayerNorm) and model.fc_norm.eps == 1e-6
@@ -152,7 +152,7 @@ def test_the_head_starts_near_zero():
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_images_and_labels_are_blended_in_the_same_share_and_the_callers_images_stay(kind):
+def test_images_and_labels_are_mixed_in_the_same_ratio_and_the_input_is_unchanged(kind):
     model, (images, targets) = classifier(**{kind: 1.0}, smoothing=0.1), batch()
     shown = []
     model.encoder.register_forward_pre_hook(lambda _, args: shown.append(args[0].clone()))
@@ -162,17 +162,17 @@ def test_images_and_labels_are_blended_in_the_same_share_and_the_callers_images_
     assert torch.equal(images, before) and not torch.equal(shown[0], images)
     other, own = images.flip(0), (shown[0] - images.flip(0)).abs() < 1e-6
     if kind == "mixup":
-        share = ((shown[0] - other) / (images - other)).median().item()
-        torch.testing.assert_close(shown[0], share * images + (1 - share) * other, atol=1e-5, rtol=0)
+        ratio = ((shown[0] - other) / (images - other)).median().item()
+        torch.testing.assert_close(shown[0], ratio * images + (1 - ratio) * other, atol=1e-5, rtol=0)
     else:
-        share = 1 - own.float().mean().item()
+        ratio = 1 - own.float().mean().item()
         assert ((shown[0] == images) | (shown[0] == other)).all()
-    assert 0.05 < share < 0.95
-    blended = share * one_hot(targets, 0.1) + (1 - share) * one_hot(targets.flip(0), 0.1)
+    assert 0.05 < ratio < 0.95
+    blended = ratio * one_hot(targets, 0.1) + (1 - ratio) * one_hot(targets.flip(0), 0.1)
     assert output.loss.item() == pytest.approx(mean_over_batch(blended, output.named["logits"]), abs=1e-4)
 
 
-def test_nothing_is_blended_outside_training_or_without_mixup_and_cutmix():
+def test_nothing_is_mixed_outside_training_or_without_mixup_and_cutmix():
     for mode, count, options in ((False, 6, {"mixup": 1.0, "cutmix": 1.0}), (True, 5, {})):
         model, shown, (images, targets) = classifier(**options), [], batch(count)
         model.encoder.register_forward_pre_hook(lambda _, args, shown=shown: shown.append(args[0]))
@@ -181,12 +181,12 @@ def test_nothing_is_blended_outside_training_or_without_mixup_and_cutmix():
         assert loss.item() == pytest.approx(mean_over_batch(one_hot(targets, 0), model.eval()(images).named["logits"]), abs=1e-5)
 
 
-def test_a_single_image_is_refused_where_two_are_to_be_blended():
+def test_mixup_refuses_a_micro_batch_of_one_image():
     with pytest.raises(ValueError, match="a micro-batch has 1: use 2 or more"):
         classifier(mixup=0.8).train()(*batch(1))
 
 
-def test_label_smoothing_gives_every_class_its_share_in_training():
+def test_label_smoothing_is_applied_in_training():
     model, (images, targets) = classifier(smoothing=0.3), batch(5)
     output = model(images, targets)
     assert output.loss.item() == pytest.approx(mean_over_batch(one_hot(targets, 0.3), output.named["logits"]), abs=1e-5)
@@ -201,7 +201,7 @@ def test_label_smoothing_is_not_applied_outside_training():
 # ---- linear probe
 
 
-def test_a_probe_trains_its_head_and_nothing_of_the_encoder():
+def test_a_linear_probe_trains_only_its_head():
     probe = LinearProbe(encoder(drop_path=0.5), CLASSES, protocol("linear")).train()
     before = {name: tensor.clone() for name, tensor in probe.state_dict().items()}
     images, targets = batch()
@@ -215,7 +215,7 @@ def test_a_probe_trains_its_head_and_nothing_of_the_encoder():
     assert torch.equal(probe.encoder(images), features_before)
 
 
-def test_in_training_a_probes_encoder_stays_in_evaluation_mode():
+def test_the_encoder_of_a_linear_probe_stays_in_evaluation_mode():
     probe = LinearProbe(encoder(drop_path=0.5), CLASSES, protocol("linear"))
     for mode in (True, False, True):
         assert probe.train(mode) is probe
@@ -223,7 +223,7 @@ def test_in_training_a_probes_encoder_stays_in_evaluation_mode():
         assert not any(module.training for module in probe.encoder.modules())
 
 
-def test_a_probe_is_a_linear_layer_on_features_normed_over_the_batch():
+def test_a_linear_probe_is_a_linear_layer_on_batch_normalised_features():
     probe, (images, targets) = LinearProbe(encoder(), CLASSES, protocol("linear", pool="class")).train(), batch()
     feature = probe.encoder(images)[:, 0]
     normed = (feature - feature.mean(0)) / (feature.var(0, correction=0) + 1e-6).sqrt()
@@ -239,10 +239,10 @@ def test_a_probe_is_a_linear_layer_on_features_normed_over_the_batch():
 
 
 def test_accuracy_counts_every_image_once_with_an_uneven_last_batch():
-    rank_of_truth = torch.tensor([0, 0, 1, 4, 5, 6, 0, 3, 5])  # how many classes the model puts before the true one
+    rank_of_target = torch.tensor([0, 0, 1, 4, 5, 6, 0, 3, 5])  # number of classes with a larger logit than the target
     targets = torch.arange(9) % CLASSES
     logits = torch.zeros(9, CLASSES)
-    for image, (rank, target) in enumerate(zip(rank_of_truth.tolist(), targets.tolist(), strict=True)):
+    for image, (rank, target) in enumerate(zip(rank_of_target.tolist(), targets.tolist(), strict=True)):
         others = [k for k in range(CLASSES) if k != target]
         for place, k in enumerate([*others[:rank], target, *others[rank:]]):
             logits[image, k] = -float(place)
@@ -251,15 +251,15 @@ def test_accuracy_counts_every_image_once_with_an_uneven_last_batch():
     assert accuracy(CPU, ImagesAreLogits(), loader) == pytest.approx({"top1": 100 * 3 / 9, "top5": 100 * 6 / 9})
 
 
-def test_with_fewer_than_five_classes_top5_is_everything():
+def test_with_fewer_than_five_classes_top5_is_100_percent():
     logits, targets = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 3
     found = accuracy(CPU, ImagesAreLogits(), Batches((logits, targets)))
     assert found == pytest.approx({"top1": 100 * (logits.argmax(1) == targets).float().mean().item(), "top5": 100})
 
 
-def test_a_methods_own_metrics_are_means_over_images_and_the_same_for_the_same_seed():
+def test_own_metrics_are_means_over_images_and_repeatable_with_the_same_seed():
     class Draws(nn.Module):
-        """Its metric is the brightness of the batch, its loss a random number."""
+        """The metric is the brightness of the batch, the loss a random number."""
 
         def forward(self, images, targets):
             return Output(torch.rand(()), {"brightness": images.mean()})
@@ -275,12 +275,12 @@ def test_a_methods_own_metrics_are_means_over_images_and_the_same_for_the_same_s
     assert first == again and first["loss"] != other["loss"]
 
 
-# ---- what is not finite
+# ---- values that are not finite
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("part", [0, 2])
-def test_nearest_neighbours_among_features_that_are_not_finite_are_no_number(part, value):
+def test_k_nn_refuses_features_that_are_not_finite(part, value):
     given = [torch.randn(20, 4), torch.arange(20) % 3, torch.randn(9, 4), torch.arange(9) % 3]
     assert knn_accuracy(*given, classes=3) >= 0
     given[part][7, 2] = value
@@ -289,7 +289,7 @@ def test_nearest_neighbours_among_features_that_are_not_finite_are_no_number(par
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_answers_that_are_not_finite_are_not_counted_as_right_or_wrong(value):
+def test_accuracy_refuses_logits_that_are_not_finite(value):
     logits, targets = torch.zeros(6, CLASSES), torch.zeros(6, dtype=torch.long)
     logits[4, 0] = value
     with pytest.raises(RunError, match="the logits of 1 of 6 images are not finite"):

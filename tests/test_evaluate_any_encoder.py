@@ -1,4 +1,4 @@
-"""`evaluate` takes encoders of ours, of timm and of users, on any data, without a recipe and without a run."""
+"""`evaluate` accepts our encoders, timm's and a user's, on any data, without a recipe and without a run."""
 
 from dataclasses import replace
 
@@ -33,13 +33,13 @@ def timms(**options) -> nn.Module:
 
 
 class Pixels(nn.Module):
-    """A user's encoder of features (B, D), without parameters."""
+    """A user's encoder that returns features (B, D) and has no parameters."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
 
 
-def test_k_nn_of_timms_vit_is_k_nn_on_the_mean_of_its_patch_tokens(data, fabric):
+def test_k_nn_on_timms_vit_uses_the_mean_of_its_patch_tokens(data, fabric):
     encoder = timms().eval()
     (found,) = evaluate(encoder, data, "knn", fabric=fabric)
 
@@ -65,10 +65,10 @@ def test_a_timm_vit_and_ours_with_the_same_weights_have_the_same_results(data, f
             found.append([(one.protocol, one.top1, one.settings) for one in evaluate(encoder, data, protocol, fabric=fabric)])
         names = [[name for name, *_ in one] for one in found]
         assert names[0] == names[1]
-        assert [top1 for _, top1, _ in found[0]] == pytest.approx([top1 for _, top1, _ in found[1]], abs=2)  # an image is 1
+        assert [top1 for _, top1, _ in found[0]] == pytest.approx([top1 for _, top1, _ in found[1]], abs=2)  # one image is 1 %
 
 
-def test_features_of_a_users_module_are_judged_as_raw_pixels_are(data, fabric):
+def test_a_users_module_that_returns_pixels_scores_like_raw_pixels(data, fabric):
     (own,), (pixels,) = evaluate(Pixels(), data, "knn", fabric=fabric), evaluate(None, data, "knn", fabric=fabric)
     assert own.top1 == pixels.top1 > 85
 
@@ -82,7 +82,7 @@ def test_a_feature_map_is_a_grid_of_tokens(name, fabric):
     assert 0 <= found.top1 <= 100
 
 
-def test_an_encoder_is_left_as_it_is_by_every_protocol(data, fabric):
+def test_every_protocol_leaves_the_encoder_unchanged(data, fabric):
     encoder = timms().train()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     for protocol in ("knn", Protocol(name="linear", kind="linear", stage=STAGE), Protocol(name="tuned", kind="finetune", stage=STAGE)):
@@ -92,7 +92,7 @@ def test_an_encoder_is_left_as_it_is_by_every_protocol(data, fabric):
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
-def test_a_whole_classifier_is_counted_by_its_own_answers(data, fabric):
+def test_a_whole_classifier_is_evaluated_by_its_own_logits(data, fabric):
     classifier = timms(num_classes=10).eval()
     (found,) = evaluate(classifier, data, "classify", fabric=fabric)
     images = (data.val.images / 255 - data.mean[0]) / data.std[0]
@@ -102,7 +102,7 @@ def test_a_whole_classifier_is_counted_by_its_own_answers(data, fabric):
         evaluate(timms(num_classes=3), data, "classify", fabric=fabric)
 
 
-def test_what_cannot_be_evaluated_is_refused_with_the_reason(data, fabric):
+def test_an_impossible_evaluation_is_refused_with_the_reason(data, fabric):
     with pytest.raises(RecipeError, match="'kn' is not known; did you mean knn"):
         evaluate(Pixels(), data, "kn", fabric=fabric)
     with pytest.raises(ValueError, match="does not take images of 1 channels and 8 x 8 pixels"):

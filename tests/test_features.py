@@ -1,4 +1,4 @@
-"""Claims about frozen features, the files that keep them, and logistic regression."""
+"""Tests of frozen features, their cache files and logistic regression."""
 
 import copy
 import warnings
@@ -34,7 +34,7 @@ def loader(count: int = 20, **options) -> Loader:
 
 
 @pytest.mark.parametrize("options", [{}, {"class_token": False, "position": "none"}, {"position": "relative"}])
-def test_the_last_blocks_are_what_encoders_cut_off_there_give_through_the_final_norm(options):
+def test_the_last_blocks_equal_encoders_truncated_there_with_the_final_norm(options):
     model, images = encoder(**options).eval(), torch.randn(2, 1, 8, 8)
     found = model.last_blocks(images, 3)
     assert torch.equal(found[-1], model(images)) and len(found) == 3
@@ -46,13 +46,13 @@ def test_the_last_blocks_are_what_encoders_cut_off_there_give_through_the_final_
 
 
 @pytest.mark.parametrize("count", [0, -1, 4])
-def test_more_blocks_than_there_are_or_none_are_refused(count):
+def test_a_number_of_blocks_below_1_or_above_the_depth_is_refused(count):
     with pytest.raises(ValueError, match=f"the last {count} blocks were requested; this encoder has 3"):
         encoder().last_blocks(torch.randn(1, 1, 8, 8), count)
 
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
-def test_features_of_several_layers_lie_side_by_side_the_last_one_last(pool):
+def test_features_of_several_layers_are_concatenated_with_the_last_layer_last(pool):
     model, batches = encoder(), loader()
     found, _ = features(CPU, model, batches, pool, 2)
     images = torch.cat([images for images, _ in batches.epoch(0)])
@@ -64,7 +64,7 @@ def test_features_of_several_layers_lie_side_by_side_the_last_one_last(pool):
 # ---- the cache
 
 
-def test_features_are_computed_once_and_then_read(tmp_path, monkeypatch):
+def test_features_are_computed_once_and_then_read_from_the_cache(tmp_path, monkeypatch):
     cache = tmp_path / "features" / "random-val"
     first = features(CPU, encoder(), loader(), "mean", 2, cache)
     (file,) = cache.parent.iterdir()
@@ -80,7 +80,7 @@ def test_features_are_computed_once_and_then_read(tmp_path, monkeypatch):
     assert second[1].tolist() == open_data("digits").val.labels[:20].tolist()
 
 
-def test_other_images_layers_and_poolings_have_files_of_their_own(tmp_path):
+def test_other_images_layers_and_poolings_have_their_own_cache_files(tmp_path):
     cache = tmp_path / "x"
     for count, layers, how in [(20, 1, "mean"), (20, 2, "mean"), (20, 1, "class"), (19, 1, "mean")]:
         assert len(features(CPU, encoder(), loader(count), how, layers, cache)[0]) == count
@@ -102,7 +102,7 @@ def other_mean() -> Loader:
         ("precision", lambda: (Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"), encoder(), loader())),
     ],
 )
-def test_a_cache_from_another_encoder_or_made_otherwise_is_refused_by_what_differs_and_kept(difference, changed, tmp_path):
+def test_a_cache_of_another_encoder_or_other_settings_is_refused_and_kept(difference, changed, tmp_path):
     features(CPU, encoder(), loader(), "mean", 1, tmp_path / "x")
     (file,) = tmp_path.iterdir()
     before = file.read_bytes()
@@ -111,7 +111,7 @@ def test_a_cache_from_another_encoder_or_made_otherwise_is_refused_by_what_diffe
     assert file.read_bytes() == before
 
 
-def test_a_cache_that_is_no_such_file_is_refused_by_name(tmp_path):
+def test_a_damaged_cache_is_refused_and_named(tmp_path):
     features(CPU, encoder(), loader(), "mean", 1, tmp_path / "x")
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
@@ -130,12 +130,12 @@ def test_a_crash_while_writing_leaves_no_cache(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
+def test_only_the_main_process_writes_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(Fabric, "is_global_zero", property(lambda self: False))
     assert len(features(CPU, encoder(), loader(), "mean", 1, tmp_path / "x")[0]) == 20 and not list(tmp_path.iterdir())
 
 
-def test_a_fingerprint_sees_every_value_name_and_shape():
+def test_a_fingerprint_depends_on_every_value_name_and_shape():
     model = encoder()
     before = fingerprint(model)
     assert before == fingerprint(encoder()) and before != fingerprint(encoder(class_token=False))
@@ -152,15 +152,15 @@ def spoiled(value: float = float("nan")) -> ViT:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused_and_not_kept(value, tmp_path):
+def test_features_that_are_not_finite_are_refused_and_not_cached(value, tmp_path):
     for cache in (None, tmp_path / "x"):
         with pytest.raises(RunError, match="features of 20 of 20 images are not finite, the first is image 0"):
             features(CPU, spoiled(value), loader(), "mean", 1, cache)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cache_of_features_that_are_not_finite_is_refused_by_path(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.evaluate.frozen.check_finite", lambda *_: None)  # written before there was a check
+def test_a_cache_of_features_that_are_not_finite_is_refused_with_its_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.evaluate.frozen.check_finite", lambda *_: None)  # a cache from before this check existed
     features(CPU, spoiled(), loader(), "mean", 1, tmp_path / "x")
     monkeypatch.undo()
     (file,) = tmp_path.iterdir()
@@ -172,7 +172,7 @@ def test_a_cache_of_features_that_are_not_finite_is_refused_by_path(tmp_path, mo
 
 
 def problem(classes: int, count: int = 120, width: int = 6) -> tuple[Tensor, Tensor]:
-    """Features that are correlated, as those of encoders are, and classes that overlap."""
+    """Return correlated features, like those of encoders, of overlapping classes."""
     g = torch.Generator().manual_seed(classes)
     y = torch.arange(count) % classes
     x = torch.randn(classes, width, generator=g)[y] + torch.randn(count, width, generator=g)
@@ -180,7 +180,7 @@ def problem(classes: int, count: int = 120, width: int = 6) -> tuple[Tensor, Ten
 
 
 def newton(x_ND: Tensor, y_N: Tensor, classes: int, l2: float) -> Tensor:
-    """The minimum of mean cross-entropy + l2 / n |W|^2 / 2, by Newton's method on the whole Hessian, from autograd."""
+    """Minimise mean cross-entropy + l2 / n |W|^2 / 2 by Newton's method with the full Hessian from autograd."""
     x, shape = x_ND.double(), (classes, x_ND.shape[1])
 
     def objective(w: Tensor) -> Tensor:
@@ -199,22 +199,22 @@ def newton(x_ND: Tensor, y_N: Tensor, classes: int, l2: float) -> Tensor:
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 @pytest.mark.parametrize("l2", [0.0025, 1.0])
-def test_the_weights_are_those_of_the_papers_objective(classes, l2):
+def test_the_weights_minimise_the_papers_objective(classes, l2):
     x, y = problem(classes)
     found, converged = fit_logistic(x, y, classes, l2)
     assert converged and found.shape == (classes, 6)
     torch.testing.assert_close(found, newton(x, y, classes, l2), atol=1e-4, rtol=0)
 
 
-def test_turning_the_features_changes_nothing():
+def test_rotated_features_give_rotated_weights():
     x, y = problem(5)
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0]
-    plain, turned = fit_logistic(x, y, 5, 0.0025)[0], fit_logistic(x @ turn, y, 5, 0.0025)[0]
-    torch.testing.assert_close(turned, plain @ turn.double(), atol=1e-4, rtol=0)
-    assert not torch.allclose(turned, plain, atol=1e-2)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0]
+    plain, rotated = fit_logistic(x, y, 5, 0.0025)[0], fit_logistic(x @ rotation, y, 5, 0.0025)[0]
+    torch.testing.assert_close(rotated, plain @ rotation.double(), atol=1e-4, rtol=0)
+    assert not torch.allclose(rotated, plain, atol=1e-2)
 
 
-def test_test_features_are_standardised_by_the_train_features_unless_asked_otherwise():
+def test_test_features_are_standardised_with_the_train_statistics_by_default():
     g = torch.Generator().manual_seed(0)
     train, test = 3 + 2 * torch.randn(50, 4, generator=g), 1 + 5 * torch.randn(9, 4, generator=g)
     own_train, seen = standardise(train, test)
@@ -225,7 +225,7 @@ def test_test_features_are_standardised_by_the_train_features_unless_asked_other
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e6])
-def test_a_constant_feature_counts_for_nothing(value):
+def test_a_constant_feature_has_no_effect(value):
     x, y = problem(3)
     spoiled = torch.cat([x, torch.full((120, 1), value)], 1)
     for statistics in ("train", "own"):
@@ -235,7 +235,7 @@ def test_a_constant_feature_counts_for_nothing(value):
     assert logistic_accuracy(spoiled, y, spoiled, y, classes=3, l2=0.0025) == plain and 50 < plain["top1"] < 100
 
 
-def test_a_feature_that_varies_by_rounding_alone_is_not_blown_up():
+def test_a_feature_that_varies_only_by_rounding_is_not_amplified():
     x, y = problem(3)
     rounded = torch.full((120, 1), 1000.0) + 6e-5 * (torch.arange(120) % 2)[:, None]
     assert rounded.std() > 0
@@ -243,7 +243,7 @@ def test_a_feature_that_varies_by_rounding_alone_is_not_blown_up():
     assert standard[:, -1].abs().max() < 1e-3 and seen[:, -1].abs().max() < 1e-3
 
 
-def test_statistics_of_their_own_help_test_features_that_are_shifted_and_that_is_why_it_is_not_the_default():
+def test_own_statistics_help_shifted_test_features_and_are_not_the_default():
     x, y = problem(7)
     shifted = 3 * x + 5
     options = {"classes": 7, "l2": 0.0025}
@@ -260,7 +260,7 @@ def test_a_class_without_a_label_is_refused():
 
 
 @pytest.mark.parametrize("part", [0, 2])
-def test_a_regression_on_features_that_are_not_finite_is_no_number(part):
+def test_logistic_regression_refuses_features_that_are_not_finite(part):
     x, y = problem(4)
     given = [x.clone(), y, x.clone(), y]
     given[part][7, 2] = float("inf")
@@ -270,7 +270,7 @@ def test_a_regression_on_features_that_are_not_finite_is_no_number(part):
         fit_logistic(given[part], y, 4, 0.0025)
 
 
-def test_a_fit_that_is_cut_short_says_so_and_warns_nobody_else(monkeypatch):
+def test_a_fit_without_convergence_is_reported_and_raises_no_warning(monkeypatch):
     monkeypatch.setitem(fit_logistic.__globals__["SOLVER"], "max_iter", 1)
     x, y = problem(5)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Locks, the content of files, and a screen that is not UTF-8."""
+"""Tests of locks, file digests and a terminal that is not UTF-8."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from mapet.tokenizers.store import making
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_is_said_to_be_one_and_the_run_goes_on(code, tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported_and_the_run_continues(code, tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
@@ -29,7 +29,7 @@ def test_a_file_system_without_locks_is_said_to_be_one_and_the_run_goes_on(code,
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
-def test_another_holder_is_said_to_be_one(code, tmp_path, monkeypatch):
+def test_a_lock_held_by_another_process_is_reported(code, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
@@ -49,7 +49,7 @@ def test_a_run_that_is_refused_leaves_no_lock(tmp_path):
         pass
 
 
-def test_a_digest_is_of_what_a_file_or_a_folder_holds_and_not_of_where_it_is(tmp_path):
+def test_a_digest_depends_on_content_and_not_on_location(tmp_path):
     for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / folder / "inner").mkdir(parents=True)
         (tmp_path / folder / "inner" / "x").write_bytes(content)
@@ -58,7 +58,7 @@ def test_a_digest_is_of_what_a_file_or_a_folder_holds_and_not_of_where_it_is(tmp
     assert digest(tmp_path / "a" / "inner" / "x") == digest(tmp_path / "b" / "inner" / "x") != digest(tmp_path / "c" / "inner" / "x")
 
 
-def test_a_screen_that_is_not_utf8_shows_the_table_all_the_same(tmp_path):
+def test_a_terminal_that_is_not_utf8_still_shows_the_table(tmp_path):
     code = "import rich.table, benchmarks.reproduce as r\nfrom common.run import console\n"
     code += "def show(options):\n    table = rich.table.Table('top-1 \\u00b1')\n"
     code += "    table.add_row('99 \\u00b1 1 \\udcff')\n    console.print(table)\n"

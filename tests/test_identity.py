@@ -1,4 +1,4 @@
-"""A result belongs to what it was computed from: it is never shown for other images, labels or weights of the same name."""
+"""A finished result is never reused for other images, labels or weights of the same name."""
 
 import shutil
 
@@ -24,7 +24,7 @@ def run(data, out, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder of 32 images with a finished run on it, trained on the labels of a list."""
+    """A folder of 32 images per split with a finished run, fine-tuned with the labels of a list."""
     root = tmp_path_factory.mktemp("identity")
     for index in range(16):
         for part, offset in (("train", 0), ("val", 100)):
@@ -46,7 +46,7 @@ def shrunk(folder) -> str:
 
 
 def replaced(folder) -> str:
-    picture(folder / "images" / "val" / "a" / "3.png", 999)  # of the same size, as noise is
+    picture(folder / "images" / "val" / "a" / "3.png", 999)  # noise, so the file size stays the same
     return "data.val: 32 images"
 
 
@@ -69,10 +69,10 @@ def encoder(folder) -> str:
 
 
 @pytest.mark.parametrize("change", [grown, shrunk, replaced, relabelled, listed, encoder])
-def test_a_finished_run_is_not_shown_for_what_it_was_not_computed_from(change, finished, tmp_path, capsys):
+def test_a_finished_run_is_not_reused_after_its_inputs_changed(change, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     options = ["--set", f"finetune.label_list={finished / 'list.txt'}"]
-    if change is listed:  # the list's path is a setting
+    if change is listed:  # the path of the list is a setting, so change it in place
         kept = (finished / "list.txt").read_text()
         differing = change(finished)
     else:
@@ -85,7 +85,7 @@ def test_a_finished_run_is_not_shown_for_what_it_was_not_computed_from(change, f
     assert differing in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_copy_of_the_data_elsewhere_is_the_same_data(finished, tmp_path, capsys):
-    shutil.copytree(finished / "images", tmp_path / "images", copy_function=shutil.copyfile)  # with other times
+def test_a_copy_of_the_data_in_another_folder_counts_as_the_same_data(finished, tmp_path, capsys):
+    shutil.copytree(finished / "images", tmp_path / "images", copy_function=shutil.copyfile)  # with other modification times
     assert run(tmp_path / "images", finished / "runs", "--set", f"finetune.label_list={finished / 'list.txt'}") == 0
     assert "pretrain done" not in capsys.readouterr().out

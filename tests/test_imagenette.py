@@ -1,4 +1,4 @@
-"""Every family of Positional Label takes a training step on real photographs at 224 px, as its ImageNet recipe has it."""
+"""Every family of Positional Label runs a training step on real photographs at 224 px with its ImageNet recipe."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ FAMILIES = {
 @pytest.mark.slow
 @pytest.mark.skipif(not IMAGENETTE.is_dir(), reason="needs imagenette beside the repository, under shared/data")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_arm_takes_a_step_on_photographs(family):
+def test_every_arm_runs_a_training_step_on_photographs(family):
     function, changes = FAMILIES[family]
     data, device = open_data(str(IMAGENETTE)), torch.device("cpu")
     for arm, recipe in choose_arms(function()).items():
@@ -51,6 +51,6 @@ def test_every_arm_takes_a_step_on_photographs(family):
         before = method.encoder.state_dict()["patch_embed.proj.weight"].clone()
         optimizer.step()
         assert not torch.equal(before, method.encoder.state_dict()["patch_embed.proj.weight"])
-        if method.head is not None:  # a fresh head guesses, which costs the logarithm of its classes
+        if method.head is not None:  # a new head is at chance: the loss is the log of its number of classes
             labels = {"apl": method.grid[0] * method.grid[1], "rpl": (2 * method.grid[0] - 1) * (2 * method.grid[1] - 1)}
             assert output.metrics["position_loss"].exp().item() == pytest.approx(labels[arm[-3:]], rel=0.05), arm

@@ -1,4 +1,4 @@
-"""What `import common` does to the process."""
+"""Effects of `import common` on the process."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def faults():
 model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
 images = torch.randn(2**16, 64)  # hidden layers of 64 MB, which is 16,384 pages
 for step in range(6):
-    if step == 3:  # once it knows what a step needs
+    if step == 3:  # after three warm-up steps
         begun = faults()
     model(images).square().mean().backward()
     model.zero_grad()
@@ -24,16 +24,16 @@ print(faults() - begun)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the page faults of glibc's malloc on Linux")
-def test_a_step_is_not_given_new_memory_for_what_the_last_one_freed():
+def test_keep_freed_memory_reuses_the_memory_of_the_previous_step():
     def count(before: str) -> int:
         return int(subprocess.run([sys.executable, "-c", FAULTS.format(before=before)], cwd=ROOT, capture_output=True, check=True).stdout)
 
     before = count("")
     assert count("import common; common.keep_freed_memory()") < before / 4
-    assert count("import common") > before / 2  # who imports an encoder keeps the allocator that they had
+    assert count("import common") > before / 2  # a plain import does not change the allocator
 
 
-def test_a_system_without_the_needed_modules_is_refused_in_one_sentence():
+def test_an_unsupported_system_is_refused_with_one_sentence():
     code = "import sys; sys.modules['fcntl'] = None; import common.run"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (

@@ -1,7 +1,7 @@
-"""Claims about the Triton kernel: what it computes, reads, keeps and refuses, checked against float64 autograd.
+"""Tests of the Triton kernel: what it computes, reads, keeps and refuses, checked against float64 autograd.
 
-Without a GPU, Triton's interpreter runs it on the CPU (see conftest.py): right for numbers, silent about speed. There larger tiles are
-faster, so most tests ask for 128 x 128; a GPU is given the tiles that users get.
+Without a GPU, Triton's interpreter runs it on the CPU (see conftest.py): this checks the numbers, not the speed. The interpreter is
+faster with larger tiles, so most tests use 128 x 128 there; on a GPU they use the default tiles.
 """
 
 import os
@@ -26,13 +26,13 @@ DEVICE = "cuda" if torch.cuda.is_available() and not kernels.INTERPRETED else "c
 TILE = (128, 128) if kernels.INTERPRETED else None
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1")
 
-# In units of the dtype's eps, for values of size one. Half precision rounds the weights or their gradients, and the result; the rounded
-# result enters delta; and the interpreter cuts bfloat16 off instead of rounding: 4. In float32 sums over up to 344 terms differ: 32.
+# In units of the dtype's eps, for values near one. Half precision: 4, since the weights or their gradients and the result are rounded,
+# the rounded result enters delta, and the interpreter truncates to bfloat16. float32: 32, since sums over up to 344 terms differ.
 TOLERANCE = {dtype: (32 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps for dtype in DTYPES}
 
 
 def draw(B: int, H: int, Q: int, K: int, D: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    """q, k, v as a layer gives them, views of (B, tokens, H, D), and the incoming gradient."""
+    """Return q, k, v as a layer gives them (views of (B, tokens, H, D)) and the incoming gradient."""
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(B, tokens, H, D, generator=g).to(DEVICE, dtype).transpose(1, 2) for tokens in (Q, K, K, Q)]
 
@@ -44,7 +44,7 @@ def draw_window(B: int, Q: int, K: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def run(function, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, **options) -> list[Tensor]:
-    """The output, and the gradients of q, k and v."""
+    """Return the output and the gradients of q, k and v."""
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
     out = function(*leaves, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, gradient.to(out.dtype))]
@@ -116,7 +116,7 @@ def test_every_width_and_dtype_equals_the_reference_to_its_precision(width, dtyp
 
 @pytest.mark.parametrize("K", [50, 150], ids=["one key tile", "several"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_the_tiles_that_users_get_equal_the_reference(dtype, K):
+def test_the_default_tiles_equal_the_reference(dtype, K):
     assert_equal_to_reference(draw(1, 1, 150, K, 32, dtype), draw_window(1, 150, K), tile=None)
 
 
@@ -135,14 +135,14 @@ def test_any_shape_tile_and_window_with_any_vector_absent_equals_the_reference(s
 
 @pytest.mark.parametrize("windowed", [True, False])
 @pytest.mark.parametrize("tile", [(16, 16), (16, 64), (64, 16), (32, 128)], ids=str)
-def test_many_tiles_give_what_one_tile_gives(tile, windowed):
+def test_many_tiles_equal_one_tile(tile, windowed):
     tensors, window = draw(1, 1, 100, 90, 32), draw_window(1, 100, 90) if windowed else {}
     many, one = (run(kernels.window_attention, *tensors, tile=size, **window) for size in (tile, (128, 128)))
     torch.testing.assert_close(many, one, atol=TOLERANCE[torch.float32], rtol=0)
 
 
 @pytest.mark.parametrize("layout", ["packed qkv", "heads first", "width not last", "repeated", "every other token"])
-def test_any_strides_give_bit_for_bit_what_contiguous_tensors_give(layout):
+def test_any_strides_equal_contiguous_tensors_bit_for_bit(layout):
     B, H, T, D = 2, 3, 20, 32
     g = torch.Generator().manual_seed(0)
     q, k, v, gradient = {
@@ -161,12 +161,12 @@ def test_any_strides_give_bit_for_bit_what_contiguous_tensors_give(layout):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-def test_results_are_laid_out_so_that_joining_the_heads_is_free():
+def test_results_have_a_layout_that_joins_the_heads_without_a_copy():
     for result in run(kernels.window_attention, *draw(2, 3, 20, 30, 32)):
         assert result.transpose(1, 2).is_contiguous()
 
 
-def test_vectors_of_any_integer_type_give_the_same_bits():
+def test_window_vectors_of_any_integer_type_give_identical_results():
     tensors, window = draw(1, 1, 20, 30, 32), draw_window(1, 20, 30)
     expected = run(kernels.window_attention, *tensors, **window)
     for dtypes in ((torch.int16,) * 3, (torch.int32,) * 3, (torch.int16, torch.int32, torch.int64)):
@@ -176,11 +176,11 @@ def test_vectors_of_any_integer_type_give_the_same_bits():
 
 
 @pytest.mark.parametrize("tile", [(16, 16), (16, 64)], ids=["key tiles", "one key tile"])
-def test_what_sees_nothing_gives_zeros_and_what_is_not_seen_gets_zero_gradients(tile):
+def test_queries_without_keys_output_zeros_and_unseen_keys_get_zero_gradients(tile):
     tensors, window = draw(2, 1, 40, 50, 32), draw_window(2, 40, 50)
-    window["visible_until"][0] = window["visible_from"][0]  # nothing in image 0
-    window["time"][1, 2] = -100  # nothing for one query of image 1
-    window["visible_from"][1, 5] = 100  # and nobody sees key 5 of image 1
+    window["visible_until"][0] = window["visible_from"][0]  # image 0 has no visible keys
+    window["time"][1, 2] = -100  # nor has one query of image 1
+    window["visible_from"][1, 5] = 100  # key 5 of image 1 is never visible
     out, dq, dk, dv = run(kernels.window_attention, *tensors, tile=tile, **window)
     for tensor, row in ((out, 2), (dq, 2), (dk, 5), (dv, 5)):
         assert (tensor[0] == 0).all() and (tensor[1, :, row] == 0).all() and (tensor[1] != 0).any() and tensor.isfinite().all()
@@ -188,16 +188,16 @@ def test_what_sees_nothing_gives_zeros_and_what_is_not_seen_gets_zero_gradients(
 
 
 @pytest.mark.parametrize("tile", [(16, 16), (16, 64)], ids=["key tiles", "one key tile"])
-def test_two_backwards_are_equal_bit_for_bit(tile):
+def test_two_backward_passes_are_equal_bit_for_bit(tile):
     tensors, window = draw(1, 1, 60, 50, 32, torch.float16), draw_window(1, 60, 50)
     first, second = (run(kernels.window_attention, *tensors, tile=tile, **window) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_a_tile_of_keys_that_nobody_sees_is_not_read():
+def test_a_tile_of_keys_that_is_never_visible_is_not_read():
     q, k, v, gradient = draw(1, 1, 40, 48, 32)
     window = {"time": torch.arange(40), "visible_from": torch.zeros(48).int(), "visible_until": torch.full((48,), 99)}
-    window["visible_from"][16:32] = 40  # the second of three tiles begins when all is over
+    window["visible_from"][16:32] = 40  # the keys of the second of three tiles never become visible
     window = {name: vector[None].to(DEVICE) for name, vector in window.items()}
     k[:, :, 16:32], v[:, :, 16:32] = torch.nan, torch.inf
     out, dq, dk, dv = run(kernels.window_attention, q, k, v, gradient, tile=(16, 16), **window)
@@ -207,7 +207,7 @@ def test_a_tile_of_keys_that_nobody_sees_is_not_read():
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("tile", [(16, 16), (16, 64)], ids=["key tiles", "one key tile"])
-def test_a_tile_of_queries_that_sees_nothing_does_not_reach_keys_and_values(tile):
+def test_a_tile_of_queries_without_visible_keys_does_not_affect_keys_and_values(tile):
     q, k, v, gradient = draw(1, 1, 48, 40, 32)
     time = torch.zeros(1, 48, device=DEVICE).int()
     time[:, 16:32] = 1
@@ -217,7 +217,7 @@ def test_a_tile_of_queries_that_sees_nothing_does_not_reach_keys_and_values(tile
     assert all(tensor.isfinite().all() for tensor in (out, dq, dk, dv))
 
 
-def test_nothing_as_large_as_queries_times_keys_is_kept_for_the_backward():
+def test_no_matrix_of_queries_times_keys_is_kept_for_the_backward_pass():
     q, k, v, _ = (tensor.requires_grad_() for tensor in draw(1, 1, 300, 300, 32))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
@@ -226,7 +226,7 @@ def test_nothing_as_large_as_queries_times_keys_is_kept_for_the_backward():
 
 
 @pytest.mark.parametrize("absent", [(), ("time",), ("time", "visible_from", "visible_until")], ids=["all", "no time", "none"])
-def test_the_operators_pass_torchs_own_check(absent):
+def test_the_operators_pass_torchs_opcheck(absent):
     q, k, v, gradient = draw(1, 2, 20, 30, 32)
     window = [None if name in absent else vector for name, vector in draw_window(1, 20, 30).items()]
     q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
@@ -236,7 +236,7 @@ def test_the_operators_pass_torchs_own_check(absent):
     torch.library.opcheck(kernels._backward, (gradient, q.detach(), k.detach(), v.detach(), out, lse, *window, 0, 0))
 
 
-def test_a_layer_around_it_compiles_into_one_graph_with_the_same_gradients():
+def test_a_layer_with_the_kernel_compiles_into_one_graph_with_the_same_gradients():
     torch._dynamo.reset()
     weight, x = torch.randn(192, 64, device=DEVICE) / 8, torch.randn(2, 20, 64, device=DEVICE, requires_grad=True)
 
@@ -250,7 +250,7 @@ def test_a_layer_around_it_compiles_into_one_graph_with_the_same_gradients():
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
-def test_attend_refuses_what_the_kernel_does_not_take_and_names_what_it_takes():
+def test_attend_refuses_unsupported_widths_and_dtypes_and_lists_the_supported_ones():
     q, k, v, _ = draw(1, 1, 4, 4, 48)
     with pytest.raises(ValueError, match=r"width 32, 64, 80, 128, got q of shape \(1, 1, 4, 48\)"):
         attend(q, k, v, backend="triton")
@@ -259,14 +259,14 @@ def test_attend_refuses_what_the_kernel_does_not_take_and_names_what_it_takes():
         attend(q, k, v, backend="triton")
 
 
-def test_on_the_cpu_it_asks_for_the_interpreter(monkeypatch):
+def test_on_the_cpu_the_error_asks_for_the_interpreter(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     q, k, v = torch.zeros(3, 1, 1, 4, 32)
     with pytest.raises(ValueError, match="takes CUDA tensors, or TRITON_INTERPRET=1 set before Python starts; q is on cpu"):
         attend(q, k, v, backend="triton")
 
 
-def test_a_kernel_that_fails_is_not_replaced_by_another(monkeypatch):
+def test_a_failing_kernel_is_not_replaced_by_another_backend(monkeypatch):
     def fail(*_):
         raise RuntimeError("out of resources")
 
@@ -276,9 +276,9 @@ def test_a_kernel_that_fails_is_not_replaced_by_another(monkeypatch):
 
 
 def compile_for_h100(cases: list[tuple[int, int, int, torch.dtype, tuple[torch.dtype | None, ...]]]) -> None:
-    """Translate every kernel of the cases (Q, K, D, dtype, dtypes of the vectors) to machine code of an H100, without one, and run none.
+    """Compile every kernel of the cases (Q, K, D, dtype, dtypes of the vectors) for an H100; no H100 is needed and no kernel runs.
 
-    What the interpreter lets pass and the compiler does not comes out here, and so does a tile that does not fit on the chip.
+    This finds code that the interpreter accepts and the compiler refuses, and tiles that do not fit into shared memory.
     """
     import triton
     from triton.backends.compiler import GPUTarget

@@ -1,6 +1,6 @@
-"""Claims about the heads of Positional Label: their labels, logits, losses and gradients, what they hold in memory, what they refuse.
+"""Tests of the heads of Positional Label: labels, logits, losses, gradients, memory and refused arguments.
 
-The reference is the released code's: a double loop over queries and keys, which are concatenated, and autograd.
+The reference is the released method: a double loop that concatenates queries and keys, and autograd.
 
 Shapes: B images, M tokens of N cells, D width, R relative positions.
 """
@@ -24,7 +24,7 @@ from tests.test_vit import redraw
 
 B, GRID, D = 3, (3, 4), 16
 ROW = B * 12 * 35  # logits of one query of each image with all keys
-CHUNKS = (1, 2 * ROW, 5 * ROW, 2**24)  # one query at a time; a whole number of times; with a rest; all at once
+CHUNKS = (1, 2 * ROW, 5 * ROW, 2**24)  # one query at a time; chunks without a remainder; with a remainder; all at once
 
 
 def relative(**options) -> RelativeLabelHead:
@@ -32,21 +32,21 @@ def relative(**options) -> RelativeLabelHead:
 
 
 def tokens(visible: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens (B, M, D) and their cells (B, M): all in order, or some of them in another order for each image."""
+    """Return tokens (B, M, D) and their cells (B, M): all in order, or a subset in a different order per image."""
     generator = torch.Generator().manual_seed(seed)
     cell_BM = torch.arange(12).expand(B, -1) if visible == 12 else random_order(torch.rand(B, 12, generator=generator))[:, :visible]
     return torch.randn(B, visible, D, generator=generator), cell_BM
 
 
 def loop_logits(head: RelativeLabelHead, x_BMD: Tensor) -> Tensor:
-    """(B, M * M, R), query by query and key by key, as released."""
+    """Return (B, M * M, R), one pair of query and key at a time, as released."""
     half, count = x_BMD.shape[-1] // 2, range(x_BMD.shape[1])
     pairs = [torch.cat([x_BMD[:, i, :half], x_BMD[:, j, half:]], -1) for i in count for j in count]
     return head.classify(head.fc2(F.gelu(head.fc1(torch.stack(pairs, 1)))))
 
 
 def loop_labels(grid: Grid, cell_BM: Tensor) -> Tensor:
-    """(B, M * M): how many rows and columns the query is after the key."""
+    """Return the labels (B, M * M): row and column offset from the key to the query."""
     (h, w), labels = grid, []
     for cells in cell_BM.tolist():
         places = [(cell // w, cell % w) for cell in cells]
@@ -64,7 +64,7 @@ def gradients(loss: Tensor, head: nn.Module, x_BMD: Tensor) -> dict[str, Tensor]
 
 
 def exact(head: RelativeLabelHead, x_BMD: Tensor, cell_BM: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The reference's loss and gradients in float64."""
+    """Return the reference's loss and gradients in float64."""
     head, x_BMD = copy.deepcopy(head).double(), x_BMD.detach().double().requires_grad_()
     loss = loop_loss(head, x_BMD, cell_BM)
     return loss.detach(), gradients(loss, head, x_BMD)
@@ -73,25 +73,25 @@ def exact(head: RelativeLabelHead, x_BMD: Tensor, cell_BM: Tensor) -> tuple[Tens
 # ---- labels
 
 
-def test_relative_labels_of_7_by_7_are_swins_with_query_minus_key():
+def test_relative_labels_of_7_by_7_equal_swins_index_of_query_minus_key():
     table = RelativeLabelHead(8, (7, 7)).targets
     assert table.shape == (49, 49) and table.min() == 0 and table.max() == 168
     assert table[0, :3].tolist() == [84, 83, 82] and table[24, :7].tolist() == [126, 125, 124, 123, 122, 121, 120]
     assert torch.equal(table, get_relative_position_index(7, 7))
 
 
-def test_relative_labels_of_3_by_3_are_the_papers_figure():
+def test_relative_labels_of_3_by_3_equal_the_papers_figure():
     assert RelativeLabelHead(8, (3, 3)).targets[4].view(3, 3).tolist() == [[18, 17, 16], [13, 12, 11], [8, 7, 6]]
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (1, 5), (4, 4)])
-def test_relative_labels_are_the_formula_on_any_grid(grid):
+def test_relative_labels_follow_the_formula_on_any_grid(grid):
     head, cells = RelativeLabelHead(8, grid), grid[0] * grid[1]
     assert head.targets.flatten().tolist() == loop_labels(grid, torch.arange(cells)[None])[0].tolist()
     assert head.targets.unique().numel() == head.classify.out_features == (2 * grid[0] - 1) * (2 * grid[1] - 1)
 
 
-# ---- the heads as released
+# ---- the released heads
 
 
 def test_logits_of_all_pairs_equal_the_released_loop_over_concatenated_queries_and_keys():
@@ -102,17 +102,17 @@ def test_logits_of_all_pairs_equal_the_released_loop_over_concatenated_queries_a
     torch.testing.assert_close(logits.flatten(1, 2), loop_logits(head, x), atol=1e-6, rtol=0)
 
 
-def test_the_query_gives_its_first_half_and_the_key_its_second():
+def test_logits_use_the_first_half_of_the_query_and_the_second_half_of_the_key():
     head, (x, _) = relative(), tokens()
     before = head(x)
     moved = x.clone()
     moved[:, 2, : D // 2] += 1
-    asked = (head(moved) != before).any(-1)
-    assert asked[:, 2].all() and not asked[:, [row for row in range(12) if row != 2]].any()
+    query_changed = (head(moved) != before).any(-1)
+    assert query_changed[:, 2].all() and not query_changed[:, [row for row in range(12) if row != 2]].any()
     moved = x.clone()
     moved[:, 2, D // 2 :] += 1
-    told = (head(moved) != before).any(-1)
-    assert told[:, :, 2].all() and not told[:, :, [row for row in range(12) if row != 2]].any()
+    key_changed = (head(moved) != before).any(-1)
+    assert key_changed[:, :, 2].all() and not key_changed[:, :, [row for row in range(12) if row != 2]].any()
 
 
 def test_absolute_logits_are_three_layers_on_the_first_half_of_the_channels():
@@ -135,7 +135,7 @@ def test_the_heads_have_the_released_sizes():
 
 
 @pytest.mark.parametrize(("head", "grid", "classes"), [(AbsoluteLabelHead, (14, 14), 196), (RelativeLabelHead, (7, 7), 169)])
-def test_at_the_start_the_loss_is_that_of_guessing(head, grid, classes):
+def test_the_initial_loss_is_at_chance_level(head, grid, classes):
     torch.manual_seed(0)
     head, cells = head(768, grid), torch.arange(grid[0] * grid[1]).expand(2, -1)
     x = F.layer_norm(torch.randn(*cells.shape, 768), (768,))
@@ -159,9 +159,9 @@ def test_loss_and_gradients_equal_float64_autograd_of_the_loop_with_any_chunk(ch
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_in_bf16_loss_and_gradients_are_off_by_a_few_roundings_with_any_chunk(chunk):
-    """Eight tensors are rounded on the way to a gradient, each number by 2^-8 of itself at most: sqrt(8) 2^-8 together, as the errors
-    have no common direction. Those of the loss are averaged over 432 pairs, which makes them at least 2^4 times smaller."""
+def test_loss_and_gradients_in_bf16_differ_by_a_few_roundings_with_any_chunk(chunk):
+    """A gradient passes through eight rounded tensors, each with a relative error of at most 2^-8: sqrt(8) 2^-8 together, since the
+    errors are uncorrelated. The errors of the loss are averaged over 432 pairs, so they are at least 2^4 times smaller."""
     head, (x, cells) = relative(chunk=chunk), tokens()
     loss, expected = exact(head, x, cells)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -173,7 +173,7 @@ def test_in_bf16_loss_and_gradients_are_off_by_a_few_roundings_with_any_chunk(ch
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_without_gradients_the_loss_is_the_same_and_none_are_worked_out(chunk):
+def test_no_grad_gives_the_same_loss_and_computes_no_gradients(chunk):
     head, (x, cells) = relative(chunk=chunk), tokens()
     expected = head.loss(x, cells)
     with Watch() as trained:
@@ -184,7 +184,7 @@ def test_without_gradients_the_loss_is_the_same_and_none_are_worked_out(chunk):
 
 
 @pytest.mark.parametrize("frozen", ["tokens", "head"])
-def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen):
+def test_frozen_tokens_or_heads_get_no_gradient_and_the_others_the_usual_one(frozen):
     head, (x, cells) = relative(), tokens()
     expected = exact(head, x, cells)[1]
     head.requires_grad_(frozen != "head")
@@ -197,7 +197,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen):
             torch.testing.assert_close(tensor.grad.double(), expected[name], atol=1e-7, rtol=1e-5, msg=name)
 
 
-def test_a_step_of_sgd_with_rate_1_gives_the_weights_of_the_released_loop():
+def test_one_sgd_step_gives_the_weights_of_the_released_loop():
     torch.manual_seed(0)
     head, cells = RelativeLabelHead(768, (7, 7)), torch.arange(49)[None]
     x, other = F.layer_norm(torch.randn(1, 49, 768), (768,)), copy.deepcopy(head)
@@ -211,14 +211,14 @@ def test_a_step_of_sgd_with_rate_1_gives_the_weights_of_the_released_loop():
 
 
 @pytest.mark.parametrize("visible", [12, 5])
-def test_accuracy_is_the_share_of_all_pairs_told_right(visible):
+def test_accuracy_is_the_fraction_of_pairs_classified_correctly(visible):
     head, (x, cells) = relative(), tokens(visible)
     right = loop_logits(head, x).argmax(-1) == loop_labels(GRID, cells)
     assert 0 < right.float().mean() < 1
     assert head.accuracy(x, cells).item() == pytest.approx(right.double().mean().item(), abs=1e-7)
 
 
-def test_tokens_that_are_seen_in_part_keep_the_labels_of_their_cells_in_the_whole_grid():
+def test_a_subset_of_the_tokens_keeps_the_labels_of_the_whole_grid():
     head, (x, every), (_, cells) = relative(), tokens(), tokens(visible=5)
     loss_P = F.cross_entropy(head(x).flatten(0, 2), loop_labels(GRID, every).flatten(), reduction="none")
     seen = loss_P.view(B, 12, 12)[torch.arange(B)[:, None, None], cells[:, :, None], cells[:, None]].mean().item()
@@ -226,33 +226,33 @@ def test_tokens_that_are_seen_in_part_keep_the_labels_of_their_cells_in_the_whol
     assert abs(head.loss(gather_tokens(x, cells), torch.arange(5).expand(B, -1)).item() - seen) > 1e-3
 
 
-# ---- some queries for all
+# ---- a random subset of queries
 
 
 @pytest.mark.parametrize("queries", [1, 4])
-def test_some_queries_give_an_unbiased_estimate_of_loss_and_gradient(queries):
+def test_a_subset_of_queries_gives_an_unbiased_estimate_of_loss_and_gradient(queries):
     head, (x, cells) = relative(queries=queries).train(), tokens(visible=8)
     full, expected = exact(head, x, cells)
     torch.manual_seed(0)
     drawn = [head.loss(x, cells).item() for _ in range(1000)]
-    mean, deviation = torch.tensor(drawn).double().mean(), torch.tensor(drawn).double().std()
-    assert deviation > 0.001 * full and abs(mean - full) < 4 * deviation / math.sqrt(1000)
+    mean, std = torch.tensor(drawn).double().mean(), torch.tensor(drawn).double().std()
+    assert std > 0.001 * full and abs(mean - full) < 4 * std / math.sqrt(1000)
     x.requires_grad_()
     rows = torch.stack([gradients(head.loss(x, cells), head, x)["fc1.bias"] for _ in range(1000)]).double()
     off = (rows.mean(0) - expected["fc1.bias"]) / (rows.std(0) / math.sqrt(1000))
-    assert off.abs().max() < 4.5 and rows.std(0).min() > 0  # of eight numbers
+    assert off.abs().max() < 4.5 and rows.std(0).min() > 0  # over eight values
 
 
-def test_queries_are_drawn_for_each_image_by_itself_and_ask_about_every_token():
+def test_queries_are_drawn_per_image_and_paired_with_every_token():
     head, (x, cells) = relative(queries=2).train(), tokens()
     torch.manual_seed(0)
     head.loss(x.requires_grad_(), cells).backward()
-    asking, asked = (half.any(-1) for half in (x.grad != 0).split(D // 2, -1))
-    assert asking.sum(1).tolist() == [2] * B and asked.all()
-    assert len({tuple(row) for row in asking.tolist()}) > 1
+    query_seen, key_seen = (half.any(-1) for half in (x.grad != 0).split(D // 2, -1))
+    assert query_seen.sum(1).tolist() == [2] * B and key_seen.all()
+    assert len({tuple(row) for row in query_seen.tolist()}) > 1
 
 
-def test_queries_are_for_training_alone_and_all_of_them_are_the_whole_loss():
+def test_queries_apply_only_in_training_and_all_of_them_give_the_full_loss():
     (x, cells), plain = tokens(), relative()
     expected = plain.loss(x, cells)
     assert torch.equal(relative(queries=2).eval().loss(x, cells), expected)
@@ -265,7 +265,7 @@ def test_queries_are_for_training_alone_and_all_of_them_are_the_whole_loss():
 
 
 class Watch(TorchDispatchMode):
-    """Records the operators that run, and the largest tensor that any of them gives."""
+    """Record the operators that run and the largest tensor that any of them returns."""
 
     def __init__(self):
         super().__init__()
@@ -278,13 +278,13 @@ class Watch(TorchDispatchMode):
         return out
 
 
-PAIRS = 2 * 196 * 196  # of two images of 14 x 14 cells
+PAIRS = 2 * 196 * 196  # for two images of 14 x 14 cells
 
 
 @pytest.mark.parametrize("chunk", [2**20, 2**24])
-def test_no_tensor_is_larger_than_a_chunk_where_the_concatenation_would_have_59_million_numbers(chunk):
+def test_no_tensor_is_larger_than_a_chunk(chunk):
     head = RelativeLabelHead(768, (14, 14), chunk=chunk)
-    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:  # shapes without numbers
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:  # shapes without data
         x, cells = torch.zeros(2, 196, 768, requires_grad=True), torch.zeros(2, 196, dtype=torch.long)
         torch.autograd.grad(head.loss(x, cells), x)
         head.accuracy(x, cells)
@@ -292,7 +292,7 @@ def test_no_tensor_is_larger_than_a_chunk_where_the_concatenation_would_have_59_
     assert chunk / 2 < watch.largest <= chunk < PAIRS * 768
 
 
-def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_pairs():
+def test_tensors_saved_for_the_backward_pass_do_not_grow_with_the_pairs():
     head, kept = RelativeLabelHead(768, (14, 14)), []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x)
     with FakeTensorMode(allow_non_fake_inputs=True), hooks:
@@ -301,7 +301,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_pairs():
     assert sum(kept) < PAIRS * 768 / 20
 
 
-def test_the_reference_of_these_tests_does_hold_the_concatenation():
+def test_the_reference_of_these_tests_does_store_the_concatenated_pairs():
     head, (x, cells) = relative(), tokens()
     with Watch() as watch:
         loop_loss(head, x, cells)
@@ -312,7 +312,7 @@ def test_the_reference_of_these_tests_does_hold_the_concatenation():
 
 
 @pytest.mark.parametrize("head", [AbsoluteLabelHead, RelativeLabelHead])
-def test_one_cell_and_a_width_that_cannot_be_halved_twice_are_refused(head):
+def test_one_cell_or_a_width_that_is_no_multiple_of_4_is_refused(head):
     with pytest.raises(ValueError, match="a grid of 1 x 1 cells has no positions to classify; use larger images or smaller patches"):
         head(16, (1, 1))
     for width in (18, 7):
@@ -321,6 +321,6 @@ def test_one_cell_and_a_width_that_cannot_be_halved_twice_are_refused(head):
 
 
 @pytest.mark.parametrize("queries", [0, -3])
-def test_fewer_than_one_query_is_refused_by_value(queries):
+def test_fewer_than_one_query_is_refused_with_its_value(queries):
     with pytest.raises(ValueError, match=f"queries={queries} is less than 1"):
         RelativeLabelHead(16, (2, 2), queries=queries)

@@ -1,4 +1,4 @@
-"""Claims about which training images an evaluation may use the labels of, and how images from files are seen."""
+"""Tests of the training labels that an evaluation may use, of data digests, and of the view of images from files."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from common.data.sets import Paths
 
 
 def split_of(*counts: int) -> Split:
-    """So many images of each class, in files that do not exist."""
+    """Return a split with the given number of images per class, in files that do not exist."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     paths = [f"/data/train/{label}/{label}_{i}.png" for i, label in enumerate(labels.tolist())]
     return Split(labels, paths=paths, class_names=tuple(map(str, range(len(counts)))))
@@ -26,7 +26,7 @@ def split_of(*counts: int) -> Split:
 
 @pytest.fixture
 def listing(tmp_path):
-    """A function that writes a list file."""
+    """Return a function that writes a list file."""
 
     def write(*lines: str) -> Path:
         (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in lines))
@@ -42,14 +42,14 @@ def counts(split: Split) -> list[int]:
 # ---- fractions
 
 
-def test_one_percent_of_imagenets_labels_are_as_many_of_each_class_as_the_papers_lists_have():
+def test_one_percent_of_imagenet_has_the_class_counts_of_the_papers_lists():
     imagenet = split_of(*[1282] * 167, *[1281] * 833)
     assert len(imagenet) == 1_281_167
     found = counts(imagenet.balanced(0.01, seed=0))
     assert sum(found) == 12_811 and (found.count(13), found.count(12)) == (811, 189)
 
 
-def test_a_share_depends_on_the_seed_alone_and_draws_other_images_and_classes_with_another():
+def test_a_fraction_depends_only_on_the_seed_and_another_seed_draws_other_images():
     whole = split_of(*[40] * 10)
     first, again, other = (whole.balanced(0.13, seed) for seed in (0, 0, 1))
     assert first.paths == again.paths and len(first) == 52 and sorted(counts(first)) == [5] * 8 + [6] * 2
@@ -57,11 +57,11 @@ def test_a_share_depends_on_the_seed_alone_and_draws_other_images_and_classes_wi
     assert len(set(first.paths)) == 52 and first.paths == [path for path in whole.paths if path in first.paths]
 
 
-def test_a_share_of_everything_is_everything():
+def test_a_fraction_of_1_is_the_whole_split():
     assert split_of(7, 7, 7).balanced(1.0, 0).paths == split_of(7, 7, 7).paths
 
 
-def test_a_share_that_leaves_a_class_without_a_label_or_asks_for_more_than_it_has_is_refused():
+def test_a_fraction_too_small_or_too_large_for_a_class_is_refused():
     with pytest.raises(DataError, match="fraction of 0.1 is 2 of 20 labels, for 4 classes: .* 4 of 20"):
         split_of(5, 5, 5, 5).balanced(0.1, 0)
     with pytest.raises(DataError, match="class 1 has 2 images, fewer than 9: use at most 2"):
@@ -71,7 +71,7 @@ def test_a_share_that_leaves_a_class_without_a_label_or_asks_for_more_than_it_ha
 # ---- lists
 
 
-def test_a_list_names_images_with_or_without_their_class_and_keeps_the_order_of_the_data(listing):
+def test_a_list_may_omit_the_class_and_keeps_the_order_of_the_data(listing):
     found = split_of(3, 3).listed(listing("1/1_4.png", "", "  0_2.png ", "0/0_0.png"))
     assert [Path(path).name for path in found.paths] == ["0_0.png", "0_2.png", "1_4.png"] and found.labels.tolist() == [0, 0, 1]
 
@@ -84,27 +84,27 @@ def test_a_list_names_images_with_or_without_their_class_and_keeps_the_order_of_
         (["0_1.png", "0/0_1.png"], "lists /data/train/0/0_1.png twice: delete"),
     ],
 )
-def test_a_list_that_does_not_fit_is_refused_with_what_is_wrong(lines, message, listing):
+def test_a_list_that_does_not_fit_is_refused_with_the_reason(lines, message, listing):
     with pytest.raises(DataError, match=message):
         split_of(3, 3).listed(listing(*lines))
 
 
-def test_a_name_that_two_classes_have_needs_its_class(listing):
+def test_a_file_name_in_two_classes_must_be_listed_with_its_class(listing):
     both = Split(torch.tensor([0, 1]), paths=["/d/cat/1.png", "/d/dog/1.png"])
     assert both.listed(listing("dog/1.png")).labels.tolist() == [1]
     with pytest.raises(DataError, match="lists '1.png', and 2 images have this name: write class/file name"):
         both.listed(listing("1.png"))
 
 
-def test_images_in_memory_have_no_names_to_list(listing):
+def test_a_list_is_refused_for_images_in_memory(listing):
     with pytest.raises(DataError, match="images in memory have no names: use data in files, or no list"):
         open_data("digits").train.listed(listing("0.png"))
 
 
-# ---- what tells one split from another
+# ---- digests and identity
 
 
-def test_a_digest_knows_labels_images_and_names_and_not_where_the_folder_is():
+def test_a_digest_depends_on_labels_images_and_names_and_not_on_the_location():
     labels, images = torch.tensor([0, 1]), torch.arange(32, dtype=torch.uint8).view(2, 1, 4, 4)
     memory = [Split(labels, images), Split(labels.flip(0), images), Split(labels, images.flip(0)), Split(labels, images.view(2, 1, 2, 8))]
     here, there, other = (
@@ -117,7 +117,7 @@ def test_a_digest_knows_labels_images_and_names_and_not_where_the_folder_is():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two classes of three files to train and one to validate; what opens a data set does not look into them."""
+    """Two classes with three training files and one validation file each; opening a data set does not decode them."""
     for part, count in (("train", 3), ("val", 1)):
         for name in ("ant", "bee"):
             (tmp_path / "one" / part / name).mkdir(parents=True)
@@ -126,7 +126,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "one"
 
 
-def test_the_identity_of_data_counts_and_names_each_split_and_does_not_depend_on_the_place_or_the_times_of_files(folder, tmp_path):
+def test_the_identity_of_data_does_not_depend_on_location_or_file_times(folder, tmp_path):
     found = open_data(str(folder)).identity
     assert {name: line.rsplit(", ", 1)[0] for name, line in found.items()} == {"train": "6 images, 2 classes", "val": "2 images, 2 classes"}
     assert all(len(line.rsplit(", ", 1)[1]) == 16 for line in found.values())
@@ -172,7 +172,7 @@ def other_classes(folder: Path) -> None:
         (other_classes, {"CONTENT_FILES": 5}, True),
     ],
 )
-def test_a_change_of_the_training_images_changes_their_identity_as_the_docs_say(change, limits, noticed, folder, monkeypatch):
+def test_a_change_of_the_training_images_changes_their_identity_as_documented(change, limits, noticed, folder, monkeypatch):
     for name, value in limits.items():
         monkeypatch.setattr(f"common.data.paths.{name}", value)
     before = open_data(str(folder)).identity
@@ -182,17 +182,17 @@ def test_a_change_of_the_training_images_changes_their_identity_as_the_docs_say(
     assert (before["val"] != after["val"]) == (change is other_classes)
 
 
-def test_a_subset_has_a_digest_of_its_own_that_follows_from_its_origin(folder):
+def test_a_subset_has_its_own_digest_that_depends_on_the_whole_split(folder):
     whole = open_data(str(folder)).train
     parts = [whole, whole.subset([0, 1]), whole.subset([1, 0]), whole.subset([0, 2]), replace(whole, labels=whole.labels.flip(0))]
     assert len({part.digest() for part in parts}) == 5
     assert whole.subset([4, 0, 1]).subset([1, 2]).digest() == parts[1].digest()
     before = parts[1].digest()
-    replaced(folder)  # an image that is not among them; who draws from another set draws from another set
+    replaced(folder)  # not in the subset, but the digest also depends on the whole split
     assert open_data(str(folder)).train.subset([0, 1]).digest() != before
 
 
-def test_class_names_and_pixels_belong_to_a_digest():
+def test_a_digest_includes_class_names_and_pixels():
     digits = open_data("digits")
     assert open_data("digits").identity == digits.identity
     renamed = replace(digits.train, class_names=tuple("abcdefghij"))
@@ -201,7 +201,7 @@ def test_class_names_and_pixels_belong_to_a_digest():
     assert len({split.digest() for split in (digits.train, renamed, replace(digits.train, images=changed), digits.val)}) == 4
 
 
-def test_the_digest_of_imagenets_paths_takes_less_than_two_seconds_and_a_hundred_megabytes():
+def test_the_digest_of_imagenets_paths_takes_under_two_seconds_and_100_megabytes():
     split = split_of(*[1281] * 1000)
     tracemalloc.start()
     before = time.perf_counter()
@@ -216,7 +216,7 @@ def test_the_digest_of_imagenets_paths_takes_less_than_two_seconds_and_a_hundred
 # ---- paths in one array
 
 
-def test_paths_in_one_array_are_a_sequence_like_a_list():
+def test_paths_in_one_array_behave_like_a_list():
     names = [f"/data/train/{'ab'[i % 2]}/{i}.png" for i in range(70_000)]  # more than are encoded at once
     paths = Paths(names)
     assert len(paths) == 70_000 and paths.root == "/data/train/" and paths == names and [*paths] == names
@@ -235,12 +235,12 @@ def test_paths_in_one_array_are_a_sequence_like_a_list():
 
 
 @pytest.mark.parametrize("names", [[], ["a.png"], ["", "a"], ["/a", "/b"], ["a/b/c.png"], ["a/x y\n.png", "b/\u2028\x85"]])
-def test_few_or_odd_paths_are_kept_as_they_are(names):
+def test_few_or_unusual_paths_are_kept_unchanged(names):
     assert Paths(names) == names and [*Paths(names)] == names
     assert len(Paths(names)) == len(names) and Paths(names).digest() == Paths(names)[:].digest()
 
 
-def test_names_that_are_not_utf8_survive(tmp_path):
+def test_file_names_that_are_not_utf8_are_kept(tmp_path):
     odd = [os.fsdecode(name) for name in (b"\xff\xfe.png", "grün.png".encode(), "grün.png".encode("latin-1"))]
     (tmp_path / "train" / "a").mkdir(parents=True)
     for name in odd:
@@ -252,7 +252,7 @@ def test_names_that_are_not_utf8_survive(tmp_path):
     assert found.listed(tmp_path / "list.txt").paths == [str(tmp_path / "train" / "a" / odd[0])]
 
 
-def test_a_path_that_no_file_can_have_is_refused():
+def test_a_path_with_a_zero_byte_is_refused():
     with pytest.raises(DataError, match="is not a path: it contains a zero byte"):
         Split(torch.zeros(2), paths=["/d/a", "/d/b\0c"])
 
@@ -267,7 +267,7 @@ def loader(split: Split, **options) -> Loader:
     return Loader(split, data=data, image_size=(96, 96), **settings, **options)
 
 
-def test_resize_says_how_much_of_a_photo_is_seen_and_interpolation_how(tmp_path):
+def test_resize_and_interpolation_determine_the_view_of_a_photo(tmp_path):
     g = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (200, 300, 3), generator=g, dtype=torch.uint8).numpy()
     Image.fromarray(noise).save(tmp_path / "a.png")
@@ -284,7 +284,7 @@ def test_resize_says_how_much_of_a_photo_is_seen_and_interpolation_how(tmp_path)
     assert len({value.sum().item() for value in seen.values()}) == 5
 
 
-def test_the_default_view_is_the_usual_256_for_224_and_all_of_small_or_equal_images():
+def test_the_default_view_is_256_for_224_and_whole_for_small_or_equal_images():
     data = open_data("digits")
     assert view_size(data, (224, 224)) == (224, 224) and view_size(data, (224, 224), 256) == (256, 256)
     data.image_size = None

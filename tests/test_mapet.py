@@ -1,4 +1,4 @@
-"""Claims about MaPeT's method: who sees whom, what is predicted, and what is drawn. Parity is in test_mapet_matches_the_release.py."""
+"""Tests of MaPeT's method: attention window, predictions, random permutations. Parity is in test_mapet_matches_the_release.py."""
 
 import pytest
 import timm
@@ -15,7 +15,7 @@ from common.vit import ViT
 from mapet.method import MaPeT, visibility
 from mapet.recipe import build, digits, imagenet_vitb16
 
-PAIRS = [(197, 50), (17, 5), (17, 1), (50, 49), (37, 12)]  # tokens and context of the sheet
+PAIRS = [(197, 50), (17, 5), (17, 1), (50, 49), (37, 12)]  # number of tokens, number of context tokens
 
 
 def mapet(depth: int = 3, drop_path: float = 0.0, **options) -> MaPeT:
@@ -33,33 +33,33 @@ def inputs(images: int = 2, cells: int = 16, vocabulary: int = 20) -> tuple[Tens
 
 
 def seen(window: Window) -> Tensor:
-    """The window as a matrix of who sees whom, rows looking."""
+    """Return the window as a matrix: entry (i, j) is True if query i attends to key j."""
     return window_mask(torch.empty(1, 1, window.time.shape[1], 1), *window)[0, 0]
 
 
 def dense(order: list[int], context: int) -> Tensor:
-    """Who sees whom in the words of the paper, by patches: rows are all content tokens, their placeholders, the query tokens; columns the
-    content tokens and the placeholders. `order` lists all tokens, the first `context` of them seen, ours in the order of ranks."""
+    """Attention mask from the rule in the paper. Rows: all content tokens, the placeholders, the query tokens. Columns: the content
+    tokens and the placeholders. `order` lists all tokens; the first `context` are context. Our code numbers tokens by rank."""
     first, targets = order[:context], order[context:]
     columns = [("content", token) for token in order] + [("placeholder", token) for token in targets]
     rows = []
     rows += [{("content", c) for c in first} | {("placeholder", t) for t in targets} for _ in first]
-    for place in range(len(targets)):  # itself, what came before it, where the later ones are
+    for place in range(len(targets)):  # sees itself, the tokens before it, and the positions of the later ones
         rows.append({("content", c) for c in [*first, *targets[: place + 1]]} | {("placeholder", t) for t in targets[place + 1 :]})
     rows += [{("content", c) for c in first} | {("placeholder", t) for t in targets} for _ in targets]
-    for place in range(len(targets)):  # not itself, but where it is
+    for place in range(len(targets)):  # does not see itself, but its position
         rows.append({("content", c) for c in [*first, *targets[:place]]} | {("placeholder", t) for t in targets[place:]})
     return torch.tensor([[column in row for column in columns] for row in rows])
 
 
-# ---- who sees whom
+# ---- attention window
 
 
 @pytest.mark.parametrize(("tokens", "context"), PAIRS)
-def test_the_window_is_the_papers_rule(tokens, context):
+def test_the_attention_window_follows_the_rule_of_the_paper(tokens, context):
     order = [0, *(1 + torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(0))).tolist()]
     whole, ours = dense(order, context), seen(visibility(tokens, context, tokens - 1))
-    # Nobody that counts sees the content of the last target, so it is left out.
+    # No token that affects the loss sees the content of the last target, so our code leaves it out.
     rows = [row for row in range(len(whole)) if row != tokens - 1]
     columns = [column for column in range(whole.shape[1]) if column != tokens - 1]
     assert torch.equal(ours, whole[rows][:, columns])
@@ -79,7 +79,7 @@ def test_each_token_sees_every_position_once(tokens, context):
 
 
 def test_the_papers_worked_example():
-    """Nine tokens without class token in the order 1 8 4 2 7 6 | 3 5 9: the query rows, by token, then the placeholders of 3, 5, 9."""
+    """Nine tokens without class token in the order 1 8 4 2 7 6 | 3 5 9: query rows by token, then the placeholders of 3, 5, 9."""
     order, targets = [1, 8, 4, 2, 7, 6, 3, 5, 9], [3, 5, 9]
     visible = seen(visibility(9, 6, 8))
     column = {("content", token): index for index, token in enumerate(order[:-1])}
@@ -98,23 +98,23 @@ def test_the_papers_worked_example():
     assert {row(8 + index) for index in range(3)} == {"110101110|111"}
 
 
-def test_a_quarter_is_seen_and_the_class_token_is_never_predicted():
+def test_a_quarter_of_the_patches_is_context_and_the_class_token_is_never_predicted():
     with torch.device("meta"):
         recipe = imagenet_vitb16()
         model = build(recipe, recipe.build_encoder(3), 1000)
         output = model(torch.empty(2, 3, 224, 224), torch.empty(2, 196, dtype=torch.int16))
     assert output.named["features"].shape == (2, 147, 768)
-    assert output.named["context"].shape == (2, 49)  # and the class token
+    assert output.named["context"].shape == (2, 49)  # plus the class token
     assert model.time.shape == (1, 196 + 147 + 147)
 
 
 def features_by_cell(model: MaPeT, images: Tensor, order: Tensor) -> Tensor:
     named = model(images, torch.zeros_like(order), order=order).named
-    told = torch.full((len(images), 16, 32), torch.nan)
-    return told.scatter(1, named["cells"][..., None].expand(-1, -1, 32), named["features"])
+    empty = torch.full((len(images), 16, 32), torch.nan)
+    return empty.scatter(1, named["cells"][..., None].expand(-1, -1, 32), named["features"])
 
 
-def test_a_prediction_depends_on_the_patches_before_it_and_on_no_other():
+def test_a_prediction_depends_only_on_the_patches_before_it():
     model, (images, _, order) = mapet().eval(), inputs(images=1)
     before = features_by_cell(model, images, order)
     for place, cell in enumerate(order[0].tolist()):
@@ -126,7 +126,7 @@ def test_a_prediction_depends_on_the_patches_before_it_and_on_no_other():
         assert {c for c in range(16) if moved[c]} == later
 
 
-def test_predictions_know_all_positions():
+def test_predictions_depend_on_all_positions():
     model, (images, _, order) = mapet().eval(), inputs(images=1)
     before, table = features_by_cell(model, images, order), model.encoder.pos_embed.detach().clone()
     for cell in range(16):
@@ -150,39 +150,39 @@ def test_the_loss_is_the_cross_entropy_of_each_patchs_own_token():
     assert output.metrics["token_top1"].item() == pytest.approx(100 * right)
 
 
-def test_a_large_vocabulary_in_pieces_has_the_loss_and_gradients_of_the_whole(monkeypatch):
+def test_computing_the_logits_in_chunks_changes_neither_loss_nor_gradients(monkeypatch):
     monkeypatch.setattr("common.heads.LOGITS", 60)  # three rows at a time
     model, (images, tokens, order) = mapet(), inputs()
     model(images, tokens, order=order).loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     named = model(images, tokens, order=order).named
-    told = tokens.gather(1, named["cells"]).flatten()
-    torch.nn.functional.cross_entropy(model.head(named["features"]).flatten(0, 1), told).backward()
+    target = tokens.gather(1, named["cells"]).flatten()
+    torch.nn.functional.cross_entropy(model.head(named["features"]).flatten(0, 1), target).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-5)
         assert parameter.grad.abs().max() > 0 or name == "encoder.cls_token", name
 
 
 @pytest.mark.parametrize(("limit", "count"), [(16, 12), (8, 4), (5, 1)])
-def test_a_target_limit_drops_the_late_targets_and_changes_nothing_else(limit, count):
+def test_a_target_limit_drops_the_last_targets_and_changes_nothing_else(limit, count):
     whole, part, (images, tokens, order) = mapet().eval(), mapet(target_limit=limit).eval(), inputs()
     part.load_state_dict(whole.state_dict())
-    told, fewer = (model(images, tokens, order=order).named for model in (whole, part))
-    assert fewer["features"].shape[1] == count
-    assert torch.equal(fewer["cells"], told["cells"][:, :count])
-    torch.testing.assert_close(fewer["features"], told["features"][:, :count], atol=1e-5, rtol=0)
+    full, limited = (model(images, tokens, order=order).named for model in (whole, part))
+    assert limited["features"].shape[1] == count
+    assert torch.equal(limited["cells"], full["cells"][:, :count])
+    torch.testing.assert_close(limited["features"], full["features"][:, :count], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("limit", "count"), [(147, 98), (99, 50), (None, 147)])
-def test_target_limits_count_as_the_official_ones(limit, count):
+def test_target_limits_give_the_official_number_of_targets(limit, count):
     assert visibility(197, 50, limit or 196).time.shape[1] == (limit or 196) + 147 + count
 
 
-# ---- what is drawn
+# ---- random permutations
 
 
-def test_orders_are_drawn_per_image_from_the_global_generator():
+def test_permutations_are_drawn_per_image_from_the_global_generator():
     model, (images, tokens, _) = mapet(), inputs(images=8)
 
     def cells(seed: int) -> Tensor:
@@ -193,13 +193,13 @@ def test_orders_are_drawn_per_image_from_the_global_generator():
     assert len(set(map(tuple, cells(0).tolist()))) == 8
 
 
-def test_each_cell_is_hidden_equally_often():
+def test_each_patch_is_a_target_equally_often():
     model, (images, tokens, _) = mapet(depth=1), inputs(images=2000)
     counts = torch.bincount(model(images, tokens).named["cells"].flatten(), minlength=16) / 2000
     assert ((counts - 12 / 16).abs() < 4 * (12 / 16 * 4 / 16 / 2000) ** 0.5).all()
 
 
-def test_both_streams_are_dropped_for_the_same_images():
+def test_drop_path_drops_both_streams_of_the_same_images():
     model, (images, tokens, order) = mapet(depth=2, drop_path=1.0).train(), inputs(images=64)
     inside = {}
 
@@ -217,7 +217,7 @@ def test_both_streams_are_dropped_for_the_same_images():
     assert torch.equal(content.any(1), query.any(1))
 
 
-def test_the_last_block_computes_the_query_stream_alone():
+def test_the_last_block_computes_only_the_query_stream():
     model, (images, tokens, order) = mapet(), inputs()
     shapes = {}
     last = model.encoder.blocks[-1]
@@ -229,7 +229,7 @@ def test_the_last_block_computes_the_query_stream_alone():
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_token_top1_of_a_constant_head_is_that_of_its_argmax_not_all(precision):
+def test_with_equal_logits_token_top1_counts_only_the_argmax(precision):
     head, token_M = TokenHead(32, 20), torch.arange(60) % 20
     nn.init.zeros_(head.weight)
     for bias, expected in ((torch.zeros(20), 5.0), (torch.tensor([0.0] * 18 + [1.0] * 2), 5.0), (torch.full((20,), torch.nan), 5.0)):
@@ -239,8 +239,8 @@ def test_token_top1_of_a_constant_head_is_that_of_its_argmax_not_all(precision):
 
 
 @pytest.mark.parametrize("logits", [1, 64, 2**22])
-def test_token_top1_counts_as_argmax_does_where_logits_are_equal(monkeypatch, logits):
-    monkeypatch.setattr(heads, "LOGITS", logits)  # of a piece
+def test_token_top1_equals_the_accuracy_of_argmax_when_logits_are_tied(monkeypatch, logits):
+    monkeypatch.setattr(heads, "LOGITS", logits)  # logits per chunk
     head, x_MD = TokenHead(8, 6), torch.randint(-1, 2, (400, 8)).float()
     token_M = torch.randint(6, (400,))
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_token_top1_counts_as_argmax_does_where_logits_are_equal(monkeypatch, lo
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_makes_the_block_masks_of_a_constant_window_once_for_all_blocks_and_steps(monkeypatch):
+def test_flex_attention_makes_each_block_mask_once_for_all_blocks_and_steps(monkeypatch):
     model, made, make = mapet(depth=4).eval(), [], attention.create_block_mask
     monkeypatch.setattr(
         attention, "create_block_mask", lambda *arguments, **options: (made.append(arguments[1:]), make(*arguments, **options))[1]
@@ -261,12 +261,12 @@ def test_flex_makes_the_block_masks_of_a_constant_window_once_for_all_blocks_and
     images, tokens, order = inputs()
     with torch.no_grad():
         found = [model(images, tokens, order=order).loss for _ in range(3)]
-        assert made == [(2, None, 40, 28), (2, None, 12, 28)]  # all blocks but the last, and the last, of which queries alone are wanted
+        assert made == [(2, None, 40, 28), (2, None, 12, 28)]  # all blocks but the last; the last computes only the queries
         monkeypatch.undo()
         torch.testing.assert_close(found, 3 * [model(images, tokens, order=order).loss])
 
 
-# ---- what is left in the end
+# ---- the exported encoder and the optimizer
 
 
 def test_the_content_stream_with_everything_visible_is_the_exported_encoder():
@@ -280,7 +280,7 @@ def test_the_content_stream_with_everything_visible_is_the_exported_encoder():
     assert torch.equal(encoder.norm(x_BTD), encoder(images))
 
 
-def test_placeholders_that_nobody_sees_leave_the_content_stream_as_it_is():
+def test_placeholders_hidden_from_all_tokens_do_not_change_the_content_stream():
     model, (images, _, _) = mapet().eval(), inputs()
     encoder = model.encoder
     class_B1D = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1)
@@ -292,7 +292,7 @@ def test_placeholders_that_nobody_sees_leave_the_content_stream_as_it_is():
     torch.testing.assert_close(encoder.norm(x_BTD)[:, :17], encoder(images), atol=2e-6, rtol=0)
 
 
-def test_the_export_goes_into_timm_with_every_key():
+def test_timm_loads_the_exported_encoder_with_every_key():
     encoder = build(recipe := digits(), recipe.build_encoder(1), 10).encoder
     shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 0}
     other = timm.create_model("vit_tiny_patch16_224", **shape, init_values=recipe.encoder.get("layer_scale"))
@@ -301,7 +301,7 @@ def test_the_export_goes_into_timm_with_every_key():
     torch.testing.assert_close(other.eval().forward_features(images), encoder.eval()(images), atol=1e-5, rtol=0)
 
 
-def test_positions_and_the_class_token_are_not_decayed_and_the_placeholder_is():
+def test_weight_decay_skips_positions_and_class_token_but_not_the_placeholder():
     model = mapet()
     groups = make_optimizer(model, TrainConfig(epochs=1, batch_size=1, base_lr=1e-3, weight_decay=0.05)).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
@@ -310,12 +310,12 @@ def test_positions_and_the_class_token_are_not_decayed_and_the_placeholder_is():
     assert not names & {"encoder.pos_embed", "encoder.cls_token", "head.bias"}
 
 
-def test_weights_start_as_the_official_ones():
+def test_weights_are_initialised_as_in_the_official_code():
     torch.manual_seed(0)
     encoder = ViT(image_size=64, patch_size=16, width=192, depth=2, heads=3, position="learned", layer_scale=0.1)
     model = MaPeT(encoder, context=5, vocabulary=512)
-    for name, deviation in {"blocks.0.attn.qkv.weight": 0.02, "pos_embed": 0.02, "patch_embed.proj.weight": (1 / 3 / 768) ** 0.5}.items():
-        assert encoder.get_parameter(name).std().item() == pytest.approx(deviation, rel=0.05)
+    for name, std in {"blocks.0.attn.qkv.weight": 0.02, "pos_embed": 0.02, "patch_embed.proj.weight": (1 / 3 / 768) ** 0.5}.items():
+        assert encoder.get_parameter(name).std().item() == pytest.approx(std, rel=0.05)
     assert encoder.patch_embed.proj.bias.abs().max() > 0 and not model.head.bias.any()
     assert encoder.cls_token.abs().max() < 1e-5
     assert model.placeholder.std().item() == pytest.approx(0.02, rel=0.2)
@@ -346,7 +346,7 @@ def test_options_reach_the_model():
         ({"initialise": "xavier"}, "initialise='xavier' is not known"),
     ],
 )
-def test_numbers_that_leave_nothing_to_see_or_to_predict_are_refused(options, message):
+def test_impossible_settings_are_refused_with_the_allowed_range(options, message):
     with pytest.raises(ValueError, match=message):
         mapet(**options)
 

@@ -1,6 +1,6 @@
-"""Claims about equality: what the official MaPeT code computes, computed here (figures under tests/golden/mapet.json).
+"""MaPeT computes the same values as the official code (values in tests/golden/mapet.json).
 
-They were printed by the official code at 6d276c9, on a CPU in float32.
+The official code at 6d276c9 printed them, on a CPU in float32.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def encoder(case: str) -> ViT:
 
 
 def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From timm's names to the official ones: queries apart from keys and values."""
+    """Convert timm's names to the official ones: separate weights for queries and for keys and values."""
     split = {}
     for name, tensor in state.items():
         if ".attn.qkv." in name:
@@ -63,12 +63,12 @@ def inputs(case: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_loss_are_the_official_ones(case):
+def test_logits_and_loss_equal_the_official_ones(case):
     golden, (images, tokens, order) = GOLDEN[case], inputs(case)
     assert order[0].tolist() == golden["order0"]
     model = mapet(case)
     output = model(images, tokens, order=order)
-    cells, by_row = output.named["cells"].sort(1)  # the official ones are in the order of rows
+    cells, by_row = output.named["cells"].sort(1)  # the official ones are in row-major order
     assert cells[0].tolist() == golden["predicted_raster0"]
     logits = model.head(output.named["features"]).gather(1, by_row[..., None].expand(-1, -1, golden["config"]["vocab"]))
     assert [len(logits), *logits.mT.shape[1:]] == golden["logits_shape_official"]
@@ -85,7 +85,7 @@ def test_tokens_in_another_order_than_the_predictions_give_another_loss(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_official_ones(case):
+def test_gradients_equal_the_official_ones(case):
     model, (images, tokens, order) = mapet(case), inputs(case)
     model(images, tokens, order=order).loss.backward()
     named = {name.removeprefix("encoder."): parameter.grad for name, parameter in model.named_parameters()}
@@ -98,7 +98,7 @@ def test_gradients_are_the_official_ones(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_fine_tuned_classifier_is_the_official_one(case):
+def test_the_logits_of_the_fine_tuned_classifier_equal_the_official_ones(case):
     model = Classifier(encoder(case), 10, Protocol(name="knn", kind="knn"))
     names = {name.removeprefix("encoder."): tensor for name, tensor in split_qkv(model.state_dict()).items()}
     state = fuse_qkv(parity.weights(names, untouched=(), fill=tuple(GOLDEN[case]["config"]["fill"])))
@@ -109,7 +109,7 @@ def test_the_fine_tuned_classifier_is_the_official_one(case):
     assert logits.abs().sum().item() == pytest.approx(GOLDEN[case]["finetuned_classifier"]["abs_sum"], rel=1e-5)
 
 
-def test_an_encoder_is_loaded_from_a_checkpoint_of_the_pre_training():
+def test_an_encoder_loads_from_a_pre_training_checkpoint():
     case = CASES[0]
     loaded = encoder(case)
     coverage = load_encoder(loaded, official_state(case))

@@ -1,4 +1,4 @@
-"""Claims about MaPeT's recipes: they have the official settings, and what they do otherwise stands in the README."""
+"""Tests of MaPeT's recipes: they have the official settings; the README lists the differences."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ IMAGENET = {"tiny": imagenet_vitt16, "small": imagenet_vits16, "base": imagenet_
 
 
 @pytest.mark.parametrize(("size", "millions"), [("tiny", 7_110_272), ("small", 24_829_184), ("base", 92_117_504)])
-def test_models_have_as_many_parameters_as_the_official_ones(size, millions):
+def test_models_have_the_official_number_of_parameters(size, millions):
     recipe = IMAGENET[size]()
     with torch.device("meta"):
         model = build(recipe, recipe.build_encoder(3), 1000)
@@ -37,7 +37,7 @@ def test_pre_training_is_the_official_configuration(size):
 @pytest.mark.parametrize(
     ("size", "epochs", "rate", "decay"), [("tiny", 300, 2.5e-4, None), ("small", 200, 5e-4, 0.65), ("base", 100, 5e-4, 0.65)]
 )
-def test_fine_tuning_is_the_official_configuration_but_for_the_rate_of_vit_s(size, epochs, rate, decay):
+def test_fine_tuning_is_the_official_configuration_except_the_lr_of_vit_s(size, epochs, rate, decay):
     (protocol,) = IMAGENET[size]().protocols
     stage = protocol.stage
     assert (stage.epochs, stage.cooldown_epochs, stage.warmup_epochs, stage.lr, stage.layer_decay) == (epochs, 10, 20, rate, decay)
@@ -49,7 +49,7 @@ def test_fine_tuning_is_the_official_configuration_but_for_the_rate_of_vit_s(siz
 
 
 @pytest.mark.parametrize(("epoch", "rate"), [(0, 1e-6), (1, 2.595e-5), (19, 4.7505e-4), (20, 4.5235e-4), (99, 1.123e-6), (105, 1e-6)])
-def test_fine_tuning_of_vit_b_has_the_official_rates(epoch, rate):
+def test_fine_tuning_of_vit_b_has_the_official_learning_rates(epoch, rate):
     stage = replace(imagenet_vitb16().protocols[0].stage, layer_decay=None)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=stage.lr)
     Schedule(optimizer, stage, steps_per_epoch=7).step_update(7 * epoch)
@@ -57,12 +57,12 @@ def test_fine_tuning_of_vit_b_has_the_official_rates(epoch, rate):
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "imagenette"])
-def test_our_own_recipes_leave_tokens_where_they_are(name):
+def test_our_own_recipes_use_no_augmentation_that_moves_the_tokens(name):
     seen = getattr(recipes, name)().pretrain.augmentation
     assert seen.crop == "none" and seen.flip == 0 and seen.randaugment is None
 
 
-def test_an_unknown_option_of_the_targets_is_refused_with_the_nearest(tmp_path):
+def test_an_unknown_targets_option_is_refused_with_the_nearest_name(tmp_path):
     recipe = replace(recipes.digits(), targets={"tokeniser": "kmeans"})
     with pytest.raises(RecipeError, match="tokenizer"):
         prepare(recipe, None, tmp_path, torch.device("cpu"), 0, make=True)

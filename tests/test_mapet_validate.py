@@ -1,6 +1,6 @@
-"""Claims about MaPeT's checkpoints of official names: what a classifier is taken for, that it answers as timm's does, and what is refused.
+"""Tests of MaPeT's checkpoints with official names: the inferred model, the same predictions as timm, and refused files.
 
-The names and shapes are those of the official code, executed; the released files could not be downloaded.
+The names and shapes come from running the official code; the released files could not be downloaded.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from common.vit import SIZES, vit
 from mapet.validate import build_classifier, load_classifier, main
 
 CLASSES = 7
-# Heights and widths whose long side, resized, ends below half a pixel: torchvision cuts the fraction off, common.data rounds it.
+# After resizing, the long side has a fraction below half a pixel: torchvision truncates it, common.data rounds it.
 SHAPES = [(200, 230), (230, 200), (200, 280), (280, 200), (250, 250)]
 
 
 def official_state(size: str = "tiny", pool: str = "mean", *, scaled=True, side=14, patch=16, classes=CLASSES, device="cpu"):
-    """The tensors of vit_standard_{size}: without `pool` those of mapet_{size}, which pre-training leaves."""
+    """The tensors of vit_standard_{size}; if `pool` is empty, those of mapet_{size}, the pre-training checkpoint."""
     (width, depth, _), g = SIZES[size], torch.Generator().manual_seed(0)
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side**2, width)}
     layers = {"patch_embed.proj": (width, 3, patch, patch)}
@@ -42,13 +42,13 @@ def official_state(size: str = "tiny", pool: str = "mean", *, scaled=True, side=
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     if device == "meta":
         return {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
-    # 0.02 is the official std; everything is drawn, so that nothing hides behind a zero
+    # 0.02 is the official std; all values are random, so that no zero hides an error
     state = {name: 0.02 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
     return {name: tensor + ("norm" in name and name.endswith("weight")) for name, tensor in state.items()}
 
 
 def saved(path: Path, state: dict[str, Tensor], prefix: str = "") -> Path:
-    """A file as timm's CheckpointSaver leaves it."""
+    """Write a file as timm's CheckpointSaver does."""
     state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     moments = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 5e-4, "params": [0]}]}
     options = argparse.Namespace(model="vit_standard_tiny_patch16_224", lr=5e-4, opt_betas=None, aa="rand-m9-mstd0.5", mean=[0.5])
@@ -58,8 +58,8 @@ def saved(path: Path, state: dict[str, Tensor], prefix: str = "") -> Path:
     return path
 
 
-def timms(state: dict[str, Tensor], pool: str, side: int, patch: int) -> nn.Module:
-    """timm's network with the tensors, by the sheet's converter."""
+def timm_model(state: dict[str, Tensor], pool: str, side: int, patch: int) -> nn.Module:
+    """timm's model with these tensors, converted independently of our code."""
     fused = {name: tensor for name, tensor in state.items() if ".attn.q." not in name and ".attn.kv." not in name}
     for number in range(12):
         for kind in ("weight", "bias"):
@@ -72,8 +72,8 @@ def timms(state: dict[str, Tensor], pool: str, side: int, patch: int) -> nn.Modu
     return model.eval()
 
 
-def paint(path: Path, number: int) -> Path:
-    """A picture of a few large blots, another for each number."""
+def save_image(path: Path, number: int) -> Path:
+    """Save an image of a few large color areas, different for each number."""
     blots = torch.randint(256, (4, 5, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
     height, width = SHAPES[number % len(SHAPES)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,21 +92,21 @@ def as_timm_sees(paths: list[Path | str], size: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory) -> Path:
-    """A checkpoint of a small network, for what is refused."""
+    """A checkpoint of a small network, for the tests of refused input."""
     return saved(tmp_path_factory.mktemp("released") / "vit_standard_tiny.tar", official_state(side=2, patch=4))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two images of each class, and nothing to train on."""
+    """Two validation images of each class, no training images."""
     root = tmp_path_factory.mktemp("images")
     for number in range(2 * CLASSES):
-        paint(root / "val" / f"class{number % CLASSES}" / f"{number}.png", number)
+        save_image(root / "val" / f"class{number % CLASSES}" / f"{number}.png", number)
     return root
 
 
 def run(capsys, folder: Path, checkpoint: Path, *more: object) -> tuple[int, str]:
-    """The exit code and what is printed."""
+    """Return the exit code and the printed text."""
     common = ("--checkpoint", checkpoint, "--workers", 0, "--device", "cpu")
     code = main([str(word) for word in (folder, *common, *more)])
     return code, capsys.readouterr().out
@@ -119,11 +119,11 @@ def refused(capsys, folder: Path, checkpoint: Path, *more: object) -> str:
     return error
 
 
-# ---- what a classifier is taken for
+# ---- the model inferred from a classifier
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("tiny", 5_722_024), ("small", 22_059_880), ("base", 86_586_088)])
-def test_a_classifier_of_200_tensors_is_taken_for_the_network_that_has_its_parameters(size, parameters):
+def test_a_classifier_of_200_tensors_gives_a_model_with_as_many_parameters(size, parameters):
     with torch.device("meta"):
         state = official_state(size, classes=1000, device="meta")
         model = build_classifier(state)
@@ -135,7 +135,7 @@ def test_a_classifier_of_200_tensors_is_taken_for_the_network_that_has_its_param
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_pooling_layer_scale_and_sizes_are_told_by_the_tensors(pool, scaled, tmp_path):
+def test_pooling_layer_scale_and_sizes_are_inferred_from_the_tensors(pool, scaled, tmp_path):
     state = official_state(pool=pool, scaled=scaled, side=3, patch=8, classes=5)
     model, coverage, held = load_classifier(saved(tmp_path / "some.tar", state))
     assert (model.pool, model.head.out_features, model.encoder.image_size, model.encoder.patch_size) == (pool, 5, (24, 24), 8)
@@ -143,27 +143,27 @@ def test_pooling_layer_scale_and_sizes_are_told_by_the_tensors(pool, scaled, tmp
     assert held == len(state) and len(coverage.loaded) == held - 24 and coverage.missing == coverage.unexpected == coverage.reshaped == ()
 
 
-# ---- what it answers
+# ---- predictions
 
 
 @pytest.mark.parametrize(
     ("pool", "scaled", "side", "patch", "prefix", "part"), [("mean", True, 14, 16, "", "val"), ("class", False, 4, 8, "module.", ".")]
 )
-def test_the_printed_accuracies_are_timms_on_the_same_images(pool, scaled, side, patch, prefix, part, tmp_path, capsys, monkeypatch):
+def test_the_printed_accuracies_equal_timms_on_the_same_images(pool, scaled, side, patch, prefix, part, tmp_path, capsys, monkeypatch):
     state = official_state(pool=pool, scaled=scaled, side=side, patch=patch)
-    checkpoint, theirs = saved(tmp_path / "vit_standard_tiny_KCLIP.tar", state, prefix), timms(state, pool, side, patch)
+    checkpoint, theirs = saved(tmp_path / "vit_standard_tiny_KCLIP.tar", state, prefix), timm_model(state, pool, side, patch)
     with torch.inference_mode():
-        drawn = [paint(tmp_path / "drawn" / f"{number}.png", number) for number in range(20)]
+        drawn = [save_image(tmp_path / "drawn" / f"{number}.png", number) for number in range(20)]
         logits_BK = theirs(as_timm_sees(drawn, side * patch))
-    # Each is put into the folder of its best, second best, sixth best or worst class, and into every folder that is empty yet goes one.
+    # Each goes into the folder of its best, second best, sixth best or worst class; empty folders get image 0.
     ranked_BK = logits_BK.argsort(descending=True)
     labels = [ranked_BK[number, (0, 0, 1, 5, 6)[number % 5]].item() for number in range(20)]
     chosen = [*enumerate(labels), *((0, label) for label in range(CLASSES) if label not in labels)]
     for number, label in chosen:
-        paint(tmp_path / "images" / part / f"class{label}" / f"{number}.png", number)
+        save_image(tmp_path / "images" / part / f"class{label}" / f"{number}.png", number)
     right = torch.tensor([(ranked_BK[number] == label).nonzero().item() for number, label in chosen])
     top1, top5 = (100 * (right < k).double().mean().item() for k in (1, 5))
-    assert 25 < top1 < 50 < top5 < 75  # no chance: 14 and 71
+    assert 25 < top1 < 50 < top5 < 75  # not at chance level: 14 and 71
 
     shown = []
     monkeypatch.setattr("common.evaluate.protocols.accuracy", lambda *given: shown.append(given) or accuracy(*given))
@@ -184,7 +184,7 @@ def test_the_printed_accuracies_are_timms_on_the_same_images(pool, scaled, side,
         torch.testing.assert_close(model(images_BCHW).named["logits"], theirs(expected_BCHW), atol=1e-6, rtol=0)
 
 
-def test_how_far_it_is_is_said_in_a_long_run_only(folder, released, capsys, monkeypatch):
+def test_only_a_long_run_prints_its_progress(folder, released, capsys, monkeypatch):
     assert len(run(capsys, folder, released, "--batch-size", 4)[1].splitlines()) == 2
     monkeypatch.setattr(mapet.validate, "PROGRESS_SECONDS", -1.0)
     lines = run(capsys, folder, released, "--batch-size", 4)[1].splitlines()[1:-1]
@@ -192,25 +192,25 @@ def test_how_far_it_is_is_said_in_a_long_run_only(folder, released, capsys, monk
     assert all(re.search(r", \d+\.\d images/s, \d+ s left$", line) for line in lines)
 
 
-def test_an_unreadable_image_stops_it_unless_it_may_be_skipped(released, tmp_path, capsys):
+def test_an_unreadable_image_stops_validation_unless_skip_corrupt_is_set(released, tmp_path, capsys):
     for number in range(CLASSES):
-        paint(tmp_path / f"class{number}" / "a.png", number)
+        save_image(tmp_path / f"class{number}" / "a.png", number)
     (tmp_path / "class3" / "b.png").write_text("<html>")
     assert "b.png cannot be read as an image" in refused(capsys, tmp_path, released)
     assert "8 images" in run(capsys, tmp_path, released, "--skip-corrupt")[1]
 
 
-# ---- what is refused
+# ---- refused input
 
 
-def test_a_file_that_is_absent_or_cut_short_is_refused_by_path(folder, released, tmp_path, capsys):
+def test_a_missing_or_truncated_file_is_refused_with_its_path(folder, released, tmp_path, capsys):
     assert f"there is no checkpoint at {tmp_path / 'gone.tar'}" in refused(capsys, folder, tmp_path / "gone.tar")
     cut = tmp_path / "cut.tar"
     cut.write_bytes(released.read_bytes()[:100_000])
     assert f"{cut} cannot be read as a checkpoint (truncated" in refused(capsys, folder, cut)
 
 
-def test_a_pre_training_checkpoint_is_refused_as_one(folder, tmp_path, capsys):
+def test_a_pre_training_checkpoint_is_refused(folder, tmp_path, capsys):
     path = saved(tmp_path / "mapet_tiny.tar", official_state(pool="", side=2, patch=4))
     assert f"{path}: this is a pre-training checkpoint" in refused(capsys, folder, path)
 
@@ -227,7 +227,7 @@ NORM = {"norm.weight": torch.ones(192), "norm.bias": torch.zeros(192)}
     [
         (lambda state: without(state, "head.weight", "pos_embed"), "as it lacks pos_embed, head.weight; use one of the released"),
         (lambda state: state | {"pos_embed": state["pos_embed"][0]}, "as it lacks pos_embed;"),
-        (lambda state: timms(state, "mean", 2, 4).state_dict(), "as it lacks blocks.0.attn.q.weight;"),
+        (lambda state: timm_model(state, "mean", 2, 4).state_dict(), "as it lacks blocks.0.attn.q.weight;"),
         (lambda state: state | NORM, "as it has both of fc_norm and norm;"),
         (lambda state: without(state, "fc_norm.weight"), "as it has neither of fc_norm and norm;"),
         (lambda state: state | {"patch_embed.proj.weight": torch.zeros(192, 1, 4, 4)}, "has width 192, 1 channels and 4 patches;"),
@@ -239,7 +239,7 @@ NORM = {"norm.weight": torch.ones(192), "norm.bias": torch.zeros(192)}
         (lambda state: state | {"head.bias": torch.zeros(8)}, "other shapes: head.bias"),
     ],
 )
-def test_tensors_of_another_network_are_refused_with_what_is_wrong(change, message, folder, tmp_path, capsys):
+def test_tensors_of_another_network_are_refused_with_the_reason(change, message, folder, tmp_path, capsys):
     path = saved(tmp_path / "odd.tar", change(official_state(side=2, patch=4)))
     said = refused(capsys, folder, path)
     assert said.startswith(f"{path}: ") and message in said
@@ -251,16 +251,16 @@ def test_another_width_is_refused_with_the_known_ones(folder, tmp_path, capsys):
     assert expected in refused(capsys, folder, path)
 
 
-def test_folders_that_are_not_the_classes_are_refused_with_both_numbers(released, tmp_path, capsys):
+def test_a_wrong_number_of_class_folders_is_refused_with_both_numbers(released, tmp_path, capsys):
     for number in range(3):
-        paint(tmp_path / "val" / f"class{number}" / "a.png", number)
+        save_image(tmp_path / "val" / f"class{number}" / "a.png", number)
     expected = f"{tmp_path / 'val'} has 3 class folders, the first is class0, and the classifier has 7 classes"
     assert expected in refused(capsys, tmp_path, released)
     assert "val/class0 has no class folders" in refused(capsys, tmp_path / "val" / "class0", released)
     assert f"{tmp_path / 'gone'} is not a folder" in refused(capsys, tmp_path / "gone", released)
 
 
-def test_a_device_that_is_absent_and_a_batch_of_nothing_are_refused(folder, released, capsys, monkeypatch):
+def test_a_missing_device_and_an_empty_batch_are_refused(folder, released, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds no CUDA GPU" in refused(capsys, folder, released, "--device", "cuda")
     assert "batch_size=0: it must be at least 1" in refused(capsys, folder, released, "--batch-size", 0)
@@ -273,8 +273,8 @@ def test_a_device_that_is_absent_and_a_batch_of_nothing_are_refused(folder, rele
     ("pool", "fresh"),
     [("mean", {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}), ("class", {"head.weight", "head.bias"})],
 )
-def test_fine_tuning_starts_from_all_of_pre_training_but_the_head(pool, fresh, tmp_path):
-    """196 of the 200 official tensors with mean pooling, whose norm is fresh, and 198 with class pooling, as in the official code."""
+def test_fine_tuning_loads_all_pre_trained_tensors_except_the_head(pool, fresh, tmp_path):
+    """As in the official code: 196 of the 200 tensors with mean pooling (its norm is new), 198 with class pooling."""
     state = official_state(pool="", side=2, patch=4)
     encoder = vit("tiny", image_size=8, patch_size=4, position="learned", layer_scale=0.1)
     coverage = load_encoder(encoder, read_checkpoint(saved(tmp_path / "mapet_tiny.tar", state)))

@@ -1,4 +1,4 @@
-"""Claims about what a token may see: counts, orders and ranks."""
+"""Tests of masking: number of kept tokens, random permutations and their ranks."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def test_kept_counts_of_196_are_the_official_ones(ratio, kept):
 
 @QUICK
 @given(st.integers(1, 400), st.floats(0, 1))
-def test_the_kept_count_is_pythons_int_of_the_share_that_remains(tokens, ratio):
+def test_the_number_of_kept_tokens_is_the_kept_fraction_rounded_down(tokens, ratio):
     expected = int(tokens * (1 - ratio))
     if expected:
         assert kept_tokens(tokens, ratio, "mask_ratio") == expected
@@ -32,7 +32,7 @@ def test_the_kept_count_is_pythons_int_of_the_share_that_remains(tokens, ratio):
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.01, math.nan, math.inf])
-def test_a_ratio_that_is_no_share_is_refused_by_name(ratio):
+def test_a_ratio_outside_0_to_1_is_refused_by_name(ratio):
     with pytest.raises(ValueError, match=f"context_ratio={ratio}.*between 0 and 1"):
         kept_tokens(196, ratio, "context_ratio")
 
@@ -44,7 +44,7 @@ def test_a_ratio_that_leaves_nothing_is_refused_by_name(tokens, ratio):
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 10, 16, 49, 64, 196, 256])
-def test_ratios_below_the_one_that_the_refusal_names_do_keep_one(tokens):
+def test_a_ratio_just_below_the_limit_in_the_error_message_keeps_one_token(tokens):
     with pytest.raises(ValueError) as refusal:
         kept_tokens(tokens, 1.0, "mask_ratio")
     named = float(re.search(r"use a ratio below (\S+)$", str(refusal.value)).group(1))
@@ -53,14 +53,14 @@ def test_ratios_below_the_one_that_the_refusal_names_do_keep_one(tokens):
 
 @QUICK
 @given(ORDERS)
-def test_ranks_undo_an_order(order_BN: Tensor):
+def test_ranks_are_the_inverse_permutation(order_BN: Tensor):
     rank_BN = permutation_ranks(order_BN)
     place_BN = torch.arange(order_BN.shape[1]).expand_as(order_BN)
     assert torch.equal(rank_BN.gather(1, order_BN), place_BN) and torch.equal(order_BN.gather(1, rank_BN), place_BN)
     assert torch.equal(permutation_ranks(rank_BN), order_BN)
 
 
-def test_an_order_puts_the_lowest_noise_first_in_each_image():
+def test_a_random_order_sorts_the_noise_of_each_image_in_ascending_order():
     noise_BN = torch.rand(5, 196, generator=torch.Generator().manual_seed(0))
     order_BN = random_order(noise_BN)
     assert torch.equal(noise_BN.gather(1, order_BN), noise_BN.sort(1).values)

@@ -1,4 +1,4 @@
-"""What is measured beside a loss: ties, features that are not finite, and masks that are made once."""
+"""Tests of accuracy with ties, non-finite features, feature metrics, and reuse of block masks."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from stop.method import StoP
 from tests.tiny import STAGE, train
 
 
-def test_a_head_that_answers_the_same_to_everything_is_not_right_everywhere():
-    """Equal logits: the first class counts as the answer, as argmax has it, and not every class."""
+def test_equal_logits_count_only_the_first_class_as_the_prediction():
+    """With equal logits, the first class is the prediction, as in argmax."""
     head = TokenHead(8, 5)
     torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     _, right = head.loss(torch.randn(50, 8), torch.arange(50) % 5)
@@ -30,7 +30,7 @@ def stop_method() -> StoP:
     return StoP(encoder, **sizes)
 
 
-def test_features_that_are_not_finite_reach_the_finite_check(tmp_path):
+def test_non_finite_features_stop_the_training(tmp_path):
     class Spoiled(StoP):
         def at_step(self, step: int, total_steps: int) -> None:
             super().at_step(step, total_steps)
@@ -43,7 +43,7 @@ def test_features_that_are_not_finite_reach_the_finite_check(tmp_path):
         train(tmp_path, method, STAGE)
 
 
-def test_the_spread_of_features_is_measured_in_logged_steps_only(tmp_path, monkeypatch):
+def test_feature_std_and_rankme_are_computed_in_logged_steps_only(tmp_path, monkeypatch):
     def count(name: str, measure):
         def counted(feature_BND):
             calls.append(name)
@@ -58,7 +58,7 @@ def test_the_spread_of_features_is_measured_in_logged_steps_only(tmp_path, monke
     assert all("rankme" in line for line in run.metrics.read_text().splitlines())
 
 
-def test_the_block_mask_of_a_window_is_made_once_for_all_blocks_and_steps(monkeypatch):
+def test_the_block_mask_of_a_window_is_created_once_for_all_blocks_and_steps(monkeypatch):
     made, make = [], attention.create_block_mask
     monkeypatch.setattr(attention, "create_block_mask", lambda *given, **options: made.append(1) or make(*given, **options))
     time, begin, end = torch.arange(24)[None], torch.arange(24)[None], torch.full((1, 24), 99)

@@ -1,7 +1,7 @@
-"""MP3 gives the figures of tests/golden/mp3.json, and does what its claims say.
+"""Tests of MP3: equality with tests/golden/mp3.json, and the properties of the method.
 
-No official code exists. The figures are those of the unofficial fork's attention with one context for all layers, the class
-token always a key, and the cross-entropy done correctly; the fork's own loss is told apart from it below.
+No official code exists. The golden values come from the attention of an unofficial fork, with one context for all layers, the
+class token always a key, and a correct cross-entropy. A test below shows that the fork's own loss differs.
 
 Shapes: B images, N cells, M context patches, T tokens (class token first), D width.
 """
@@ -43,22 +43,22 @@ def draw(seed: int = 0) -> dict[str, Tensor]:
 
 
 def raster(x_BND: Tensor, cell_BN: Tensor) -> Tensor:
-    """What the model says of each token, in the order of the cells."""
+    """Return the output for each token in row-major order of the patches."""
     return gather_tokens(x_BND, permutation_ranks(cell_BN))
 
 
 def context_of(noise_BN: Tensor, size: int = M) -> Tensor:
-    """Whether each cell is context, (B, N), found without sorting: it is where fewer than `size` others have lower noise."""
+    """Whether each patch is context, (B, N), without sorting: fewer than `size` others have lower noise."""
     return (noise_BN[:, None, :] < noise_BN[:, :, None]).sum(-1) < size
 
 
 def cross_entropy(logit_BNN: Tensor) -> Tensor:
-    """Of logits in the order of the cells, with each token's own cell."""
+    """Cross-entropy of logits in row-major order; the target of each token is its own position."""
     return F.cross_entropy(logit_BNN.flatten(0, 1), torch.arange(logit_BNN.shape[1]).repeat(len(logit_BNN)))
 
 
-class Says(nn.Module):
-    """In the head's place: the given logits (B, N, N), whatever it is shown, which it remembers."""
+class FixedLogits(nn.Module):
+    """Replaces the head: returns the given logits (B, N, N) for any input, and stores the input."""
 
     def __init__(self, logit_BNN: Tensor):
         super().__init__()
@@ -70,18 +70,18 @@ class Says(nn.Module):
 
 
 def additive(q: Tensor, k: Tensor, v: Tensor, key_BT: Tensor) -> Tensor:
-    """Softmax attention with minus infinity added to the columns of tokens that are no keys."""
+    """Softmax attention with minus infinity added to the columns of tokens that are not keys."""
     hidden_B11T = torch.zeros(key_BT.shape).masked_fill(~key_BT, -math.inf)[:, None, None]
     return (q @ k.mT / math.sqrt(q.shape[-1]) + hidden_B11T).softmax(-1) @ v
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, key_BT: Tensor) -> Tensor:
-    """The same as a visibility window: what is no key is hidden from the beginning."""
+    """The same with an attention window: tokens that are not keys are never visible."""
     return attend(q, k, v, visible_until=torch.where(key_BT, key_BT.shape[1], 0))
 
 
 def by_masking(model: MP3, images: Tensor, context_BN: Tensor, attention=additive, class_is_key: bool = True) -> Tensor:
-    """Logits (B, N, N) in the order of the cells; every token's key and value is computed, and hidden outside the context."""
+    """Logits (B, N, N) in row-major order; computes keys and values of all tokens, and masks those outside the context."""
     encoder, heads = model.encoder, model.encoder.blocks[0].attn.heads
     x, key_BT = encoder.embed(images), context_BN
     if encoder.prefix_tokens:
@@ -94,11 +94,11 @@ def by_masking(model: MP3, images: Tensor, context_BN: Tensor, attention=additiv
     return model.head(encoder.norm(x)[:, encoder.prefix_tokens :])
 
 
-# ---- the golden figures
+# ---- the golden values
 
 GOLDEN = parity.golden("mp3")
 CONFIG = GOLDEN.pop("config")
-# The sheet's, not in the file: the class token no key; the fork's own loss; the loss of logits with exchanged axes.
+# Not in the golden file: values without the class token as a key; the fork's own loss.
 WITHOUT_CLASS_TOKEN = {"eta0.0": (2.7987297, 205.562702), "eta0.5": (2.8002310, 200.904728), "eta0.75": (2.8075278, 200.386709)}
 FORK_LOSS = {"eta0.0": 2.7710207, "eta0.5": 2.7710936, "eta0.75": 2.7714407}
 
@@ -108,7 +108,7 @@ def build_golden(name: str) -> MP3:
     encoder = ViT(**shape, depth=CONFIG["depth"], heads=CONFIG["heads"], position="none")
     model = MP3(encoder, eta=float(name.removeprefix("eta")))
     official = rename(model.state_dict(), {ours: official for official, ours in OFFICIAL_NAMES.items()})
-    # The fork keeps a position embedding that it never uses, and counts it among the sorted keys.
+    # The fork has a position embedding that it never uses; it is one of the sorted names.
     official["pos_embed"] = torch.zeros(1, T, CONFIG["dim"])
     load_method(model, parity.weights(official, untouched=()), OFFICIAL_NAMES, UNUSED_NAMES)
     return model.eval()
@@ -122,7 +122,7 @@ def golden_inputs() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_loss_accuracy_and_logits_equal_the_figures(name):
+def test_loss_accuracy_and_logits_equal_the_golden_values(name):
     case, output = GOLDEN[name], build_golden(name)(**golden_inputs())
     logits = raster(output.named["logits"], output.named["cells"])
     assert output.loss.item() == pytest.approx(case["ce"], abs=1e-5)
@@ -133,7 +133,7 @@ def test_loss_accuracy_and_logits_equal_the_figures(name):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_the_reference_of_these_tests_equals_the_figures_with_and_without_the_class_token_as_a_key(name):
+def test_the_masking_reference_equals_the_golden_values_with_or_without_class_key(name):
     model, inputs = build_golden(name), golden_inputs()
     context = context_of(inputs["noise"], model.context)
     for class_is_key, (loss, total) in ((True, (GOLDEN[name]["ce"], GOLDEN[name]["abs_sum"])), (False, WITHOUT_CLASS_TOKEN[name])):
@@ -157,7 +157,7 @@ def test_exchanging_tokens_and_positions_in_the_golden_logits_changes_the_loss()
     assert cross_entropy(logits.mT).item() == pytest.approx(2.7877643, abs=1e-5)
 
 
-def test_the_official_names_are_the_forks_with_its_number_of_parameters():
+def test_the_official_names_and_parameter_count_are_those_of_the_fork():
     with torch.device("meta"):
         method = MP3(vit("small", image_size=32, patch_size=4, position="none"), eta=0.5)
         official = rename(method.state_dict(), {ours: official for official, ours in OFFICIAL_NAMES.items()})
@@ -168,10 +168,10 @@ def test_the_official_names_are_the_forks_with_its_number_of_parameters():
     assert {name: tuple(official[name].shape) for name in shapes} == shapes
 
 
-# ---- 1. without masking it is a ViT
+# ---- 1. without masking, the model is a ViT
 
 
-def test_at_eta_0_it_is_a_vit_without_positions():
+def test_at_eta_0_the_model_equals_a_vit_without_positions():
     model, inputs = build(eta=0), draw()
     named = model(**inputs).named
     expected = model.encoder(inputs["images"])
@@ -181,7 +181,7 @@ def test_at_eta_0_it_is_a_vit_without_positions():
 
 
 @pytest.mark.parametrize("position", ["zeroed", "none"])
-def test_at_eta_0_it_is_timms_vit_of_the_same_weights_whose_positions_are_zero(position):
+def test_at_eta_0_the_model_equals_timms_vit_with_zero_positions(position):
     model, inputs = build(eta=0), draw()
     theirs = VisionTransformer(**TIMM_SHAPE, pos_embed="learn" if position == "zeroed" else "none").eval()
     zeroed = {"pos_embed": torch.zeros(1, T, D)} if position == "zeroed" else {}
@@ -191,11 +191,11 @@ def test_at_eta_0_it_is_timms_vit_of_the_same_weights_whose_positions_are_zero(p
     torch.testing.assert_close(encoded, theirs.forward_features(inputs["images"]), atol=1e-5, rtol=0)
 
 
-# ---- 2. only the context is looked at
+# ---- 2. tokens attend only to the context
 
 
 @pytest.mark.parametrize("eta", ETAS)
-def test_pixels_outside_the_context_change_no_token_of_the_context_nor_the_class_token(eta):
+def test_pixels_outside_the_context_change_neither_context_nor_class_token(eta):
     model, inputs = build(eta), draw()
     outside = ~context_of(inputs["noise"], model.context)
     pixels = outside.view(B, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -206,7 +206,7 @@ def test_pixels_outside_the_context_change_no_token_of_the_context_nor_the_class
     assert ((after - before)[:, seen:].abs().amax(-1) > 1e-2).all()
 
 
-def test_a_patch_outside_the_context_changes_no_token_but_its_own():
+def test_a_patch_outside_the_context_changes_only_its_own_token():
     model, inputs = build(), draw()
     before = model(**inputs).named
     last = torch.arange(N) == before["cells"][:, -1:]
@@ -225,7 +225,7 @@ def test_a_patch_of_the_context_changes_every_token():
     assert ((after - before["encoded"]).abs().amax(-1) > 1e-3).all()
 
 
-# ---- 3. positions are known from content alone
+# ---- 3. predictions depend only on content
 
 
 def test_permuting_the_patches_and_the_context_permutes_the_tokens():
@@ -233,7 +233,7 @@ def test_permuting_the_patches_and_the_context_permutes_the_tokens():
     permutation = torch.randperm(N, generator=torch.Generator().manual_seed(7))  # the new cell j holds the old patch permutation[j]
     patches = patchify(inputs["images"], 4)[:, permutation]
     moved = patches.view(B, 4, 4, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, 16, 16)
-    # The same context in another order: new noise, of which the context's stays the lowest.
+    # The same context in another order: new noise that is still lowest in the context.
     again = draw(seed=1)["noise"] / 2 + (~context_of(inputs["noise"])) / 2
     plain, permuted = model(**inputs).named, model(moved, noise=again[:, permutation]).named
     assert not torch.equal(permutation[permuted["cells"]], plain["cells"])
@@ -245,12 +245,12 @@ def test_permuting_the_patches_and_the_context_permutes_the_tokens():
         torch.testing.assert_close(new, old[:, permutation], atol=1e-5, rtol=0)
 
 
-# ---- 4. the context first, or a mask
+# ---- 4. context keys equal masked attention
 
 
 @pytest.mark.parametrize("attention", [additive, windowed])
 @pytest.mark.parametrize(("eta", "class_token"), [(0, True), *((eta, True) for eta in ETAS), (0.5, False)])
-def test_putting_the_context_first_equals_masking_what_is_no_context_gradients_included(attention, eta, class_token):
+def test_context_keys_equal_masked_attention_in_logits_loss_and_gradients(attention, eta, class_token):
     model, inputs = build(eta, class_token=class_token), draw()
     output = model(**inputs)
     output.loss.backward()
@@ -268,30 +268,30 @@ def test_putting_the_context_first_equals_masking_what_is_no_context_gradients_i
 # ---- 5. the context
 
 
-def uneven(context_SM: Tensor) -> float:
-    """How unlikely it is that every one of the N cells had the same chance to be among the M of each of S draws: a p-value."""
+def uniformity_p_value(context_SM: Tensor) -> float:
+    """p-value of the hypothesis that all N patches are equally likely among the M context patches, from S draws."""
     draws, size = context_SM.shape
-    share = size / N
+    fraction = size / N
     counts = torch.bincount(context_SM.flatten(), minlength=N).double()
-    # Cells of a draw exclude each other, so the counts covary by -1 / (N - 1).
-    statistic = (counts - draws * share).square().sum() / (draws * share * (1 - share)) * (N - 1) / N
+    # The patches of a draw are distinct, so the counts have correlation -1 / (N - 1).
+    statistic = (counts - draws * fraction).square().sum() / (draws * fraction * (1 - fraction)) * (N - 1) / N
     return float(chi2.sf(statistic.item(), N - 1))
 
 
 @pytest.mark.parametrize("eta", [0.3, 0.75])
-def test_the_context_is_drawn_without_repetition_and_every_cell_has_the_same_chance(eta):
+def test_the_context_is_a_uniform_sample_without_replacement(eta):
     torch.manual_seed(0)
     model = MP3(ViT(image_size=4, patch_size=1, channels=1, width=4, depth=1, heads=1, position="none"), eta=eta)
     with torch.no_grad():
         cells = torch.cat([model(torch.zeros(25_000, 1, 4, 4)).named["cells"] for _ in range(4)])
     assert torch.equal(cells.sort(1).values, torch.arange(N).expand(100_000, -1))
-    assert uneven(cells[:, : model.context]) > 1e-3
-    # The fork indexes a permutation by itself; this many draws are enough to see that.
-    assert uneven(cells.gather(1, cells[:, : model.context])) < 1e-6
+    assert uniformity_p_value(cells[:, : model.context]) > 1e-3
+    # The fork indexes a permutation by itself; this number of draws detects that.
+    assert uniformity_p_value(cells.gather(1, cells[:, : model.context])) < 1e-6
 
 
 class Draws(TorchDispatchMode):
-    """Counts the random draws that are made while this is on; attention, which only draws with dropout, does not count."""
+    """Counts random operations while active, except attention, which is random only with dropout."""
 
     count = 0
 
@@ -300,7 +300,7 @@ class Draws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_forward_draws_once_for_all_layers_and_anew_for_every_image_and_forward(monkeypatch):
+def test_each_forward_draws_one_context_per_image_for_all_layers(monkeypatch):
     model, (images, noise) = build(), draw().values()
     keys = []
     monkeypatch.setattr(common.vit, "attend", lambda q, k, v, **_: keys.append(k) or attend(q, k, v))
@@ -309,23 +309,23 @@ def test_a_forward_draws_once_for_all_layers_and_anew_for_every_image_and_forwar
     assert draws.count == 1 and len(keys) == len(model.encoder.blocks)
     second = model(images).named["cells"]
     contexts = {tuple(sorted(context)) for context in torch.cat([first, second])[:, :M].tolist()}
-    assert len(contexts) == 2 * B  # of 12,870 that there are
+    assert len(contexts) == 2 * B  # of 12,870 possible ones
     with Draws() as draws:
         model(images, noise=noise)
     assert draws.count == 0
 
 
-def test_the_patches_of_lowest_noise_are_the_context_in_their_order():
+def test_the_context_is_the_patches_with_the_lowest_noise_in_ascending_order():
     inputs = draw()
     cells = build()(**inputs).named["cells"]
     assert torch.equal(cells, inputs["noise"].sort(1).indices)
     assert torch.equal(torch.zeros(B, N, dtype=torch.bool).scatter(1, cells[:, :M], True), context_of(inputs["noise"]))
 
 
-# ---- 6. no position goes in, and every patch has a loss
+# ---- 6. no position input; every patch is in the loss
 
 
-def test_nothing_in_the_model_tells_a_position():
+def test_the_model_has_no_position_parameters():
     assert not [name for name in build().state_dict() if "pos" in name]
 
 
@@ -344,10 +344,10 @@ def test_every_weight_gets_a_gradient_in_float32_and_in_bf16(eta):
         assert F.cosine_similarity(gradient.flatten(), gradients["bf16"][name].flatten(), dim=0) > 0.98, name
 
 
-def test_the_loss_is_the_mean_over_all_patches_context_or_not_and_leaves_the_class_token_out():
+def test_the_loss_is_the_mean_over_all_patches_without_the_class_token():
     model, inputs = build(), draw()
     logits = torch.randn(B, N, N, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    model.head = Says(logits)
+    model.head = FixedLogits(logits)
     output = model(**inputs)
     output.loss.backward()
     cells = output.named["cells"]
@@ -357,7 +357,7 @@ def test_the_loss_is_the_mean_over_all_patches_context_or_not_and_leaves_the_cla
     torch.testing.assert_close(logits.grad, (logits.softmax(-1) - F.one_hot(cells, N)).detach() / (B * N), atol=1e-7, rtol=1e-5)
 
 
-def test_uniform_logits_cost_the_logarithm_of_the_number_of_cells():
+def test_uniform_logits_give_the_loss_log_n():
     model = build()
     nn.init.zeros_(model.head.weight)
     nn.init.zeros_(model.head.bias)
@@ -365,7 +365,7 @@ def test_uniform_logits_cost_the_logarithm_of_the_number_of_cells():
 
 
 @pytest.mark.parametrize("size", ["micro", "small"])
-def test_a_fresh_model_on_white_noise_starts_above_chance_by_half_the_variance_of_its_logits(size):
+def test_the_initial_loss_exceeds_log_n_by_half_the_variance_of_the_logits(size):
     torch.manual_seed(0)
     model = MP3(vit(size, position="none"), eta=0.75)
     width = model.encoder.width
@@ -373,21 +373,21 @@ def test_a_fresh_model_on_white_noise_starts_above_chance_by_half_the_variance_o
         assert model(torch.randn(8, 3, 224, 224)).loss.item() == pytest.approx(math.log(196) + width / (width + 196), abs=0.3)
 
 
-# ---- 7. what a perfect answer costs
+# ---- 7. perfect predictions
 
 
-def test_perfect_logits_cost_nothing_and_are_all_right():
+def test_perfect_logits_give_zero_loss_and_full_accuracy():
     model, inputs = build(), draw()
     cells = model(**inputs).named["cells"]
-    model.head = Says(30 * F.one_hot(cells, N).float())
+    model.head = FixedLogits(30 * F.one_hot(cells, N).float())
     output = model(**inputs)
     assert output.loss.item() < 1e-6 and output.metrics["position_top1"].item() == 100
-    # The fork's second softmax leaves a perfect answer at ln(1 + 63 / e) of ln 64.
+    # With the fork's second softmax, a perfect prediction has the loss ln(1 + 63 / e); chance is ln 64.
     certain = F.one_hot(torch.arange(64), 64).float()
     assert F.cross_entropy(certain, torch.arange(64)).item() == pytest.approx(3.18538, abs=1e-5)
 
 
-def test_position_top1_is_the_share_of_all_patches_put_right():
+def test_position_top1_is_the_accuracy_over_all_patches():
     model, inputs = build(), draw()
     cells = model(**inputs).named["cells"]
     right = F.one_hot(cells, N).float()
@@ -397,13 +397,13 @@ def test_position_top1_is_the_share_of_all_patches_put_right():
         ((torch.arange(N) < M).expand(B, -1), 50),  # the context alone
         ((torch.arange(B) < 2)[:, None].expand(-1, N), 40),
     ):
-        model.head = Says(torch.where(mask[..., None], right, right.roll(1, -1)))
+        model.head = FixedLogits(torch.where(mask[..., None], right, right.roll(1, -1)))
         output = model(**inputs)
         assert output.metrics["position_top1"].item() == pytest.approx(expected)
         assert torch.equal(output.named["predicted"] == cells, mask)
 
 
-# ---- 8. eta changes the width of the keys and nothing else
+# ---- 8. eta changes only the number of keys
 
 
 def test_eta_changes_no_weight():
@@ -414,7 +414,7 @@ def test_eta_changes_no_weight():
 
 
 @pytest.mark.parametrize(("eta", "context"), [(0, 16), (0.3, 11), (0.5, 8), (0.75, 4), (0.9, 1)])
-def test_in_every_layer_all_tokens_ask_the_class_token_and_the_context(eta, context, monkeypatch):
+def test_in_every_layer_all_tokens_attend_to_the_class_token_and_the_context(eta, context, monkeypatch):
     model, shapes = build(eta), []
     monkeypatch.setattr(common.vit, "attend", lambda q, k, v, **_: shapes.append((q.shape[2], k.shape[2], v.shape[2])) or attend(q, k, v))
     model(**draw())
@@ -422,7 +422,7 @@ def test_in_every_layer_all_tokens_ask_the_class_token_and_the_context(eta, cont
 
 
 @pytest.mark.parametrize(
-    ("size", "eta", "giga", "sheet"),
+    ("size", "eta", "giga", "reference"),
     [
         ("base", 0, 17.59, 17.59),
         ("base", 0.3, 16.54, 16.54),
@@ -436,23 +436,23 @@ def test_in_every_layer_all_tokens_ask_the_class_token_and_the_context(eta, cont
         ("large", 0.9, 50.97, 50.97),
     ],
 )
-def test_multiply_adds_of_a_forward_are_those_of_the_cost_table(size, eta, giga, sheet):
+def test_multiply_adds_of_a_forward_match_the_expected_costs(size, eta, giga, reference):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = MP3(vit(size, position="none"), eta=eta)
         model(torch.zeros(1, 3, 224, 224))
     found = counter.get_total_flops() / 2e9
     assert found == pytest.approx(giga, abs=0.005)
-    # The sheet rounds 197 (1 - eta) keys, class token included; here they are the class token and int(196 (1 - eta)): at most one more.
+    # The expected costs round 197 (1 - eta) keys, class token included; the model has 1 + int(196 (1 - eta)): at most one more.
     width, depth = model.encoder.width, len(model.encoder.blocks)
     one_key = depth * (2 * width**2 + 2 * 197 * width) / 1e9
-    assert found - sheet == pytest.approx((1 + model.context - round(197 * (1 - eta))) * one_key, abs=0.006)
+    assert found - reference == pytest.approx((1 + model.context - round(197 * (1 - eta))) * one_key, abs=0.006)
 
 
-# ---- what makes no sense is refused
+# ---- refused settings
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan])
-def test_an_eta_that_is_no_share_is_refused_by_value(eta):
+def test_an_eta_outside_0_to_1_is_refused_by_value(eta):
     with pytest.raises(ValueError, match=f"^eta={eta} "):
         build(eta)
 
@@ -464,7 +464,7 @@ def test_an_eta_that_leaves_no_context_is_refused_by_value(eta):
 
 
 @pytest.mark.parametrize("position", ["sincos", "learned", "relative"])
-def test_an_encoder_that_is_told_positions_is_refused(position):
+def test_an_encoder_with_positions_is_refused(position):
     with pytest.raises(ValueError, match="must not receive them: build it with position='none'"):
         build(position=position)
 

@@ -1,4 +1,4 @@
-"""MP3's fine-tuning, where positions come in, and its picture.
+"""Tests of MP3's fine-tuning, which adds position embeddings, and of its figure.
 
 Shapes as in tests/test_mp3.py.
 """
@@ -29,8 +29,8 @@ BIAS = "blocks.{}.attn.rel_pos.relative_position_bias_table"
 ADDED = {"none": set(), "learned": {"pos_embed"}, "relative": {BIAS.format(block) for block in range(3)}}
 
 
-def tuned(position: str, source: MP3) -> ViT:
-    """An encoder with positions of this kind, the rest from pre-training."""
+def finetuned(position: str, source: MP3) -> ViT:
+    """An encoder with this kind of position; all other tensors come from pre-training."""
     torch.manual_seed(0)
     encoder = ViT(**SHAPE, position=position)
     coverage = load_encoder(encoder, source.encoder.state_dict(), allow_missing=sorted(ADDED[position]))
@@ -40,9 +40,9 @@ def tuned(position: str, source: MP3) -> ViT:
 
 
 @pytest.mark.parametrize("position", ADDED)
-def test_a_pretrained_encoder_covers_all_of_one_with_positions_but_the_positions(position):
+def test_a_pretrained_encoder_provides_all_tensors_except_the_positions(position):
     source = build()
-    encoder = tuned(position, source)
+    encoder = finetuned(position, source)
     assert all(torch.equal(encoder.state_dict()[name], tensor) for name, tensor in source.encoder.state_dict().items())
     assert encoder.state_dict().keys() - source.encoder.state_dict().keys() == ADDED[position]
     for name in ADDED[position]:
@@ -54,13 +54,13 @@ def test_relative_positions_start_without_effect_and_learned_ones_do_not():
     source, images = build(), draw()["images"]
     expected = source.encoder(images)
     for position, same in (("none", True), ("relative", True), ("learned", False)):
-        found = tuned(position, source)(images)
+        found = finetuned(position, source)(images)
         assert ((found - expected).abs().max() < 1e-5) == same, position
 
 
 @pytest.mark.parametrize("position", ["learned", "relative"])
-def test_positions_learn_in_fine_tuning(position):
-    encoder = tuned(position, build())
+def test_positions_get_gradients_in_fine_tuning(position):
+    encoder = finetuned(position, build())
     protocol = next(p for p in choose_recipe(paper_module("mp3"), "digits", None)[1].protocols if p.position == position)
     classifier = Classifier(encoder, 10, protocol).train()
     nn.init.normal_(classifier.head.weight)
@@ -70,7 +70,7 @@ def test_positions_learn_in_fine_tuning(position):
     assert {f"encoder.{name}" for name in ADDED[position]} <= classifier.no_weight_decay()
 
 
-def test_the_bias_of_two_cells_depends_on_their_offset_alone():
+def test_the_bias_of_two_patches_depends_only_on_their_offset():
     grid = (3, 4)
     encoder = ViT(**SHAPE | {"image_size": (12, 16)}, position="relative")
     table = encoder.blocks[1].attn.rel_pos
@@ -78,21 +78,21 @@ def test_the_bias_of_two_cells_depends_on_their_offset_alone():
     bias = table.get_bias()[0].detach()
     assert bias.shape == (2, 13, 13)
     cells, offset = bias[:, 1:, 1:].flatten(1), relative_targets(grid).flatten()
-    # Two pairs of one offset, by hand: (0, 0) from (1, 2) and (1, 1) from (2, 3).
+    # Two pairs with the same offset: (0, 0) from (1, 2) and (1, 1) from (2, 3).
     assert torch.equal(bias[:, 1 + 6, 1 + 0], bias[:, 1 + 11, 1 + 5])
     lowest, highest = (
         torch.zeros(2, 35).scatter_reduce(1, offset.expand(2, -1), cells, how, include_self=False) for how in ("amin", "amax")
     )
     assert torch.equal(lowest, highest) and lowest.unique().numel() == 2 * 35
-    # The class token has no cell: one bias as a query, one as a key.
+    # The class token has no position: one bias as query, one as key.
     assert all((part == part[:, :1]).all() for part in (bias[:, 0, 1:], bias[:, 1:, 0])) and (bias[:, 0, 1] != bias[:, 1, 0]).all()
 
 
-def test_relative_biases_are_added_to_the_scores_in_every_block():
+def test_relative_biases_of_every_block_change_the_output():
     source, images = build(), draw()["images"]
     expected = source.encoder(images)
     for block in range(3):
-        encoder = tuned("relative", source)
+        encoder = finetuned("relative", source)
         nn.init.normal_(encoder.blocks[block].attn.rel_pos.relative_position_bias_table)
         assert (encoder(images) - expected).abs().max() > 1e-2
 
@@ -101,7 +101,7 @@ def test_relative_biases_are_added_to_the_scores_in_every_block():
     ("data", "values"), [("cifar100", {"none": "82.6", "absolute": "84.0", "2d_relative": "84.2"})]
     + [("tiny-imagenet", {"none": "68.2", "absolute": "72.8", "2d_relative": "73.2"})]
 )  # fmt: skip
-def test_each_position_of_table_3_is_fine_tuned_and_stands_beside_its_published_number(data, values):
+def test_each_position_of_table_3_is_fine_tuned_and_compared_to_its_published_number(data, values):
     recipe = choose_recipe(paper_module("mp3"), data, None)[1]
     protocols = {p.name: p for p in recipe.protocols if p.kind == "finetune"}
     assert protocols.keys() == {f"finetune_{name}" for name in values}
@@ -117,7 +117,7 @@ def test_each_position_of_table_3_is_fine_tuned_and_stands_beside_its_published_
     assert said == {f"finetune {name}".replace("_", " "): f"{value} ({title}, ViT-S, 2000 ep)" for name, value in values.items()}
 
 
-def test_a_picture_of_the_positions_is_drawn(tmp_path):
+def test_a_figure_of_the_positions_is_saved(tmp_path):
     data = open_data("digits")
     recipe = choose_recipe(paper_module("mp3"), "digits", None)[1]
     method = paper_module("mp3").build(recipe, recipe.build_encoder(1), 10)

@@ -1,4 +1,4 @@
-"""Claims about multi-block masks: what can be drawn, how long it is, and that the released way is the official one, quirks included."""
+"""Tests of multi-block masks: possible blocks, their sizes, and that `released` equals the official code, including its quirks."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ def draw(masks: MultiBlock, images: int, steps: int, seed: int = 0) -> list[tupl
 
 
 def size(block_T: Tensor, columns: int) -> tuple[int, int]:
-    """Height and width of a block, which must be a full rectangle in row-major order."""
+    """Return height and width of a block; it must be a full rectangle in row-major order."""
     rows, cols = block_T // columns, block_T % columns
     height, width = int(rows.max() - rows.min()) + 1, int(cols.max() - cols.min()) + 1
     rectangle = [(int(rows[0]) + i) * columns + int(cols[0]) + j for i in range(height) for j in range(width)]
@@ -30,7 +30,7 @@ def size(block_T: Tensor, columns: int) -> tuple[int, int]:
 # ---- uniform
 
 
-def test_uniform_every_cell_is_context_and_target_of_some_image():
+def test_uniform_every_patch_is_context_and_target_of_some_image():
     drawn = draw(MultiBlock(GRID), 64, 60)
     contexts = torch.cat([context.flatten() for context, _ in drawn]).bincount(minlength=CELLS)
     targets = torch.cat([blocks.flatten() for _, blocks in drawn]).bincount(minlength=CELLS)
@@ -40,32 +40,32 @@ def test_uniform_every_cell_is_context_and_target_of_some_image():
 
 
 @pytest.mark.parametrize("images", [1, 2, 64])
-def test_uniform_contexts_are_a_quarter_of_the_cells_at_any_batch(images):
+def test_uniform_contexts_are_a_quarter_of_the_patches_at_any_batch_size(images):
     for context, blocks in draw(MultiBlock(GRID), images, 20):
         assert context.shape == (images, 49) and blocks.shape[:2] == (4, images)
         assert (context.diff(dim=1) > 0).all()
 
 
-def test_uniform_contexts_hold_nothing_of_the_targets():
+def test_uniform_contexts_and_targets_are_disjoint():
     for context, blocks in draw(MultiBlock(GRID), 64, 60):
         assert not (context[:, :, None] == blocks.transpose(0, 1).flatten(1)[:, None]).any()
 
 
-def test_where_targets_leave_too_little_the_context_takes_of_them_no_more_than_it_must():
-    masks = MultiBlock((6, 6), context_ratio=0.7)  # 25 of 36 cells, and four blocks of six
+def test_the_context_overlaps_the_targets_only_as_much_as_its_size_requires():
+    masks = MultiBlock((6, 6), context_ratio=0.7)  # 25 of 36 patches, and four blocks of six
     for context, blocks in draw(masks, 32, 10):
         for cells, targets in zip(context, blocks.transpose(0, 1), strict=True):
             taken = set(targets.flatten().tolist())
             assert len(set(cells.tolist()) & taken) == max(0, 25 - (36 - len(taken)))
 
 
-def test_uniform_targets_have_every_size_that_scale_and_aspect_allow_and_no_other():
+def test_uniform_targets_have_exactly_the_sizes_that_scale_and_aspect_allow():
     sizes = Counter(size(block, 14) for _, blocks in draw(MultiBlock(GRID), 1, 80) for block in blocks[:, 0])
     allowed = {(h, w) for h, w in itertools.product(range(1, 15), repeat=2) if 0.15 <= h * w / 196 <= 0.2 and 0.75 <= h / w <= 1.5}
     assert set(sizes) == allowed == {(5, 6), (6, 5), (6, 6), (7, 5)}
 
 
-def test_sizes_depend_on_the_step_and_places_on_the_generator():
+def test_block_sizes_depend_on_the_step_and_block_positions_on_the_generator():
     masks = MultiBlock(GRID)
     first, second = draw(masks, 8, 12, seed=0), draw(masks, 8, 12, seed=1)
     assert [blocks.shape for _, blocks in first] == [blocks.shape for _, blocks in second]
@@ -73,7 +73,7 @@ def test_sizes_depend_on_the_step_and_places_on_the_generator():
     assert all(not torch.equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
 
 
-def test_a_grid_that_is_not_square_has_blocks_of_its_own_shape():
+def test_blocks_of_a_grid_that_is_not_square_have_the_aspect_of_the_grid():
     for context, blocks in draw(MultiBlock((8, 16), context_ratio=0.2), 4, 20):
         assert context.max() < 128 and context.shape == (4, 25)
         height, width = size(blocks[0, 0], 16)
@@ -84,7 +84,7 @@ def test_a_grid_that_is_not_square_has_blocks_of_its_own_shape():
 
 
 def official(grid: tuple[int, int], images: int, counter: int, min_keep: int) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """The official rule image by image and draw by draw: contexts and, for each image, its four blocks."""
+    """The official rule, image by image: return the contexts and the four target blocks of each image."""
     own = torch.Generator().manual_seed(counter)
     sizes = []
     for scale, aspect in (((0.15, 0.2), (0.75, 1.5)), ((0.85, 1.0), (1.0, 1.0))):
@@ -115,9 +115,9 @@ def official(grid: tuple[int, int], images: int, counter: int, min_keep: int) ->
 
 
 @pytest.mark.parametrize(("grid", "min_keep", "images"), [((14, 14), 10, 5), ((14, 14), 60, 7), ((8, 8), 8, 40), ((12, 9), 12, 16)])
-def test_released_masks_follow_the_official_rule_through_every_redraw(grid, min_keep, images):
+def test_released_masks_follow_the_official_rule_including_redraws(grid, min_keep, images):
     masks = MultiBlock(grid, sampling="released", min_keep=min(min_keep, 10))
-    masks.min_keep = min_keep  # more than a target has, so that contexts are drawn again, and regions given up
+    masks.min_keep = min_keep  # larger than a target: contexts are redrawn, and some targets are no longer avoided
     for step in range(6):
         torch.manual_seed(step)
         contexts, targets = official(grid, images, step, min_keep)
@@ -125,7 +125,7 @@ def test_released_masks_follow_the_official_rule_through_every_redraw(grid, min_
         torch.manual_seed(step)
         context, blocks = masks(images, step)
         assert context.tolist() == contexts and blocks.transpose(0, 1).tolist() == targets
-        assert torch.equal(torch.rand(1), after)  # and leave the generator where the official code leaves it
+        assert torch.equal(torch.rand(1), after)  # the generator ends in the same state as in the official code
 
 
 def test_released_masks_never_touch_the_last_row_and_column():
@@ -135,21 +135,21 @@ def test_released_masks_never_touch_the_last_row_and_column():
 
 
 @pytest.mark.parametrize(("images", "mean", "low", "high"), [(64, 53.6, 34, 67), (1, 81.6, 45, 118)])
-def test_released_contexts_are_as_long_as_the_batch_lets_them(images, mean, low, high):
+def test_released_contexts_get_shorter_with_a_larger_batch(images, mean, low, high):
     lengths = [context.shape[1] for context, _ in draw(MultiBlock(GRID, sampling="released"), images, 60 if images > 1 else 600)]
     assert sum(lengths) / len(lengths) == pytest.approx(mean, abs=1.5)
     assert low - 4 <= min(lengths) and max(lengths) <= high + 4
 
 
-def test_released_targets_have_the_official_shares_of_sizes():
+def test_released_target_sizes_have_the_official_frequencies():
     masks = MultiBlock(GRID, sampling="released")
     sizes = Counter(size(masks(1, step)[1][0, 0], 14) for step in range(2000))
-    shares = {(5, 6): 26.8, (6, 5): 12.8, (6, 6): 21.4, (7, 5): 36.5, (8, 5): 2.6}
-    assert set(sizes) == set(shares)
-    assert all(100 * sizes[key] / 2000 == pytest.approx(share, abs=3) for key, share in shares.items())
+    percentages = {(5, 6): 26.8, (6, 5): 12.8, (6, 6): 21.4, (7, 5): 36.5, (8, 5): 2.6}
+    assert set(sizes) == set(percentages)
+    assert all(100 * sizes[key] / 2000 == pytest.approx(percent, abs=3) for key, percent in percentages.items())
 
 
-# ---- grids and values that cannot be
+# ---- impossible grids and values
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def test_released_targets_have_the_official_shares_of_sizes():
         ((4, 4), {"sampling": "released"}, "min_keep=10: on a grid of 4 x 4 .* use min_keep=0 or less, or masks='uniform'"),
     ],
 )
-def test_a_grid_or_a_value_that_cannot_be_is_refused_with_what_fits(grid, options, message):
+def test_an_impossible_grid_or_value_is_refused_with_values_that_fit(grid, options, message):
     with pytest.raises(ValueError, match=message):
         MultiBlock(grid, **options)
 
 
-def test_what_an_error_says_fits_does_fit():
+def test_the_values_suggested_by_an_error_message_work():
     assert MultiBlock((4, 4), target_scale=(0.15, 0.25))(3, 0)[1].shape == (4, 3, 4)
     assert MultiBlock((8, 8), sampling="released", min_keep=8)(3, 0)[1].shape[:2] == (4, 3)

@@ -1,4 +1,4 @@
-"""Claims about what is decayed, at which rate each parameter learns, and what one step does."""
+"""Tests of weight decay, learning rate schedules, and single optimizer steps."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ PER_EPOCH = 10
 
 
 def names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """The optimizer's group of each parameter, by the parameter's name. Every parameter must be in one group at most."""
+    """Map each parameter's name to its group in the optimizer. A parameter may be in at most one group."""
     group_of = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -46,7 +46,7 @@ def rates(stage: TrainConfig, epochs: list[float]) -> list[float]:
 # ---- weight decay
 
 
-def test_droppos_base_decays_61_tensors_and_leaves_119():
+def test_weight_decay_of_droppos_vit_b_applies_to_61_of_180_tensors():
     with torch.device("meta"):
         model = DropPos(vit("base"))
     groups = names(model, make_optimizer(model, STAGE))
@@ -58,7 +58,7 @@ def test_droppos_base_decays_61_tensors_and_leaves_119():
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.75])
-def test_fine_tuning_does_not_decay_tokens_positions_biases_and_norms(layer_decay):
+def test_weight_decay_in_fine_tuning_skips_tokens_positions_biases_and_norms(layer_decay):
     model = classifier(position="learned")
     groups = names(model, make_optimizer(model, replace(FINETUNE, layer_decay=layer_decay)))
     assert set(groups) == {name for name, _ in model.named_parameters()}
@@ -74,24 +74,24 @@ def test_frozen_parameters_are_not_given_to_the_optimizer():
 # ---- learning rates
 
 
-def test_the_rate_is_the_base_rate_times_the_batch_over_lr_batch():
+def test_the_lr_is_base_lr_times_the_batch_size_over_lr_batch():
     assert STAGE.lr == pytest.approx(2.4e-3)
     assert replace(STAGE, batch_size=2048).lr == pytest.approx(1.2e-3)
     assert replace(STAGE, batch_size=512, base_lr=5e-4, lr_batch=512).lr == pytest.approx(5e-4)
     assert all(group["lr"] == STAGE.lr for group in make_optimizer(classifier(), STAGE).param_groups)
 
 
-def test_droppos_schedule_has_the_official_rates():
+def test_the_schedule_of_droppos_has_the_official_learning_rates():
     assert rates(STAGE, [0, 5, 10, 800]) == pytest.approx([0, 1.2e-3, 2.4e-3, 0], abs=1e-12)
 
 
-def test_mae_schedule_has_the_official_rates():
+def test_the_schedule_of_mae_has_the_official_learning_rates():
     peak_one = replace(STAGE, batch_size=256, base_lr=1.0, warmup_epochs=40)
     assert rates(peak_one, [0, 20, 40, 420, 800]) == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-9)
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 1e-5])
-def test_the_rate_warms_up_linearly_and_falls_by_half_a_cosine_at_every_step(min_lr):
+def test_the_lr_follows_linear_warm_up_and_a_half_cosine_at_every_step(min_lr):
     stage = replace(STAGE, epochs=20, warmup_epochs=2.5, min_lr=min_lr)
     epochs = [step / PER_EPOCH for step in range(20 * PER_EPOCH + 1)]
     fall = [(t - 2.5) / (20 - 2.5) for t in epochs]
@@ -102,38 +102,38 @@ def test_the_rate_warms_up_linearly_and_falls_by_half_a_cosine_at_every_step(min
     assert rates(stage, epochs) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_the_rate_depends_on_the_step_alone():
+def test_the_lr_depends_only_on_the_step():
     steps = [799.0, 3.0, 10.0, 420.0]
     assert rates(STAGE, steps) == [rates(STAGE, [step])[0] for step in steps]
 
 
-def test_a_run_shorter_than_its_warm_up_still_comes_down():
+def test_a_run_shorter_than_its_warm_up_still_decays_to_zero():
     short = replace(STAGE, epochs=6)
     assert rates(short, [0, 1.5, 3, 4.5, 6]) == pytest.approx([0, 1.2e-3, 2.4e-3, 1.2e-3, 0], abs=1e-12)
 
 
-def test_layer_decay_gives_each_depth_maes_share_of_the_rate():
+def test_layer_decay_scales_the_lr_of_each_depth_as_in_mae():
     model = classifier(position="learned")
     optimizer = make_optimizer(model, FINETUNE)
     Schedule(optimizer, FINETUNE, PER_EPOCH).step_update(5 * PER_EPOCH)  # the peak
     stem = dict.fromkeys(["encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed"], 0.274625)
-    share = {**stem, "encoder.blocks.0": 0.4225, "encoder.blocks.1": 0.65, "fc_norm": 1, "head": 1}
+    scale = {**stem, "encoder.blocks.0": 0.4225, "encoder.blocks.1": 0.65, "fc_norm": 1, "head": 1}
     seen = set()
     for name, group in names(model, optimizer).items():
-        prefix = next(prefix for prefix in share if name.startswith(prefix))
+        prefix = next(prefix for prefix in scale if name.startswith(prefix))
         seen.add(prefix)
-        assert group["lr"] == pytest.approx(share[prefix] * FINETUNE.lr), name
-        assert group["lr_scale"] == pytest.approx(share[prefix]), name
-    assert seen == set(share)
+        assert group["lr"] == pytest.approx(scale[prefix] * FINETUNE.lr), name
+        assert group["lr_scale"] == pytest.approx(scale[prefix]), name
+    assert seen == set(scale)
 
 
-def test_with_class_token_pooling_the_final_norm_learns_at_the_heads_rate():
+def test_with_class_token_pooling_the_final_norm_has_the_lr_of_the_head():
     model = classifier(pool="class")
     groups = names(model, make_optimizer(model, FINETUNE))
     assert groups["encoder.norm.weight"]["lr_scale"] == 1 and groups["encoder.blocks.1.norm2.weight"]["lr_scale"] == 0.65
 
 
-# I-JEPA's and StoP's schedules at 625 steps an epoch. Their counters advance before a step, so their step n is the one after our n.
+# I-JEPA's and StoP's schedules at 625 steps per epoch. They count a step before running it: their step n follows our step n.
 STOP = TrainConfig(
     epochs=600,
     batch_size=2048,
@@ -165,7 +165,7 @@ IJEPA_HUGE = replace(STOP_HUGE, freeze_epoch=None)
         (IJEPA_HUGE, 187500, 1e-6, 0.4),
     ],
 )
-def test_ijepa_and_stop_have_the_official_rates_and_weight_decays(stage, step, rate, decay):
+def test_ijepa_and_stop_have_the_official_learning_rates_and_weight_decays(stage, step, rate, decay):
     layer = nn.Linear(2, 2)
     optimizer = make_optimizer(layer, stage)
     Schedule(optimizer, stage, 625).step_update(step)
@@ -175,13 +175,13 @@ def test_ijepa_and_stop_have_the_official_rates_and_weight_decays(stage, step, r
     assert groups["bias"]["weight_decay"] == 0
 
 
-def test_with_drops_the_rate_is_a_tenth_after_each_and_nothing_in_between():
+def test_each_milestone_divides_the_lr_by_ten():
     vissl = TrainConfig(epochs=28, batch_size=256, base_lr=0.01, milestones=(8, 16, 24), optimizer="sgd")
     epochs = [0, 7.9, 8, 15.9, 16, 23.9, 24, 27.9]
     assert rates(vissl, epochs) == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
 
 
-# MaPeT's fine-tuning of ViT-B: the sheet's rates, which timm's scheduler gave in the official configuration, without layer decay.
+# MaPeT's fine-tuning of ViT-B: learning rates from timm's scheduler with the official configuration, without layer decay.
 MAPET = TrainConfig(
     epochs=100,
     batch_size=1024,
@@ -196,19 +196,19 @@ MAPET = TrainConfig(
 )
 
 
-def test_mapets_fine_tuning_has_the_official_rates():
+def test_fine_tuning_of_mapet_has_the_official_learning_rates():
     official = {0: 1e-6, 1: 2.595e-5, 10: 2.505e-4, 19: 4.7505e-4, 20: 4.5235e-4, 50: 2.505e-4, 99: 1.123e-6}
     assert rates(MAPET, list(official)) == pytest.approx(list(official.values()), rel=2e-4)  # as printed
 
 
-def test_a_half_cosine_from_the_first_step_is_one_without_warm_up_once_that_is_over():
+def test_cosine_from_start_equals_a_schedule_without_warm_up_after_the_warm_up():
     cold = replace(MAPET, warmup_epochs=0)
     assert rates(MAPET, [20, 33.3, 99.9]) == rates(cold, [20, 33.3, 99.9])
     assert rates(replace(MAPET, cosine_from_start=False), [20]) == [5e-4]
 
 
 @pytest.mark.parametrize("cosine_from_start", [True, False])
-def test_in_the_cool_down_the_rate_and_the_weight_decay_stay_where_they_ended(cosine_from_start):
+def test_lr_and_weight_decay_are_constant_in_the_cooldown(cosine_from_start):
     stage, layer = replace(MAPET, cosine_from_start=cosine_from_start), nn.Linear(2, 2)
     optimizer = make_optimizer(layer, stage)
     schedule = Schedule(optimizer, stage, PER_EPOCH)
@@ -221,7 +221,7 @@ def test_in_the_cool_down_the_rate_and_the_weight_decay_stay_where_they_ended(co
 
 
 @pytest.mark.parametrize("changes", [{}, {"cosine_from_start": False}, {"warmup_epochs": 0}, {"milestones": (30, 60)}])
-def test_a_cool_down_changes_nothing_before_it(changes):
+def test_a_cooldown_changes_no_lr_before_it(changes):
     cooled = replace(MAPET, **changes)
     epochs = [epoch / 2 for epoch in range(201)]
     assert rates(cooled, epochs) == rates(replace(cooled, cooldown_epochs=0), epochs)
@@ -243,7 +243,7 @@ def set_gradients(layer: nn.Linear, step: int) -> list[Tensor]:
     return gradients
 
 
-def test_adamw_steps_are_the_closed_form_with_decay_on_the_matrix_only():
+def test_adamw_steps_equal_the_closed_form_with_decay_on_matrices_only():
     stage = TrainConfig(epochs=1, batch_size=256, base_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     layer = small_layer()
     optimizer = make_optimizer(layer, stage)
@@ -260,7 +260,7 @@ def test_adamw_steps_are_the_closed_form_with_decay_on_the_matrix_only():
     torch.testing.assert_close([p.detach().double() for p in layer.parameters()], expected, atol=1e-6, rtol=0)
 
 
-def test_sgd_steps_are_nesterovs_with_decay_on_the_matrix_only():
+def test_sgd_steps_equal_nesterov_momentum_with_decay_on_matrices_only():
     layer = small_layer()
     optimizer = make_optimizer(layer, TrainConfig(epochs=1, batch_size=256, base_lr=0.1, optimizer="sgd", weight_decay=5e-4))
     expected, momenta = [p.detach().double() for p in layer.parameters()], [0.0, 0.0]
@@ -275,7 +275,7 @@ def test_sgd_steps_are_nesterovs_with_decay_on_the_matrix_only():
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_lars_scales_matrices_by_their_trust_ratio_and_biases_not_at_all(weight_decay):
+def test_lars_scales_only_matrices_by_the_trust_ratio(weight_decay):
     stage = TrainConfig(epochs=1, batch_size=256, base_lr=0.5, optimizer="lars", betas=(0.9, 0.0), weight_decay=weight_decay)
     layer = small_layer()
     optimizer = make_optimizer(layer, stage)

@@ -1,7 +1,7 @@
-"""Whole networks of Positional Label against figures of the official code under which every part counts.
+"""Whole networks of Positional Label give the values of the official code.
 
-The cases of test_positional_label.py have one block per stage and tokens that are nearly alike. These have shifted windows, and weights
-without a pattern, so that a wrong shift, mask or label changes every figure.
+The cases of test_positional_label.py have one block per stage and nearly identical tokens. These have shifted windows and
+patternless weights, so that a wrong shift, mask or label changes every value.
 
 Shapes: B images, K classes, N tokens, W windows with T tokens each.
 """
@@ -18,11 +18,11 @@ from tests import parity
 from tests.test_backbones import prepared
 
 GOLDEN = parity.golden("positional_label_strong")
-LOSSES, GRADIENTS = 1e-5, 1e-4  # tolerances relative to the largest official number of a list
+LOSSES, GRADIENTS = 1e-5, 1e-4  # tolerances relative to the largest official value of a list
 
 
 def new_model(case: dict, label: str) -> PositionalLabel:
-    """The network of a case with weights of its own."""
+    """Build the network of a case with randomly initialised weights."""
     if "depth" in case:
         pooled = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         encoder = VisionTransformer(img_size=224, patch_size=16, embed_dim=768, depth=case["depth"], num_heads=12, num_classes=0, **pooled)
@@ -32,7 +32,7 @@ def new_model(case: dict, label: str) -> PositionalLabel:
 
 
 def shift_mask(windows: int, cells: int) -> Tensor:
-    """The official buffer (W, T, T) of a square grid: 0 for two cells of a shifted window that are neighbours in the image, else -100."""
+    """The official buffer (W, T, T) of a square grid: 0 for two patches of a shifted window that are neighbours in the image, else -100."""
     side, window = round((windows * cells) ** 0.5), round(cells**0.5)
     place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).reshape(side, side, 2)
     shifted = place.roll((-(window // 2), -(window // 2)), (0, 1))
@@ -43,9 +43,9 @@ def shift_mask(windows: int, cells: int) -> Tensor:
 
 
 def official_state(name: str, model: PositionalLabel) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A case's state dict as the official code saves it, masks and all, and how our names become the official ones."""
+    """Return a case's state dict as the official code saves it, with masks, and the map from our names to the official ones."""
     case, official = GOLDEN[name], OFFICIAL_VIT_NAMES if name.startswith("vit") else OFFICIAL_SWIN_NAMES
-    # What stands in the place of the last merging has names of its own where labels are absolute, and those names only there.
+    # With absolute labels, the layer that replaces the last merging has its own names; they occur only there.
     to_official = {ours: theirs for theirs, ours in official.items() if "FinalLayer" not in theirs or name.startswith("swin_apl")}
     state = rename(model.state_dict(), to_official)
     for key, (shape, zeros, values) in case.get("attn_mask", {}).items():
@@ -62,7 +62,7 @@ def load_case(name: str) -> tuple[PositionalLabel, dict[str, str]]:
     return model, to_official
 
 
-def test_weights_and_images_are_those_of_the_rule():
+def test_generated_weights_and_images_have_the_expected_values():
     assert parity.numbers((3,), 1000).tolist() == pytest.approx([-1.706034820802537, -0.10640847615072804, -1.551955138840138], abs=1e-14)
     case = GOLDEN["vit_apl_depth2"]
     images = parity.patternless_images(2, 3, 224, 224, phase=case["image_phase"], seed=case["seed"])
@@ -75,13 +75,13 @@ def test_weights_and_images_are_those_of_the_rule():
     assert norm.tolist() == pytest.approx([1.1535072327, 1.0258982182, 0.5226014853], abs=1e-7)
 
 
-def deviation(found: list[float], official: list[float]) -> float:
-    """The largest difference over the largest official number."""
+def relative_error(found: list[float], official: list[float]) -> float:
+    """Return the largest difference divided by the largest official value."""
     return max(abs(a - b) for a, b in zip(found, official, strict=True)) / max(map(abs, official))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_every_figure_of_a_whole_network_is_the_official_one(name):
+def test_all_values_of_a_whole_network_equal_the_official_ones(name):
     case, (model, to_official) = GOLDEN[name], load_case(name)
     images = parity.patternless_images(case["batch"], 3, 224, 224, phase=case["image_phase"], seed=case["seed"])
     targets = 3 * torch.arange(case["batch"]) + 1
@@ -103,7 +103,7 @@ def test_every_figure_of_a_whole_network_is_the_official_one(name):
             figures[key] = position[tuple(place)][:8].tolist()
     official = {key: [value] if isinstance(value, float) else value for key, value in case["float64"].items() if key != "grad_norm"}
     assert figures.keys() == official.keys()
-    assert {key: found for key in official if (found := deviation(figures[key], official[key])) > LOSSES} == {}
+    assert {key: found for key in official if (found := relative_error(figures[key], official[key])) > LOSSES} == {}
     answers = position.flatten(0, -2)
     assert [list(logits_BK.shape), list(answers.shape)] == [case["class_logits"], case["position_logits"]]
     assert output.metrics["position_top1"].item() * len(answers) / 100 == pytest.approx(case["position_right"], abs=1e-3)
@@ -115,8 +115,8 @@ def test_every_figure_of_a_whole_network_is_the_official_one(name):
 # ---- masks in a released checkpoint
 
 
-def test_a_checkpoint_whose_shift_masks_are_of_other_windows_is_refused():
-    """Nothing else in the file knows how large the windows were: the released Swin has no table of relative positions."""
+def test_a_checkpoint_with_shift_masks_of_another_window_size_is_refused():
+    """Only the masks show the window size: the released Swin has no relative position bias table."""
     case = GOLDEN["swin_rpl_2221_window14"] | {"depths": [2, 1, 1, 1]}
     model, other = new_model(case, "relative"), new_model(case | {"window": 7}, "relative")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -127,5 +127,5 @@ def test_a_checkpoint_whose_shift_masks_are_of_other_windows_is_refused():
     with pytest.raises(ConversionError, match=rf"{key}: not the shift masks"):
         load_method(model, state | {key: torch.zeros(16, 196, 196)}, OFFICIAL_SWIN_NAMES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    coverage = load_method(model, state | {key: shift_mask(16, 196).half()}, OFFICIAL_SWIN_NAMES)  # also as a file in half precision has it
+    coverage = load_method(model, state | {key: shift_mask(16, 196).half()}, OFFICIAL_SWIN_NAMES)  # a file in half precision also loads
     assert coverage.unexpected == ()

@@ -1,4 +1,4 @@
-"""Claims about where a token is: embeddings and targets."""
+"""Tests of position embeddings and position targets."""
 
 import math
 from decimal import Decimal
@@ -11,7 +11,7 @@ from common.positions import absolute_targets, relative_targets, resize_position
 
 GRIDS = [(14, 14), (4, 4), (2, 3), (5, 1), (1, 1)]
 
-# 224/16, printed by the official code's formulas: sigma, variant, then S at CELLS and the sums of row 0 and row 195.
+# 224/16, printed by the official formulas: sigma, variant, S at CELLS, then the sums of row 0 and row 195.
 CELLS = [(0, 0), (0, 1), (0, 14), (0, 16), (77, 77), (77, 91), (77, 93), (195, 195)]
 VARIANTS = {
     "released": {"normalise": "columns", "assumed_side": 16},
@@ -28,7 +28,7 @@ GOLDEN = """
 
 
 def printed(digits: str) -> object:
-    """What rounds to the printed digits, give or take two units of float32; a 0 or 1 without a point is meant exactly."""
+    """Match values that round to the printed digits, within two float32 units; a 0 or 1 without a point must match exactly."""
     half_digit = 0.5 * 10 ** Decimal(digits).as_tuple().exponent if "." in digits else 0
     return pytest.approx(float(digits), rel=0, abs=half_digit + 2 * 2**-23 * float(digits))
 
@@ -41,7 +41,7 @@ def test_sine_cosine_at_row_0_column_1_has_the_known_values():
     assert sincos_2d((2, 3), 8)[1].tolist() == pytest.approx(expected, abs=1e-7)
 
 
-def test_sine_cosine_encodes_the_column_first_then_the_row_with_falling_frequencies():
+def test_sine_cosine_encodes_the_column_then_the_row_with_decreasing_frequencies():
     table = sincos_2d((3, 5), 16)
     assert table.shape == (15, 16) and table.dtype == torch.float32
     for cell in range(15):
@@ -50,13 +50,13 @@ def test_sine_cosine_encodes_the_column_first_then_the_row_with_falling_frequenc
         assert table[cell].tolist() == pytest.approx(expected, abs=1e-6), cell
 
 
-def test_every_cell_has_its_own_sine_cosine_embedding():
+def test_every_position_has_a_distinct_sine_cosine_embedding():
     table = sincos_2d((14, 14), 768).double()
     distance = torch.cdist(table, table).fill_diagonal_(math.inf)
     assert distance.min() > 1
 
 
-def test_a_width_that_four_does_not_divide_is_refused():
+def test_a_width_that_is_not_a_multiple_of_four_is_refused():
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
         sincos_2d((2, 2), 6)
 
@@ -74,7 +74,7 @@ def test_resizing_keeps_the_prefix_and_interpolates_the_grid():
     assert resized[:, 2:].mean((0, 1)).tolist() == pytest.approx(table[:, 2:].mean((0, 1)).tolist(), abs=0.1)
 
 
-def test_resizing_keeps_rows_rows_and_columns_columns():
+def test_resizing_does_not_exchange_rows_and_columns():
     row, column = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).unbind(1)
     resized = resize_positions(torch.stack([row, column], 1)[None], (4, 4), (3, 8), prefix_tokens=0)[0].view(3, 8, 2)
     assert (resized[1:, :, 0] > resized[:-1, :, 0]).all() and torch.allclose(resized[:, :1, 0], resized[..., 0], atol=1e-5)
@@ -84,17 +84,17 @@ def test_resizing_keeps_rows_rows_and_columns_columns():
 # ---- absolute and relative targets
 
 
-def test_an_absolute_target_is_the_number_of_the_cell():
+def test_absolute_targets_number_the_patches_in_row_major_order():
     assert absolute_targets((2, 3)).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_relative_targets_are_swins(grid):
+def test_relative_targets_equal_those_of_timms_swin(grid):
     assert torch.equal(relative_targets(grid), get_relative_position_index(*grid))
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (2, 3), (5, 1)])
-def test_two_pairs_share_a_relative_class_exactly_when_they_share_an_offset(grid):
+def test_two_pairs_have_the_same_relative_target_if_and_only_if_the_offset_is_equal(grid):
     height, width = grid
     classes = relative_targets(grid)
     class_of_offset = {}
@@ -110,18 +110,18 @@ def test_two_pairs_share_a_relative_class_exactly_when_they_share_an_offset(grid
 
 
 @pytest.mark.parametrize("line", GOLDEN.split("\n")[1:-1], ids=lambda line: "-".join(line.split()[:2]))
-def test_smoothing_equals_the_figures_of_the_official_formulas(line):
-    sigma, variant, *figures = line.split()
+def test_smoothed_targets_equal_the_values_of_the_official_formulas(line):
+    sigma, variant, *values = line.split()
     table = smoothed_targets((14, 14), float(sigma), **VARIANTS[variant])
     found = [table[cell].item() for cell in CELLS] + table.sum(1)[[0, 195]].tolist()
     assert table.shape == (196, 196)
-    assert found == [printed(figure) for figure in figures]
+    assert found == [printed(value) for value in values]
 
 
 @pytest.mark.parametrize("distance", ["squared", "euclidean"])
 @pytest.mark.parametrize("grid", [(4, 4), (2, 3), (5, 1)])
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
-def test_smoothing_is_the_closed_form_on_the_true_grid(grid, sigma, distance):
+def test_smoothed_targets_equal_the_closed_form_on_the_true_grid(grid, sigma, distance):
     cells = [divmod(cell, grid[1]) for cell in range(grid[0] * grid[1])]
     power = 1 if distance == "squared" else 0.5
     for y, (row, column) in enumerate(cells):
@@ -133,7 +133,7 @@ def test_smoothing_is_the_closed_form_on_the_true_grid(grid, sigma, distance):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("distance", ["squared", "euclidean"])
-def test_every_smoothed_target_is_a_distribution_that_prefers_the_true_cell(grid, sigma, distance):
+def test_every_smoothed_target_is_a_distribution_with_its_maximum_at_the_true_position(grid, sigma, distance):
     table = smoothed_targets(grid, sigma, distance=distance)
     torch.testing.assert_close(table.sum(1), torch.ones(len(table)), atol=1e-6, rtol=0)
     assert torch.equal(table.argmax(1), torch.arange(len(table))) and (table >= 0).all()

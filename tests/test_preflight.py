@@ -1,4 +1,4 @@
-"""Claims about the checks at the start: all that cannot work is named at once, with what works, before anything is trained."""
+"""Tests of the checks before training: they report all problems at once, each with a value that works."""
 
 import random
 import shlex
@@ -27,7 +27,7 @@ OUT = {"device": "cpu", "precision": "32-true", "workers": 0, "epochs": 1}
 
 
 def run_of(out: Path, *changes: str, paper: str = "droppos", processes: int = 1) -> Stages:
-    """A run on digits, as one of several processes sees it."""
+    """A run on digits, seen from one of several processes."""
     module = paper_module(paper)
     name, recipe = choose_recipe(module, "digits", None)
     run = Stages(module, name, override(recipe, changes), open_data("digits"), make_fabric("cpu"), seed=0, out=out, workers=0)
@@ -36,18 +36,18 @@ def run_of(out: Path, *changes: str, paper: str = "droppos", processes: int = 1)
 
 
 def refused(run: Stages, root: Path = ROOT, record: bool = False) -> list[str]:
-    """The lines of the refusal."""
+    """Return the lines of the error message."""
     with pytest.raises(RecipeError) as error:
         preflight.check([run], record=record, root=root)
     return str(error.value).splitlines()
 
 
 def settings(line: str) -> list[str]:
-    """What a complaint says to --set."""
+    """Return the settings that an error message suggests with --set."""
     return [shlex.split(part)[0] for part in line.split("--set ")[1:]]
 
 
-def test_two_protocols_and_a_pretraining_that_are_wrong_are_named_at_once_and_what_is_to_be_set_works(tmp_path):
+def test_all_wrong_stages_are_reported_at_once_and_the_suggested_settings_work(tmp_path):
     changes = ["pretrain.batch_size=4096", "linear.stage.batch_size=16384", "finetune_5_per_class.stage.batch_size=64"]
     head, *lines = refused(run_of(tmp_path, *changes))
     assert head.startswith("3 problems")
@@ -74,7 +74,7 @@ def test_two_protocols_and_a_pretraining_that_are_wrong_are_named_at_once_and_wh
         (["knn.resize=16"], 1, "protocol knn: images are to be resized to 16 pixels"),
     ],
 )
-def test_what_cannot_work_is_refused_with_a_value_that_works(changes, processes, message, tmp_path):
+def test_an_impossible_setting_is_refused_with_a_value_that_works(changes, processes, message, tmp_path):
     lines = refused(run_of(tmp_path, *changes, processes=processes))
     assert any(message in line for line in lines), lines
     fixes = [change for line in lines for change in settings(line)]
@@ -87,7 +87,7 @@ def test_stop_is_refused_with_micro_batches_of_one_image_before_it_trains(tmp_pa
     assert "pretrain.device_batch=2" in settings(line)
 
 
-def test_a_class_token_that_the_encoder_does_not_have_is_refused(tmp_path):
+def test_class_token_pooling_of_an_encoder_without_class_token_is_refused(tmp_path):
     lines = refused(run_of(tmp_path, "linear.pool=class", "encoder.class_token=false"))
     assert any("linear.pool=mean" in settings(line) for line in lines)
 
@@ -108,7 +108,7 @@ def test_an_arm_that_cannot_be_built_is_refused_before_the_first_arm_trains(tmp_
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_encoder_file_that_does_not_fit_is_refused_beside_all_else(tmp_path):
+def test_an_unsuitable_encoder_file_is_reported_together_with_other_problems(tmp_path):
     save_file({"patch_embed.proj.weight": torch.zeros(3, 1, 2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(RecipeError) as error:
         options = Options(
@@ -119,7 +119,7 @@ def test_an_encoder_file_that_does_not_fit_is_refused_beside_all_else(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_ledger_that_cannot_be_read_is_refused_before_the_training_that_it_is_to_record(tmp_path):
+def test_an_unreadable_ledger_is_refused_before_training(tmp_path):
     (tmp_path / "droppos").mkdir()
     (tmp_path / "droppos" / "results.csv").write_text("a,b\n1,2\n")
     run = run_of(tmp_path / "runs")
@@ -138,14 +138,14 @@ def test_a_ledger_that_cannot_be_read_is_refused_before_the_training_that_it_is_
         ("pretrain.batch_size=128", 2, "several processes cannot make them"),
     ],
 )
-def test_tokens_that_cannot_be_had_are_refused_and_none_are_made(change, processes, message, tmp_path):
+def test_impossible_token_settings_are_refused_before_tokens_are_made(change, processes, message, tmp_path):
     run = run_of(tmp_path / "runs", change, paper="mapet", processes=processes)
     run.data_root = tmp_path / "data"
     assert any(line.startswith("targets: ") and message in line for line in refused(run))
     assert not (tmp_path / "data").exists()
 
 
-def test_the_checks_leave_the_global_generators_as_they_were(tmp_path):
+def test_the_checks_do_not_change_the_global_generators(tmp_path):
     before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1:3]
     preflight.check([run_of(tmp_path, "finetune.mixup=0.8")])
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
@@ -153,7 +153,7 @@ def test_the_checks_leave_the_global_generators_as_they_were(tmp_path):
         assert numpy.array_equal(old, new)
 
 
-def test_a_later_stage_that_was_run_with_other_settings_is_refused_before_an_earlier_one_trains(tmp_path):
+def test_a_later_stage_with_other_settings_is_refused_before_an_earlier_one_trains(tmp_path):
     run, protocol = run_of(tmp_path), run_of(tmp_path).recipe.protocols[0]
     held = run_of(tmp_path, "finetune.smoothing=0.3")
     with Run(run.root / "finetune-scratch", held.settings(held.recipe.protocols[0], "scratch"), run.fabric.device) as begun:
@@ -163,7 +163,7 @@ def test_a_later_stage_that_was_run_with_other_settings_is_refused_before_an_ear
     preflight.check([held])
 
 
-def test_a_finished_run_is_shown_again_whatever_has_become_of_its_list_of_labels(tmp_path):
+def test_a_finished_run_is_shown_again_even_if_its_label_list_is_missing(tmp_path):
     run = run_of(tmp_path, "knn.label_list=gone.txt")
     assert any("protocol knn" in line for line in refused(run))
     knn = next(protocol for protocol in run.recipe.protocols if protocol.name == "knn")
@@ -172,13 +172,13 @@ def test_a_finished_run_is_shown_again_whatever_has_become_of_its_list_of_labels
     preflight.check([run])
 
 
-def test_a_folder_that_logs_cannot_be_recorded_in_is_refused_before_the_training(tmp_path):
+def test_an_unusable_log_folder_is_refused_before_training(tmp_path):
     (tmp_path / "droppos").write_text("a file where a folder should be")
     run = run_of(tmp_path / "runs")
     assert any(line.startswith("--record: ") and "is a file" in line for line in refused(run, tmp_path, record=True))
 
 
-def test_all_values_that_make_no_sense_are_named_at_once_and_some_may_make_sense_only_together():
+def test_all_invalid_values_are_reported_at_once_and_settings_are_checked_together():
     recipe = choose_recipe(paper_module("droppos"), "digits", None)[1]
     with pytest.raises(RecipeError) as error:
         override(recipe, ["pretrain.epochs=0", "linear.stage.ema=2", "knn.temperature=0", "pretrain.augmentation.flip=2", "a.b=1"])
@@ -193,7 +193,7 @@ def test_all_values_that_make_no_sense_are_named_at_once_and_some_may_make_sense
     "epochs=0 cooldown_epochs=-1 device_batch=0 base_lr=-1 warmup_epochs=-1 weight_decay=-0.1 ema=1 layer_decay=0 clip_norm=0 "
     "milestones=[5,3] freeze_epoch=0 betas=[0.9,1] lr_batch=0 augmentation.randaugment=rand-m9-inc augmentation.erase=2".split(),
 )
-def test_a_value_that_no_stage_can_have_is_refused_by_path_and_value(change):
+def test_an_invalid_stage_value_is_refused_by_path_and_value(change):
     recipe = choose_recipe(paper_module("droppos"), "digits", None)[1]
     with pytest.raises(RecipeError) as error:
         override(recipe, [f"pretrain.{change}"])
@@ -201,14 +201,14 @@ def test_a_value_that_no_stage_can_have_is_refused_by_path_and_value(change):
 
 
 @pytest.mark.parametrize("words", [["--rounds", "0"], ["--batch", "0"], ["--device", "gpu"], ["--size", "micro"]])
-def test_what_the_measurement_of_speed_cannot_do_is_refused_before_it_measures(words, monkeypatch, capsys):
+def test_invalid_options_of_the_speed_benchmark_are_refused_before_it_measures(words, monkeypatch, capsys):
     monkeypatch.setattr(steps, "make_steps", None)
     with pytest.raises(SystemExit) as stopped:
         steps.main(["--device", "cpu", "--paper", "mae", *words])
     assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_keep_a_measurement_is_refused_before_it(tmp_path):
+def test_a_file_that_cannot_store_a_measurement_is_refused_before_measuring(tmp_path):
     (tmp_path / "speed.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has no column backbone"):
         check_kept(tmp_path / "speed.csv", ["backbone"])
@@ -216,7 +216,7 @@ def test_a_file_that_cannot_keep_a_measurement_is_refused_before_it(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 15])
-def test_every_image_of_an_odd_batch_is_blended_with_another_one(count):
+def test_mixup_mixes_every_image_of_an_odd_batch_with_another_one(count):
     images = torch.arange(count, dtype=torch.float32)[:, None, None, None].expand(count, 1, 4, 4)
     blended, targets = Supervision(count, mixup=0.8).blend(images, torch.arange(count))
     assert blended.shape == images.shape and targets.shape == (count, count)
@@ -224,7 +224,7 @@ def test_every_image_of_an_odd_batch_is_blended_with_another_one(count):
     torch.testing.assert_close((targets * torch.arange(count)).sum(1), blended[:, 0, 0, 0])
 
 
-def test_a_module_whose_annotations_are_text_keeps_its_recipes():
+def test_recipes_are_found_if_annotations_are_strings():
     module = ModuleType("paper")
     source = """from __future__ import annotations
 import functools
@@ -245,7 +245,7 @@ def _private() -> Recipe: ...
     assert list(recipes(module)) == ["small", "quoted", "dotted", "derived", "cached"]
 
 
-def test_a_module_that_imports_the_type_for_checkers_only_keeps_its_recipes_and_one_without_any_says_so():
+def test_recipes_are_found_without_the_type_import_and_a_module_without_recipes_fails():
     module = ModuleType("paper")
     exec(compile("from __future__ import annotations\ndef small() -> Recipe: ...\n", "paper", "exec", dont_inherit=True), module.__dict__)
     assert list(recipes(module)) == ["small"]
@@ -254,7 +254,7 @@ def test_a_module_that_imports_the_type_for_checkers_only_keeps_its_recipes_and_
 
 
 @pytest.mark.parametrize("paper", [*papers(), *baselines()])
-def test_no_recipe_has_absurd_micro_batches_on_1_to_8_devices(paper):
+def test_no_recipe_has_micro_batches_of_one_image_on_1_to_8_devices(paper):
     for make in recipes(paper_module(paper)).values():
         recipe = make()
         for stage in (recipe.pretrain, *(protocol.stage for protocol in recipe.protocols if protocol.stage)):

@@ -1,4 +1,4 @@
-"""Several processes agree: about what is done, what was computed, and when to stop."""
+"""Tests of runs with several processes: features, results, stopping and resuming."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def launch(processes: int, *command: str) -> subprocess.Popen:
-    """A program under torchrun, or alone."""
+    """Start a program, under torchrun if there is more than one process."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     head = [sys.executable, *(["-m", *torchrun] if processes > 1 else [])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -46,7 +46,7 @@ STOP = ["stop", "--arms", "ijepa+stop", "--device", "cpu", "--precision", "32-tr
 DROPPOS = ["droppos", "--device", "cpu", "--precision", "32-true", "--epochs", "1"]
 DROPPOS += short("finetune", "finetune_20_per_class", "finetune_5_per_class", "linear")
 
-# ---- features and counts
+# ---- features and accuracies
 
 FEATURES = """
 import sys, torch, common
@@ -92,8 +92,8 @@ print("done", flush=True)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
-def test_features_and_counts_are_exact_and_in_order_for_any_number_of_processes(processes, tmp_path):
-    """Also where the last turn is incomplete, and where there are fewer images than processes."""
+def test_features_and_accuracies_are_the_same_with_any_number_of_processes(processes, tmp_path):
+    """This includes an incomplete last batch, and fewer images than processes."""
     assert finish(launch(processes, script(tmp_path, FEATURES))).count("done") == processes
 
 
@@ -101,7 +101,7 @@ def test_features_and_counts_are_exact_and_in_order_for_any_number_of_processes(
 
 
 @pytest.mark.slow
-def test_frozen_features_are_computed_once_by_all_processes_and_give_the_numbers_of_one(tmp_path):
+def test_frozen_features_and_results_of_two_processes_equal_those_of_one(tmp_path):
     for processes in (1, 2):
         options = ["-m", "benchmarks.reproduce", *DROPPOS, "--out", str(tmp_path / str(processes))]
         said = finish(launch(processes, *options))
@@ -112,7 +112,7 @@ def test_frozen_features_are_computed_once_by_all_processes_and_give_the_numbers
         assert torch.equal(alone["classes"], kept[1][name]["classes"])
         torch.testing.assert_close(alone["features"], kept[1][name]["features"], atol=1e-5, rtol=0)
     results = [json.loads(next((tmp_path / str(n)).glob("*/*/knn-random/result.json")).read_text())["top1"] for n in (1, 2)]
-    assert results[0] == pytest.approx(results[1], abs=0.3)  # a test image is .28; what is summed in another order may turn one
+    assert results[0] == pytest.approx(results[1], abs=0.3)  # one test image is .28; another order of summation may change one prediction
 
 
 SLOW = """
@@ -139,10 +139,10 @@ sys.exit(program.main(sys.argv[2:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slow", ["0", "1"])
-def test_a_process_that_is_much_slower_than_the_other_finds_what_the_other_finds(slow, tmp_path):
+def test_a_run_with_one_very_slow_process_completes_without_errors(slow, tmp_path):
     said = finish(launch(2, script(tmp_path, SLOW), slow, *DROPPOS, "--out", str(tmp_path / "runs")))
     assert "Traceback" not in said
-    assert "Protocol" in finish(launch(2, script(tmp_path, SLOW), slow, *DROPPOS, "--out", str(tmp_path / "runs")))  # all is done
+    assert "Protocol" in finish(launch(2, script(tmp_path, SLOW), slow, *DROPPOS, "--out", str(tmp_path / "runs")))  # the run is finished
 
 
 TEACHER = """
@@ -166,7 +166,7 @@ sys.exit(program.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_the_teacher_of_stop_is_the_same_on_every_process_and_follows_the_student(tmp_path):
+def test_the_ema_encoder_of_stop_is_the_same_on_every_process_but_not_the_student(tmp_path):
     said = finish(launch(2, script(tmp_path, TEACHER), *STOP, "--epochs", "1", "--out", str(tmp_path / "runs")))
     found = re.findall(r"teacher (\w+) student (\w+) after (\d+)", said)
     assert len(found) == 2 and found[0] == found[1] and found[0][0] != found[0][1] and int(found[0][2]) > 0
@@ -179,8 +179,8 @@ def losses(out: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(2, 1), (1, 2)])
-def test_a_run_that_one_process_is_told_to_stop_goes_on_with_another_number_of_processes(numbers, tmp_path):
-    """Every process stops after the same step, saves, and exits with 75. DropPos draws by process, so losses differ a little."""
+def test_a_run_stopped_by_a_signal_resumes_with_another_number_of_processes(numbers, tmp_path):
+    """Every process stops after the same step, saves, and exits with 75. DropPos draws per process, so losses differ slightly."""
     arguments = ["-m", "benchmarks.reproduce", *DROPPOS, "--epochs", "60", "--checkpoint-seconds", "1000", "--out", str(tmp_path)]
     process = launch(numbers[0], *arguments)
     while not list(tmp_path.glob("*/*/pretrain/metrics.jsonl")) and process.poll() is None:
@@ -189,7 +189,7 @@ def test_a_run_that_one_process_is_told_to_stop_goes_on_with_another_number_of_p
     os.kill(int(children[-1]) if numbers[0] > 1 else process.pid, signal.SIGUSR2)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == (75 if numbers[0] == 1 else 1), said
-    assert len(re.findall(r"exitcode +: 75", said)) == (0 if numbers[0] == 1 else 2), said  # torchrun lists how each process ended
+    assert len(re.findall(r"exitcode +: 75", said)) == (0 if numbers[0] == 1 else 2), said  # torchrun lists the exit code of each process
     assert "checkpoint saved, the same command resumes from here" in said
     assert not list(tmp_path.glob("*/*/finetune*"))
     before = losses(tmp_path)

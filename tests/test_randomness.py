@@ -1,4 +1,4 @@
-"""Claims about counter-based randomness."""
+"""Tests of counter-based randomness."""
 
 import itertools
 
@@ -8,13 +8,13 @@ import torch
 from common.randomness import generator, mix, reseed
 
 
-def test_every_key_is_a_number_of_its_own_whatever_its_length():
+def test_keys_of_any_length_give_distinct_numbers():
     keys = [key for length in (1, 2, 3, 4) for key in itertools.product(range(4), repeat=length)]
     numbers = [mix(*key) for key in keys]
     assert len(set(numbers)) == len(keys) and all(0 <= number < 2**63 for number in numbers)
 
 
-def test_a_key_sets_all_generators_and_one_of_its_own():
+def test_a_key_seeds_the_global_generators_and_a_new_one():
     draws = []
     for key in ((3, 1), (3, 1, 0), (3, 1)):
         reseed(*key)

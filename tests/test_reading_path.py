@@ -1,4 +1,4 @@
-"""How many files a reader opens between the command and the loss, and between the last number and the table."""
+"""Number of files from the command to the loss, and from the last result to the table."""
 
 import sys
 from pathlib import Path
@@ -14,14 +14,14 @@ from stop.method import StoP
 
 
 def file_of(frame: FrameType) -> str:
-    """The file of a frame, relative to the root; "" outside the project's own code."""
+    """Return the file of a frame, relative to the root; "" outside the project's own code."""
     path = Path(frame.f_code.co_filename)
     inside = ROOT in path.parents and not {".venv", "tests"} & {*path.relative_to(ROOT).parts}
     return path.relative_to(ROOT).as_posix() if inside else ""
 
 
 @pytest.mark.slow
-def test_the_loss_is_ten_files_from_the_command_and_the_table_six_from_the_last_number(tmp_path, monkeypatch, capsys):
+def test_a_reader_opens_at_most_ten_files_to_the_loss_and_six_to_the_table(tmp_path, monkeypatch, capsys):
     forward, close, to_loss, to_table = StoP.forward, Run.__exit__, ["Makefile"], []
 
     def watch(frame: FrameType, event: str, _: object) -> None:

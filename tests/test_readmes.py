@@ -1,4 +1,4 @@
-"""What the READMEs say of files, lines, headings, commands and names is true."""
+"""Tests of the READMEs: files, lines, headings, commands and names in them exist."""
 
 import ast
 import importlib
@@ -29,28 +29,28 @@ COMMAND = re.compile(r"(?:[A-Z_]+=\S* +)*((?:make|srun|torchrun|\S*python[\d.]*)
 
 
 def blocks(text: str, *languages: str) -> list[str]:
-    """The fenced code of a Markdown text in one of the languages."""
+    """Return the fenced code blocks of a Markdown text in the given languages."""
     return [code for language, code in FENCE.findall(text) if language in languages]
 
 
 def prose(text: str) -> str:
-    """The text without its fenced code."""
+    """Return the text without its fenced code."""
     return FENCE.sub("", text)
 
 
 def section(text: str, heading: str) -> str:
-    """What stands under a heading of the second level."""
+    """Return the text under a second-level heading."""
     (found,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return found
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of every table row in a text."""
+    """Return the cells of every table row in a text."""
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")]
 
 
 def anchors(text: str) -> set[str]:
-    """The names by which GitHub links to the headings of a Markdown text."""
+    """Return GitHub's link anchors of the headings of a Markdown text."""
     names: list[str] = []
     for heading in re.findall(r"^#{1,6} +(.+?) *#*$", prose(text), re.MULTILINE):
         heading = LINK.sub(r"\1", heading)
@@ -61,7 +61,7 @@ def anchors(text: str) -> set[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every `make` and `python -m` command: in shell blocks, behind a "$ " in other blocks, and in inline code."""
+    """Yield the words of every `make` and `python -m` command: in shell blocks, after "$ " in other blocks, and in inline code."""
     lines = "\n".join(blocks(text, "bash", "sh", "shell")).replace("\\\n", " ").splitlines()
     lines += re.findall(r"^\$ (.*)", "\n".join(blocks(text, "", "console", "text")), re.MULTILINE)
     for line in [*lines, *re.findall(r"`([^`\n]+)`", prose(text))]:
@@ -73,7 +73,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def make_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The targets and the variables of a `make` command."""
+    """Return the targets and the variables of a `make` command."""
     variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
     return [word for word in words[1:] if "=" not in word and not word.startswith("-")], variables
 
@@ -85,7 +85,7 @@ def makefile() -> str:
 
 @lru_cache
 def known_flags(module: str) -> frozenset[str]:
-    """The flags that a module's --help names."""
+    """Return the flags in a module's --help."""
     environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     asked = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert asked.returncode == 0, asked.stderr
@@ -106,24 +106,24 @@ def test_each_step_of_the_method_links_to_the_line_that_does_it(paper: str) -> N
         assert found == int(number), f"{name}: {fragment!r} is on line {found} of {paper}/method.py, not {number}"
 
 
-@pytest.mark.parametrize(("paper", "sheet", "count"), [("droppos", 7, 17), ("mp3", 5, 12)])
-def test_all_faults_of_the_only_other_code_stand_in_the_deviations(paper: str, sheet: int, count: int) -> None:
+@pytest.mark.parametrize(("paper", "prefix", "count"), [("droppos", 7, 17), ("mp3", 5, 12)])
+def test_the_deviations_list_all_errors_of_the_other_implementation(paper: str, prefix: int, count: int) -> None:
     deviations = section((ROOT / paper / "README.md").read_text(encoding="utf-8"), "Deviations")
     faults = [cells for cells in rows(deviations) if re.match(r"\d+\.\d+( |$)", cells[0])]
-    assert [cells[0].split()[0] for cells in faults] == [f"{sheet}.{number}" for number in range(1, count + 1)]
+    assert [cells[0].split()[0] for cells in faults] == [f"{prefix}.{number}" for number in range(1, count + 1)]
     for fault, *cells in faults:
         assert fault.split()[1:] in ([["H"], ["M"], ["L"]] if paper == "droppos" else [[]]), f"{fault}: severity, where it is known"
         assert len(cells) == 4 and all(cells), f"{fault}: paper, the other code, ours, why"
         assert re.search(r"\b(Executed|Read|[Nn]ot verified)\b", cells[-1]), f"{fault}: how is it known?"
 
 
-def test_the_first_readme_can_be_read_in_one_sitting() -> None:
+def test_the_main_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 180 and len(text.encode()) < 14_000
 
 
 @each_readme
-def test_every_relative_link_leads_somewhere(readme: Path) -> None:
+def test_the_target_of_every_relative_link_exists(readme: Path) -> None:
     text = prose(readme.read_text(encoding="utf-8"))
     for label, target in LINK.findall(text):
         if re.match(r"[a-z]+:", target):
@@ -140,7 +140,7 @@ def test_every_relative_link_leads_somewhere(readme: Path) -> None:
 
 
 @each_readme
-def test_every_make_command_uses_targets_and_variables_that_make_help_shows(readme: Path) -> None:
+def test_every_make_command_uses_documented_targets_and_variables(readme: Path) -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):.*## ", makefile(), re.MULTILINE))
     shown = set(re.findall(r"\b([A-Z]+)=", "\n".join(re.findall(r"^#:.*", makefile(), re.MULTILINE))))
     for words in commands(readme.read_text(encoding="utf-8")):
@@ -151,7 +151,7 @@ def test_every_make_command_uses_targets_and_variables_that_make_help_shows(read
 
 
 @each_readme
-def test_every_paper_recipe_and_data_set_that_is_named_exists(readme: Path, tmp_path: Path) -> None:
+def test_every_named_paper_recipe_and_data_set_exists(readme: Path, tmp_path: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     default = readme.parent.name if readme.parent.name in papers() else re.search(r"^PAPER \?= (\w+)", makefile(), re.MULTILINE)[1]
     for words in commands(text):
@@ -169,7 +169,7 @@ def test_every_paper_recipe_and_data_set_that_is_named_exists(readme: Path, tmp_
 
 
 @each_readme
-def test_every_module_that_is_run_exists_and_knows_the_flags(readme: Path) -> None:
+def test_every_module_in_a_command_exists_and_accepts_its_flags(readme: Path) -> None:
     for words in commands(readme.read_text(encoding="utf-8")):
         if words[0] == "make":
             targets, variables = make_words(words)
@@ -185,7 +185,7 @@ def test_every_module_that_is_run_exists_and_knows_the_flags(readme: Path) -> No
 
 
 @each_readme
-def test_python_blocks_compile_and_import_what_exists(readme: Path) -> None:
+def test_python_blocks_compile_and_their_imports_exist(readme: Path) -> None:
     for code in blocks(readme.read_text(encoding="utf-8"), "py", "python"):
         compile(code, str(readme), "exec")
         for node in ast.walk(ast.parse(code)):

@@ -1,4 +1,4 @@
-"""Claims about recipes: what can be changed, what is refused, and what reaches the devices."""
+"""Tests of recipes: overrides, refused settings, arms, and the batch size per device."""
 
 import json
 import math
@@ -57,7 +57,7 @@ QUICK = settings(deadline=None, max_examples=100, derandomize=True)
         ("pretrain.milestones=[5, 10]", replace(RECIPE, pretrain=replace(STAGE, milestones=(5, 10)))),
     ],
 )
-def test_an_assignment_changes_what_it_names_and_nothing_else(assignment, changed):
+def test_an_assignment_changes_only_the_named_setting(assignment, changed):
     before = asdict(RECIPE)
     assert override(RECIPE, [assignment]) == changed
     assert asdict(RECIPE) == before
@@ -85,11 +85,11 @@ def test_every_setting_of_a_frozen_evaluation_can_be_changed(assignment, value):
     assert getattr(override(recipe, [f"frozen.{assignment}"]).protocols[0], assignment.partition("=")[0]) == value
 
 
-def test_whole_numbers_become_floats_where_a_float_is_wanted():
+def test_integers_become_floats_for_float_settings():
     assert isinstance(override(RECIPE, ["pretrain.base_lr=1"]).pretrain.base_lr, float)
 
 
-def test_a_protocol_is_changed_by_its_name_alone():
+def test_a_protocol_is_addressed_by_its_name():
     changed = override(RECIPE, ["finetune.stage.epochs=50", "finetune_5_per_class.pool=class", "knn.neighbours=10"])
     finetune, few, knn = changed.protocols
     assert (finetune.stage.epochs, few.stage.epochs) == (50, 10)
@@ -98,9 +98,9 @@ def test_a_protocol_is_changed_by_its_name_alone():
     assert changed.pretrain == STAGE
 
 
-@pytest.mark.parametrize(("value", "taken"), [("learned", "learned"), ("null", None)])
-def test_a_choice_that_may_be_left_open_can_be_made_and_left_open(value, taken):
-    assert override(RECIPE, [f"finetune.position={value}"]).protocols[0].position == taken
+@pytest.mark.parametrize(("value", "expected"), [("learned", "learned"), ("null", None)])
+def test_an_optional_choice_accepts_a_value_and_null(value, expected):
+    assert override(RECIPE, [f"finetune.position={value}"]).protocols[0].position == expected
 
 
 def test_later_assignments_build_on_earlier_ones():
@@ -129,7 +129,7 @@ def test_later_assignments_build_on_earlier_ones():
         "pretrain.milestones=5",
     ],
 )
-def test_a_value_of_another_type_is_refused_by_path(assignment):
+def test_a_value_of_the_wrong_type_is_refused_by_path(assignment):
     path = assignment.partition("=")[0]
     with pytest.raises(RecipeError, match=f"^{path}=.* does not fit; expected"):
         override(RECIPE, [assignment])
@@ -158,7 +158,7 @@ def test_an_old_option_of_the_encoder_is_refused_with_the_new_one():
 @pytest.mark.parametrize(
     "assignment", ["pretrain.betas=[0.9]", "pretrain.betas=[0.9, 0.95, 0.99]", 'pretrain.betas=["a", "b"]', 'pretrain.milestones=["a"]']
 )
-def test_a_list_of_another_length_or_with_other_members_is_refused(assignment):
+def test_a_list_of_the_wrong_length_or_type_is_refused(assignment):
     with pytest.raises(RecipeError, match="does not fit"):
         override(RECIPE, [assignment])
 
@@ -183,33 +183,33 @@ def test_an_unknown_path_is_refused_with_the_nearest_name(assignment, suggestion
 
 
 @pytest.mark.parametrize("assignment", ["pretrain.epochs", "", "pretrain.epochs 3"])
-def test_what_is_no_assignment_is_refused_with_an_example(assignment):
+def test_text_that_is_not_an_assignment_is_refused_with_an_example(assignment):
     with pytest.raises(RecipeError, match="not an assignment; write path=value"):
         override(RECIPE, [assignment])
 
 
 @pytest.mark.parametrize("assignment", ["pretrain.epochs.more=3", "knn.stage.epochs=3", "image_size.x=1"])
-def test_a_path_into_what_has_no_parts_is_refused(assignment):
+def test_a_path_into_a_value_without_fields_is_refused(assignment):
     with pytest.raises(RecipeError, match="has no fields"):
         override(RECIPE, [assignment])
 
 
 @pytest.mark.parametrize("assignment", ["protocols.finetune.pool=class", 'protocols=["knn"]', "protocols=3"])
-def test_protocols_as_a_whole_are_refused_with_their_names(assignment):
+def test_assigning_all_protocols_is_refused_with_their_names(assignment):
     with pytest.raises(RecipeError, match="field by field, such as finetune.pool; known: finetune, finetune_5_per_class, knn"):
         override(RECIPE, [assignment])
 
 
 @pytest.mark.parametrize("assignment", ["finetune=5", "pretrain.=1", "finetune.stage.=1"])
-def test_a_path_that_ends_too_early_is_refused(assignment):
+def test_an_incomplete_path_is_refused(assignment):
     with pytest.raises(RecipeError):
         override(RECIPE, [assignment])
 
 
-# ---- what is written down, what is built
+# ---- recipes as JSON, and models built from them
 
 
-def test_the_recipe_as_json_survives_json_and_holds_every_setting():
+def test_the_recipe_as_json_can_be_saved_and_contains_every_setting():
     written = as_json(RECIPE)
     assert json.loads(json.dumps(written)) == written
     assert written["pretrain"]["betas"] == [0.9, 0.999]
@@ -229,7 +229,7 @@ def test_two_recipes_that_differ_anywhere_differ_as_json():
         assert as_json(override(RECIPE, [assignment])) != as_json(RECIPE), assignment
 
 
-def test_the_encoder_is_the_recipes_with_its_own_options_and_the_callers_changes_on_top():
+def test_the_encoder_has_the_options_of_the_recipe_overridden_by_the_caller():
     encoder = override(RECIPE, ["encoder.layer_scale=0.1", "encoder.drop_path=0.3"]).build_encoder(1, drop_path=0.0)
     assert (encoder.width, encoder.channels, encoder.grid) == (96, 1, (4, 4))
     assert "blocks.0.ls1.gamma" in encoder.state_dict() and encoder.blocks[-1].drop_path.drop_prob == 0
@@ -242,18 +242,18 @@ def test_an_unknown_option_of_the_encoder_is_refused_by_name(assignment):
         override(RECIPE, [assignment]).build_encoder(1)
 
 
-def test_an_unknown_option_of_a_method_is_refused_with_the_nearest():
+def test_an_unknown_option_of_a_method_is_refused_with_the_nearest_name():
     with pytest.raises(RecipeError, match="DropPos has no option 'sigmaa'.*did you mean.*sigma"):
         build(override(RECIPE, ["method.sigmaa=2"]), RECIPE.build_encoder(1), 10)
 
 
 @pytest.mark.parametrize("option", ["encoder", "sigma_epochs"])
-def test_an_option_that_the_recipe_itself_fills_in_is_refused(option):
+def test_an_option_set_by_the_recipe_itself_is_refused(option):
     with pytest.raises(RecipeError, match=option):
         build(override(RECIPE, [f"method.{option}=3"]), RECIPE.build_encoder(1), 10)
 
 
-def test_check_options_lets_known_options_pass_and_names_the_first_unknown():
+def test_check_options_accepts_known_options_and_reports_the_first_unknown_one():
     def method(encoder, *, sigma=1.0, temperature=0.1): ...
 
     check_options(method, {"sigma": 2, "temperature": 1})
@@ -261,7 +261,7 @@ def test_check_options_lets_known_options_pass_and_names_the_first_unknown():
         check_options(method, {"sigma": 2, "temprature": 1, "zzz": 0})
 
 
-def test_without_a_near_name_all_known_ones_are_offered():
+def test_without_a_similar_name_all_known_names_are_listed():
     assert nearest("zzzz", ["sigma", "mask_ratio"]) == "known: mask_ratio, sigma"
 
 
@@ -269,7 +269,7 @@ def test_without_a_near_name_all_known_ones_are_offered():
 
 
 @pytest.mark.parametrize("name", recipes(positional_label))
-def test_an_arm_with_labels_is_the_one_without_but_for_its_label(name):
+def test_arms_with_and_without_labels_differ_only_in_the_label(name):
     arms = choose_arms(recipes(positional_label)[name]())
     alone = [arm for arm in arms if "+" not in arm]
     assert alone and set(arms) == {f"{arm}{added}" for arm in alone for added in ("", "+apl", "+rpl")}
@@ -279,19 +279,19 @@ def test_an_arm_with_labels_is_the_one_without_but_for_its_label(name):
             assert arms[f"{arm}{added}"] == override(arms[arm], [f"method.label={label}"])
 
 
-def test_the_arms_that_are_asked_for_come_in_that_order_and_a_recipe_without_any_stands_alone():
+def test_arms_keep_the_requested_order_and_a_recipe_without_arms_is_one_arm():
     assert list(choose_arms(positional_label.digits(), ["swin+rpl", "vit"])) == ["swin+rpl", "vit"]
     assert choose_arms(RECIPE) == {"": RECIPE}
 
 
-def test_an_arm_is_compared_with_the_one_it_adds_to_where_the_recipe_has_that_arm():
+def test_the_base_arm_is_the_arm_without_additions_if_the_recipe_has_it():
     bases = {arm: base_arm(positional_label.digits(), arm) for arm in ("vit", "vit+rpl", "swin_released+apl", "swin")}
     assert bases == {"vit": "", "vit+rpl": "vit", "swin_released+apl": "swin_released", "swin": ""}
     assert base_arm(recipes(paper_module("stop"))["imagenet_ablation"](), "ijepa+stop_context") == "ijepa"
     assert base_arm(replace(RECIPE, arms={"a+b": ()}), "a+b") == "" == base_arm(RECIPE, "")
 
 
-def test_an_unknown_arm_is_refused_with_the_nearest_or_all_that_there_are():
+def test_an_unknown_arm_is_refused_with_the_nearest_or_all_known_arms():
     with pytest.raises(RecipeError, match=r"ARMS: 'vit\+alp' is not an arm of the recipe; did you mean vit\+apl"):
         choose_arms(positional_label.digits(), ["vit", "vit+alp"])
     with pytest.raises(RecipeError, match=r"'zzzz' is not an arm of the recipe; known: vit, vit\+apl, vit\+rpl"):
@@ -310,7 +310,7 @@ IMAGENET = {  # backbone, epochs, batch, rate, drop path, CutMix
 
 
 @pytest.mark.parametrize("family", IMAGENET)
-def test_every_arm_on_imagenet_is_the_papers_backbone_trained_as_its_docstring_says(family):
+def test_every_imagenet_arm_has_the_expected_backbone_and_settings(family):
     backbone, epochs, batch, rate, drop_path, cutmix = IMAGENET[family]
     names = [name for name in (f"imagenet_{family}", f"mini_imagenet_{family}") if name in recipes(positional_label)]
     for name in names:
@@ -331,7 +331,7 @@ def test_every_arm_on_imagenet_is_the_papers_backbone_trained_as_its_docstring_s
 @pytest.mark.parametrize(
     ("size", "offered"), [("vit_bse_patch16_224", "vit_base_patch16_224"), ("swin_tiny_patch4_windw7_224", "swin_tiny_patch4_window7_224")]
 )
-def test_an_unknown_backbone_is_refused_with_the_nearest_of_timms(size, offered):
+def test_an_unknown_backbone_is_refused_with_the_nearest_timm_name(size, offered):
     with pytest.raises(RecipeError, match=f"size='{size}' is neither a size of ViT nor a model or class of timm; did you mean .*{offered}"):
         override(RECIPE, [f"size={size}"]).build_encoder(3)
 
@@ -341,28 +341,28 @@ def test_a_vit_without_a_patch_size_is_refused_by_name():
         override(RECIPE, ["patch_size=null"]).build_encoder(1)
 
 
-# ---- sharing a batch
+# ---- dividing a batch among devices
 
 
 @QUICK
 @given(st.integers(1, 300), st.integers(1, 16), st.integers(1, 200))
-def test_a_device_gets_the_largest_divisor_of_its_share_within_its_limit(share, devices, limit):
-    stage = replace(STAGE, batch_size=share * devices, device_batch=limit)
-    size = max(d for d in range(1, share + 1) if share % d == 0 and d <= limit)
-    if share // size > 2 * math.ceil(share / limit):
-        with pytest.raises(RecipeError, match=f"{share // size} micro-batches of {size} images"):
+def test_the_micro_batch_is_the_largest_divisor_within_the_limit(per_device, devices, limit):
+    stage = replace(STAGE, batch_size=per_device * devices, device_batch=limit)
+    size = max(d for d in range(1, per_device + 1) if per_device % d == 0 and d <= limit)
+    if per_device // size > 2 * math.ceil(per_device / limit):
+        with pytest.raises(RecipeError, match=f"{per_device // size} micro-batches of {size} images"):
             device_batch(stage, devices)
     else:
         assert device_batch(stage, devices) == size
 
 
 @pytest.mark.parametrize(("batch", "devices", "expected"), [(4096, 8, 512), (4096, 64, 64), (4096, 1, 512), (100, 1, 100), (1026, 2, 171)])
-def test_accumulation_makes_up_the_effective_batch(batch, devices, expected):
+def test_the_device_batch_divides_the_effective_batch(batch, devices, expected):
     assert device_batch(replace(STAGE, batch_size=batch), devices) == expected
 
 
 @pytest.mark.parametrize(("batch", "devices"), [(100, 8), (4, 8), (0, 1)])
-def test_a_batch_that_cannot_be_shared_out_is_refused(batch, devices):
+def test_a_batch_that_cannot_be_divided_among_devices_is_refused(batch, devices):
     with pytest.raises(RecipeError, match=f"a batch of {batch} cannot be divided among {devices} devices"):
         device_batch(replace(STAGE, batch_size=batch), devices)
 
@@ -371,7 +371,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(batch, devices):
 
 
 @pytest.mark.parametrize("paper", [*papers(), *baselines()])
-def test_every_paper_has_a_recipe_for_the_default_data_that_builds(paper):
+def test_every_paper_has_a_working_recipe_for_the_default_data(paper):
     module = paper_module(paper)
     name, recipe = choose_recipe(module, "digits", None)
     assert name == "digits" and name in recipes(module)
@@ -386,7 +386,7 @@ def test_every_paper_has_a_recipe_for_the_default_data_that_builds(paper):
 
 
 @pytest.mark.parametrize("paper", [*papers(), *baselines()])
-def test_the_default_recipe_of_a_data_set_is_declared_and_no_other_is_made(paper, tmp_path, monkeypatch):
+def test_only_the_default_recipe_of_a_data_set_is_created(paper, tmp_path, monkeypatch):
     module, made = paper_module(paper), []
     assert {"digits", "folder"} <= set(module.DEFAULTS) and set(module.DEFAULTS.values()) <= set(recipes(module).values())
     for data, function in module.DEFAULTS.items():
@@ -397,7 +397,7 @@ def test_the_default_recipe_of_a_data_set_is_declared_and_no_other_is_made(paper
 
 
 @pytest.mark.parametrize("paper", [*papers(), *baselines()])
-def test_every_recipe_has_a_docstring_and_protocols_that_can_be_named(paper):
+def test_every_recipe_has_a_docstring_and_unique_protocol_names(paper):
     for name, function in recipes(paper_module(paper)).items():
         recipe = function()
         assert function.__doc__, name
@@ -407,7 +407,7 @@ def test_every_recipe_has_a_docstring_and_protocols_that_can_be_named(paper):
             assert (protocol.stage is None) == (protocol.kind in ("knn", "logistic")), (name, protocol.name)
 
 
-def test_an_unknown_paper_recipe_or_data_offers_the_nearest():
+def test_an_unknown_paper_recipe_or_data_set_is_refused_with_the_nearest_name():
     with pytest.raises(RecipeError, match="PAPER='dropos'.*did you mean droppos"):
         paper_module("dropos")
     module = paper_module("droppos")
@@ -421,15 +421,15 @@ EVERY = [(paper, name) for paper in [*papers(), *baselines()] for name in recipe
 
 
 @pytest.mark.parametrize(("paper", "name"), EVERY)
-def test_every_recipe_builds_its_method_and_says_how_to_run_it(paper, name, monkeypatch):
+def test_every_recipe_builds_its_method_and_documents_its_command(paper, name, monkeypatch):
     module = paper_module(paper)
-    monkeypatch.setattr(module, "load_teacher", lambda *_: None, raising=False)  # it would be downloaded
+    monkeypatch.setattr(module, "load_teacher", lambda *_: None, raising=False)  # avoids a download
     function = recipes(module)[name]
-    assert "make reproduce" in function.__doc__ or f"RECIPE={name}" in function.__doc__  # the whole command, or how it differs from it
+    assert "make reproduce" in function.__doc__ or f"RECIPE={name}" in function.__doc__  # the whole command, or its difference from it
     recipe = function()
     for own in choose_arms(recipe).values():
         if own.method.get("swin") == "released":
-            continue  # its blocks do not run on the meta device, and are built in test_positional_label.py
+            continue  # its blocks do not run on the meta device; test_positional_label.py builds them
         with torch.device("meta"):
             method = module.build(own, own.build_encoder(3), 10)
         if isinstance(encoder := method.encoder, ViT):
@@ -440,7 +440,7 @@ def test_every_recipe_builds_its_method_and_says_how_to_run_it(paper, name, monk
         assert (protocol.stage is None) == (protocol.kind in ("knn", "logistic"))
 
 
-def test_a_vit_of_another_depth_than_its_size_is_built_so_and_says_so():
+def test_a_vit_with_another_depth_has_the_depth_in_its_name():
     own = Recipe(size="micro", image_size=16, patch_size=4, pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=1.0), protocols=())
     deep = override(own, ["encoder.depth=12"])
     assert (len(own.build_encoder(3).blocks), len(deep.build_encoder(3).blocks)) == (6, 12)

@@ -1,4 +1,4 @@
-"""The reproduce command, from the command line to the table and the ledger."""
+"""Tests of the reproduce command, from the command line to the table and the ledger."""
 
 import json
 import re
@@ -29,13 +29,13 @@ CHANGES = [word for name in SHORT for word in ("--set", f"{name}.stage.epochs=1"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A directory with a finished run of few epochs."""
+    """A directory with a finished run of two epochs."""
     out = tmp_path_factory.mktemp("runs")
     assert main(["droppos", "--device", "cpu", "--epochs", "2", "--out", str(out), *CHANGES]) == 0
     return out
 
 
-def test_a_run_leaves_all_that_is_needed_to_doubt_it(finished):
+def test_a_run_saves_all_files_needed_to_check_it(finished):
     directory = finished / "droppos" / "digits-2ep-seed0" / "pretrain"
     for name in ("recipe.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "encoder.safetensors", "log.txt", "positions.png"):
         assert (directory / name).stat().st_size > 0, name
@@ -46,12 +46,12 @@ def test_a_run_leaves_all_that_is_needed_to_doubt_it(finished):
     assert {"finetune-pretrained", "finetune-scratch", "linear-random", "knn-pixels", "finetune_5_per_class-scratch"} <= starts
 
 
-def test_the_encoder_of_a_run_loads_into_timm_with_nothing_missing(finished):
+def test_timm_loads_the_encoder_of_a_run_without_missing_tensors(finished):
     state = load_file(finished / "droppos" / "digits-2ep-seed0" / "pretrain" / "encoder.safetensors")
     shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 6, "num_heads": 3}
     encoder = timm.models.VisionTransformer(**shape, num_classes=0)
     encoder.load_state_dict(state)
-    # and not the one that the run began with
+    # the weights differ from the initial ones
     fresh = choose_recipe(paper_module("droppos"), "digits", None)[1].build_encoder(1)
     assert not torch.equal(encoder.blocks[0].attn.qkv.weight, fresh.blocks[0].attn.qkv.weight)
 
@@ -65,8 +65,8 @@ def test_a_second_call_trains_nothing_and_prints_the_same_table(finished, capsys
     assert [path.read_bytes() for path in metrics] == before
 
 
-def test_fine_tuning_starts_from_the_pretrained_weights_and_scratch_does_not(finished):
-    """In the first step the two differ in nothing but their encoders."""
+def test_only_pretrained_fine_tuning_starts_from_the_pretrained_weights(finished):
+    """In the first step the two differ only in their encoders."""
     directory = finished / "droppos" / "digits-2ep-seed0"
     first = [
         json.loads((directory / f"finetune-{start}" / "metrics.jsonl").read_text().splitlines()[0]) for start in ("pretrained", "scratch")
@@ -74,7 +74,7 @@ def test_fine_tuning_starts_from_the_pretrained_weights_and_scratch_does_not(fin
     assert first[0]["lr"] == first[1]["lr"] and first[0]["loss"] != first[1]["loss"]
 
 
-def test_a_pretrained_start_and_one_from_scratch_have_the_same_head(finished):
+def test_pretrained_and_scratch_fine_tuning_start_with_the_same_head(finished):
     module, data = paper_module("droppos"), open_data("digits")
     name, recipe = choose_recipe(module, "digits", None)
     recipe = override(recipe, ["pretrain.epochs=2"])
@@ -86,7 +86,7 @@ def test_a_pretrained_start_and_one_from_scratch_have_the_same_head(finished):
     assert torch.equal(*heads) and not torch.equal(*(encoder.patch_embed.proj.weight for encoder in encoders))
 
 
-def test_recording_puts_every_number_and_its_log_into_the_papers_folder(finished, tmp_path, monkeypatch):
+def test_recording_writes_every_result_and_its_log_to_the_papers_folder(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     (tmp_path / "droppos").mkdir()
     assert main(["droppos", "--device", "cpu", "--epochs", "2", "--out", str(finished), "--record", *CHANGES]) == 0
@@ -108,7 +108,7 @@ def test_recording_puts_every_number_and_its_log_into_the_papers_folder(finished
     assert row["value"] == pytest.approx(result["top1"], abs=1e-4)
 
 
-def test_an_official_checkpoint_is_evaluated_in_the_place_of_pretraining(tmp_path, capsys):
+def test_an_official_checkpoint_replaces_pre_training(tmp_path, capsys):
     module = paper_module("droppos")
     recipe = choose_recipe(module, "digits", None)[1]
     method = module.build(recipe, recipe.build_encoder(1), 10)
@@ -118,20 +118,20 @@ def test_an_official_checkpoint_is_evaluated_in_the_place_of_pretraining(tmp_pat
     assert main([*arguments, "--encoder", str(tmp_path / "official.pth")]) == 0
     said = capsys.readouterr().out
     assert "0 missing" in said and "mask_pos_token" in said
-    assert ", 0 epochs of pre-training" in said  # somebody else's epochs are not ours to claim
+    assert ", 0 epochs of pre-training" in said  # the epochs of the official run do not count
     exported = load_file(tmp_path / "droppos" / "digits-official-seed0" / "pretrain" / "encoder.safetensors")
     assert all(torch.equal(tensor, method.encoder.state_dict()[name]) for name, tensor in exported.items())
     assert main([*arguments, "--encoder", str(tmp_path / "absent.pth")]) == 2
     assert "there is no checkpoint at" in capsys.readouterr().out
     (tmp_path / "elsewhere").mkdir()
     moved = (tmp_path / "official.pth").rename(tmp_path / "elsewhere" / "official.pth")
-    assert main([*arguments, "--encoder", str(moved)]) == 0  # a file is known by its content, not by where it is
+    assert main([*arguments, "--encoder", str(moved)]) == 0  # a file is identified by its content, not its path
     torch.save({"state_dict": {name: tensor + 1 for name, tensor in method.state_dict().items()}}, moved)
     assert main([*arguments, "--encoder", str(moved)]) == 2
     assert "holds a run with other settings (encoder:" in " ".join(capsys.readouterr().out.split())
 
 
-def test_arms_are_trained_and_printed_side_by_side_and_leave_timms_backbone(tmp_path, capsys):
+def test_arms_are_trained_and_printed_side_by_side_and_export_timms_backbone(tmp_path, capsys):
     arguments = ["positional_label", "--device", "cpu", "--epochs", "1", "--out", str(tmp_path), "--arms", "vit", "vit+rpl"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
@@ -142,9 +142,9 @@ def test_arms_are_trained_and_printed_side_by_side_and_leave_timms_backbone(tmp_
     assert float(alone) == pytest.approx(top1["vit"], abs=0.01)
     assert float(added) == pytest.approx(top1["vit+rpl"] - top1["vit"], abs=0.02)
     states = [load_file(run / "encoder.safetensors") for run in runs.values()]
-    assert states[0].keys() == states[1].keys()  # no position head is left
+    assert states[0].keys() == states[1].keys()  # without the position head
     assert main(arguments[:-1]) == 0
-    assert " step " not in capsys.readouterr().out  # that arm was trained before
+    assert " step " not in capsys.readouterr().out  # this arm is already trained
     assert main([*arguments[:-1], "vitt"]) == 2
     assert "vitt" in capsys.readouterr().out
 
@@ -166,12 +166,12 @@ FROZEN = [
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory):
-    """A run that judges frozen features in every way, and its rows."""
+    """A run with all kinds of evaluation of frozen features, and its rows."""
     out = tmp_path_factory.mktemp("frozen")
     return out, reproduce.reproduce(Options("droppos", device="cpu", epochs=1, out=out, set=FROZEN))
 
 
-def test_a_grid_gives_a_row_for_each_number_of_layers_and_one_for_the_best_by_the_images_held_out(frozen):
+def test_a_grid_gives_the_best_row_per_number_of_layers_and_overall_on_held_out_images(frozen):
     out, rows = frozen
     mine = {row.protocol: row for row in rows if row.protocol.startswith("finetune_20") and row.start == "pretrained"}
     assert list(mine) == [f"finetune_20_per_class_{part}" for part in ("last", "last4", "best")]
@@ -187,7 +187,7 @@ def test_a_grid_gives_a_row_for_each_number_of_layers_and_one_for_the_best_by_th
     assert all(f"{how}: top1 " in log for how in grid)
 
 
-def test_every_row_says_how_its_number_came_about(frozen):
+def test_every_row_contains_the_settings_of_its_result(frozen):
     said = {row.protocol: row.settings for row in frozen[1] if row.start == "pretrained"}
     assert said["finetune"] == "pool=mean" and said["pretrain"] == ""
     assert re.fullmatch(
@@ -202,7 +202,7 @@ def test_every_row_says_how_its_number_came_about(frozen):
 
 
 def probe_of(out, *changes: str, data=None, protocol: str = "linear") -> tuple[dict, list]:
-    """The result and the rows of a grid of probes of a random encoder, as 20 labels per class and few epochs leave them."""
+    """Return the result and the rows of a grid of probes on a random encoder, with 20 labels per class and two epochs."""
     module, data = paper_module("stop"), data or open_data("digits")
     name, recipe = choose_recipe(module, "digits", None)
     recipe = override(recipe, ["linear.stage.epochs=2", "linear.labels_per_class=20", *changes])
@@ -212,7 +212,7 @@ def probe_of(out, *changes: str, data=None, protocol: str = "linear") -> tuple[d
     return json.loads((run.root / f"{protocol}-random" / "result.json").read_text()), rows
 
 
-def test_what_a_grid_reports_is_not_chosen_by_the_test_labels(tmp_path):
+def test_the_choice_of_a_grid_does_not_depend_on_the_test_labels(tmp_path):
     chosen, values = set(), set()
     for shift in (0, 1, 3, 6):
         data = open_data("digits")
@@ -223,13 +223,13 @@ def test_what_a_grid_reports_is_not_chosen_by_the_test_labels(tmp_path):
     assert len(chosen) == 1 and len(values) == 4
 
 
-def test_on_test_is_the_best_of_the_grid_by_the_test_labels(tmp_path):
+def test_choose_on_test_reports_the_best_test_accuracy_of_the_grid(tmp_path):
     result, rows = probe_of(tmp_path, "linear.choose_on=test")
     assert rows[-1].value == round(max(one["top1"] for one in result["results"][-1]["grid"]), 4) == round(result["top1"], 4)
     assert all(one["held_out_top1"] is None for one in result["results"][-1]["grid"])
 
 
-def test_a_row_says_on_test_where_the_test_images_chose_and_how_many_images_were_held_out_where_they_did_not(tmp_path):
+def test_a_row_contains_on_test_or_the_number_of_held_out_images(tmp_path):
     _, rows = probe_of(tmp_path / "held")
     assert [row.protocol for row in rows] == ["linear_last", "linear_last4", "linear_best"]
     assert all(row.settings.endswith("pool=mean held_out=20 labels=200") for row in rows)
@@ -243,7 +243,7 @@ def test_a_row_says_on_test_where_the_test_images_chose_and_how_many_images_were
 
 
 @pytest.mark.parametrize("crop", ["none", "padding"])
-def test_no_image_is_both_trained_on_and_chosen_by_whether_features_are_kept_or_not(crop, tmp_path, monkeypatch):
+def test_training_and_held_out_images_are_disjoint_with_and_without_cached_features(crop, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(protocols, "fit", lambda *args, f=protocols.fit, **options: seen.append(args[4]) or f(*args, **options))
     monkeypatch.setattr(protocols, "accuracies", lambda *args, f=protocols.accuracies: seen.append(args[2]) or f(*args))
@@ -260,7 +260,7 @@ def test_no_image_is_both_trained_on_and_chosen_by_whether_features_are_kept_or_
         assert features.shape == (20, 4 * 96) and len(images) == 20
 
 
-def test_a_run_that_ends_before_the_choice_goes_on_to_the_same_choice(tmp_path, monkeypatch):
+def test_a_run_killed_before_the_choice_resumes_to_the_same_choice(tmp_path, monkeypatch):
     undisturbed, _ = probe_of(tmp_path / "undisturbed")
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="killed"):
         broken.setattr(protocols, "accuracies", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
@@ -274,22 +274,22 @@ def test_a_run_that_ends_before_the_choice_goes_on_to_the_same_choice(tmp_path, 
     assert resumed["results"] == undisturbed["results"]
 
 
-def test_a_grid_without_images_to_choose_by_is_refused_before_anything_is_trained(tmp_path):
+def test_a_grid_without_images_to_hold_out_is_refused_before_training(tmp_path):
     with pytest.raises(RecipeError, match="--set linear.choose_on=test"):
         probe_of(tmp_path, "linear.labels_per_class=1", protocol="knn")
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_features_are_kept_once_for_all_protocols_that_read_them(frozen):
+def test_cached_features_are_shared_by_all_protocols_that_read_them(frozen):
     names = [path.name for path in (frozen[0] / "droppos" / "digits-1ep-seed0" / "features").iterdir()]
     for start in ("pretrained", "random"):
         mine = sorted(name.rsplit("-", 1)[0] for name in names if name.startswith(start))
-        # of all labels for linear and k-NN; of 20 and of 5 labels per class, four layers each; of the test images, one layer and four
+        # all labels for linear and k-NN; 20 and 5 labels per class with four layers; test images with one layer and with four
         assert mine == sorted(f"{start}-{part}-mean-8-bicubic" for part in ["train-last", *["train-last4"] * 2, "val-last", "val-last4"])
 
 
 def test_features_of_another_encoder_are_refused(frozen, capsys):
-    """Neither a finished evaluation of the old one is shown, nor are its features read."""
+    """Neither the finished evaluation nor the features of the old encoder are used."""
     directory = frozen[0] / "droppos" / "digits-1ep-seed0"
     (directory / "pretrain" / "encoder.safetensors").write_bytes(encoder_file(1.5))
     changes = [word for change in FROZEN for word in ("--set", change)]
@@ -303,6 +303,6 @@ def test_features_of_another_encoder_are_refused(frozen, capsys):
 
 
 def encoder_file(scale: float) -> bytes:
-    """An encoder of the digits recipe that nobody trained, as a file."""
+    """An untrained encoder of the digits recipe, as a file."""
     fresh = choose_recipe(paper_module("droppos"), "digits", None)[1].build_encoder(1)
     return save({name: scale * tensor for name, tensor in fresh.state_dict().items()})

@@ -1,4 +1,4 @@
-"""Claims about the run ledger."""
+"""Tests of the run ledger."""
 
 import csv
 import hashlib
@@ -33,7 +33,7 @@ ROW = Row(
     protocol="finetune",
     start="pretrained",
     metric="top1",
-    value=97.1 + 0.2,  # 97.3 and a last binary digit that must survive
+    value=97.1 + 0.2,  # 97.3 plus a last binary digit that must be kept
     device="2-core Intel Xeon",
     precision="bf16-mixed",
     hours=0.02,
@@ -54,8 +54,8 @@ ROW = Row(
         ("benchmarks/baselines", 45, "816d910d9f4a66da"),
     ],
 )
-def test_the_rows_measured_before_the_ledger_got_its_columns_are_untouched(folder: str, count: int, digest: str) -> None:
-    """The digests are of all other columns, as text, and were taken before `recipe` was split. Newer rows stand below these."""
+def test_rows_older_than_the_new_columns_are_unchanged(folder: str, count: int, digest: str) -> None:
+    """The digests cover all other columns, as text, from before `recipe` was split. Newer rows follow these rows."""
     with (ROOT / folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))[:count]
     others = [name for name in TYPES if name not in GIVEN]
@@ -65,7 +65,7 @@ def test_the_rows_measured_before_the_ledger_got_its_columns_are_untouched(folde
     assert all(row["base_arm"] == (row["arm"].partition("+")[0] if "+" in row["arm"] else "") for row in rows)
 
 
-def test_a_ledger_from_before_these_columns_is_refused_with_what_is_missing_and_how_to_fix_it(tmp_path: Path) -> None:
+def test_a_ledger_without_the_new_columns_is_refused_with_a_fix(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     path.write_text(",".join(name for name in TYPES if name == "recipe" or name not in GIVEN) + "\n")
     missing = "missing: arm, base_arm, overrides, encoder_file, split; unexpected: none"
@@ -73,7 +73,7 @@ def test_a_ledger_from_before_these_columns_is_refused_with_what_is_missing_and_
         load(path)
 
 
-def test_what_was_asked_of_a_run_keeps_its_rows_apart_from_others(tmp_path: Path) -> None:
+def test_rows_of_runs_with_different_settings_are_kept_apart(tmp_path: Path) -> None:
     others = [replace(ROW, **{name: "x"}) for name in GIVEN]
     append(tmp_path / "results.csv", [ROW, *others])
     append(tmp_path / "results.csv", [replace(row, value=1.0) for row in others])
@@ -81,13 +81,13 @@ def test_what_was_asked_of_a_run_keeps_its_rows_apart_from_others(tmp_path: Path
     assert len(summary(frame([ROW, *others]))) == 1 + len(GIVEN)
 
 
-def test_a_summary_says_what_an_arm_adds_to_which(tmp_path: Path) -> None:
+def test_a_summary_lists_the_base_arm_and_the_addition_of_each_arm(tmp_path: Path) -> None:
     arms = [("", ""), ("a+b", ""), ("vit", ""), ("vit+rpl", "vit"), ("vit+rpl+apl", "vit")]
     lines = summary(frame([replace(ROW, arm=arm, base_arm=base) for arm, base in arms]))
     assert lines[["family", "added"]].to_numpy().tolist() == [["", ""], ["a+b", ""], ["vit", ""], ["vit", "rpl"], ["vit", "rpl+apl"]]
 
 
-def test_a_row_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_row_is_read_exactly_as_it_was_written(tmp_path: Path) -> None:
     append(tmp_path / "new folder" / "results.csv", [ROW])
     assert [Row(**row) for row in load(tmp_path / "new folder" / "results.csv").to_dict("records")] == [ROW]
 
@@ -128,13 +128,13 @@ def test_a_file_with_another_header_is_refused_and_left_alone(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", ["", ",".join(TYPES) + "\n" + "x," * (len(TYPES) - 1) + "x\n"])
-def test_an_empty_file_and_a_word_in_place_of_a_number_are_refused_by_name(tmp_path: Path, content: str) -> None:
+def test_an_empty_file_and_text_instead_of_a_number_are_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.csv").write_text(content)
     with pytest.raises(ValueError, match=r"results\.csv is not a run ledger"):
         load(tmp_path / "results.csv")
 
 
-def test_the_log_of_an_earlier_run_of_the_same_name_stays(tmp_path: Path) -> None:
+def test_the_log_of_an_earlier_run_with_the_same_name_is_kept(tmp_path: Path) -> None:
     log, run, row = tmp_path / "droppos/logs/a.txt", tmp_path / "run", replace(ROW, log="droppos/logs/a.txt")
     (run / "pretrain").mkdir(parents=True)
     log.parent.parent.mkdir()
@@ -151,12 +151,12 @@ def test_a_number_that_is_not_finite_never_enters_the_ledger(tmp_path: Path) -> 
     assert not (tmp_path / "results.csv").exists()
 
 
-def test_no_file_is_an_empty_ledger_with_the_columns_and_types_of_a_full_one(tmp_path: Path) -> None:
+def test_a_missing_file_loads_as_an_empty_ledger_with_all_columns(tmp_path: Path) -> None:
     assert load(tmp_path / "results.csv").dtypes.equals(frame([ROW]).dtypes)
     assert list(summary(load(tmp_path / "results.csv"))) == list(summary(frame([ROW])))
 
 
-def test_standard_deviation_is_over_seeds_of_the_newest_commit() -> None:
+def test_the_standard_deviation_is_over_seeds_of_the_newest_commit() -> None:
     old = [replace(ROW, commit="old", seed=seed, value=10.0, date="2026-11-19") for seed in range(5)]
     new = [replace(ROW, commit="new", seed=seed, value=value, log=f"{seed}.txt") for seed, value in enumerate([90.0, 92.0, 94.0])]
     lines = summary(frame([*new, *old, replace(ROW, commit="old", start="scratch")]))  # older rows last: the date decides
@@ -166,11 +166,11 @@ def test_standard_deviation_is_over_seeds_of_the_newest_commit() -> None:
     assert pandas.isna(scratch.sd)
 
 
-def test_runs_of_one_day_are_told_apart_by_their_place_in_the_ledger() -> None:
+def test_of_two_runs_on_one_day_the_later_row_is_the_newest() -> None:
     assert list(summary(frame([ROW, replace(ROW, commit="later", value=1.0)]))["mean"]) == [1.0]
 
 
-def test_a_commit_is_dirty_when_code_changed_and_not_when_a_result_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_is_dirty_after_code_changes_but_not_after_recorded_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)

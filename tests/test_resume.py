@@ -1,4 +1,4 @@
-"""A run that is killed and started again is bit-identical to one that was not, for both loaders and both kinds of training."""
+"""A killed and resumed run is bit-identical to an uninterrupted one, for both loaders and both kinds of training."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from common.train import EXIT_STOPPED
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# One thread each: tests run side by side, and threads that wait for each other's cores make a run ten times longer.
+# One thread per process: tests run in parallel, and threads competing for cores make a run ten times slower.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -36,7 +36,7 @@ def digits(tmp_path: Path) -> list[str]:
 
 
 def folder(tmp_path: Path) -> list[str]:
-    """Images in files, read by two workers, with an augmentation drawn in the workers and mixup."""
+    """Image files, read by two workers, with random augmentation in the workers and mixup."""
     draw = numpy.random.default_rng(0)
     for split, count in (("train", 48), ("val", 4)):
         for label in range(2):
@@ -55,7 +55,7 @@ def finish(arguments: list[str]) -> None:
 
 
 def kill_in(stage: str, arguments: list[str], out: Path, draw: random.Random) -> bool:
-    """Start, wait until the stage has logged something new, and kill at a random moment. False where it ended before that."""
+    """Start, wait until the stage has logged something new, and kill at a random moment. Return False if it ended before that."""
     metrics = [path for path in out.glob(f"*/*/{stage}/metrics.jsonl")]
     before = metrics[0].stat().st_size if metrics else 0
     process = subprocess.Popen(
@@ -76,7 +76,7 @@ def kill_in(stage: str, arguments: list[str], out: Path, draw: random.Random) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [digits, folder])
-def test_a_run_killed_at_random_moments_logs_what_an_undisturbed_run_logs(data, tmp_path):
+def test_a_run_killed_at_random_times_has_the_logs_of_an_uninterrupted_run(data, tmp_path):
     options = data(tmp_path)
     arguments = {name: command(tmp_path / name, *options) for name in ("undisturbed", "killed")}
     finish(arguments["undisturbed"])
@@ -97,7 +97,7 @@ def test_a_run_killed_at_random_moments_logs_what_an_undisturbed_run_logs(data, 
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_the_documented_code_and_a_second_run_in_the_directory_is_refused(tmp_path):
+def test_sigterm_saves_and_exits_with_75_and_a_second_run_in_the_folder_is_refused(tmp_path):
     arguments = command(tmp_path, *folder(tmp_path), "--epochs", "200")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)

@@ -1,4 +1,4 @@
-"""What the speed table counts."""
+"""Tests of the speed benchmark: FLOPs, memory and attention variants."""
 
 import pandas
 import pytest
@@ -16,12 +16,12 @@ def giga_multiply_adds() -> dict[str, float]:
     """Useful multiply-adds of one image's training step, in G, by step."""
     images = torch.zeros(1, 3, 224, 224)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "has_fast_bf16", lambda device: False)  # one precision is enough to count in
+        patch.setattr(steps, "has_fast_bf16", lambda device: False)  # one precision is enough to count FLOPs
         return {step.name: step.flops(images) / 2e9 for step in make_steps(torch.device("cpu"), ["droppos", "mp3"])}
 
 
-def test_useful_flops_are_those_of_the_analytic_table(giga_multiply_adds):
-    """README of DropPos, section Cost; here only visible patches are embedded, and the input gets no gradient."""
+def test_useful_flops_equal_those_of_the_analytic_table(giga_multiply_adds):
+    """See README of DropPos, section Cost. Here, only visible patches are embedded, and the input has no gradient."""
     assert giga_multiply_adds["timm, supervised"] == pytest.approx(52.7, rel=0.01)
     assert giga_multiply_adds["droppos, attentive"] == pytest.approx(31.8, rel=0.02)
     assert giga_multiply_adds["droppos, without attentive reconstruction"] == pytest.approx(14.3, rel=0.03)
@@ -29,12 +29,12 @@ def test_useful_flops_are_those_of_the_analytic_table(giga_multiply_adds):
         assert giga_multiply_adds[f"mp3, eta {eta}"] == pytest.approx(3 * forward, rel=0.01)
 
 
-def test_attentive_reconstruction_costs_one_forward_of_the_whole_image(giga_multiply_adds):
+def test_attentive_reconstruction_costs_one_more_forward_of_the_full_image(giga_multiply_adds):
     extra = giga_multiply_adds["droppos, attentive"] - giga_multiply_adds["droppos, without attentive reconstruction"]
     assert extra == pytest.approx(17.56, rel=0.01)
 
 
-def test_the_memory_of_a_step_with_a_frozen_teacher_can_be_measured_and_leaves_it_frozen():
+def test_measuring_the_memory_of_a_step_keeps_the_target_encoder_frozen():
     encoder = ViT(image_size=224, patch_size=16, width=32, depth=1, heads=2, class_token=False)
     model = StoP(encoder, predictor_width=16, predictor_depth=1)
     step = Step("stop", "vit", model, lambda model, images: model(images).loss, "32-true")
@@ -42,8 +42,8 @@ def test_the_memory_of_a_step_with_a_frozen_teacher_can_be_measured_and_leaves_i
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
 
 
-def test_a_step_holds_at_most_what_its_largest_tensors_need():
-    """Images (B, 3, 224, 224) through one layer of 1,000 outputs: its gradient is the largest thing that a step makes."""
+def test_the_measured_memory_of_a_step_is_that_of_its_largest_tensor():
+    """Images (B, 3, 224, 224) through one layer with 1,000 outputs: its gradient is the largest tensor of a step."""
 
     def loss(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         return model(images[:, 0].flatten(1)).sum()
@@ -54,15 +54,15 @@ def test_a_step_holds_at_most_what_its_largest_tensors_need():
     assert step.memory(images, optimizer) == pytest.approx(4 * 224 * 224 * 1000 / 1e9, rel=0.05)
 
 
-def test_the_table_keeps_other_devices_and_replaces_its_own(tmp_path, monkeypatch, capsys):
-    def two(device: torch.device, names: list[str], size: str | None) -> list[Step]:
+def test_the_table_keeps_rows_of_other_devices_and_replaces_its_own(tmp_path, monkeypatch, capsys):
+    def two_steps(device: torch.device, names: list[str], size: str | None) -> list[Step]:
         def loss(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
             return model(images[:, :, :8, :8].flatten(1)).sum()
 
         return [Step(name, "vit", torch.nn.Linear(192, 1), loss, "32-true") for name in ("timm, supervised", "ours")]
 
     monkeypatch.setattr(steps, "ROOT", tmp_path)
-    monkeypatch.setattr(steps, "make_steps", two)
+    monkeypatch.setattr(steps, "make_steps", two_steps)
     (tmp_path / "benchmarks/speed").mkdir(parents=True)
     for device in ("a GPU", "this CPU", "this CPU"):
         monkeypatch.setattr(measure, "device_name", lambda _, name=device: name)
@@ -76,7 +76,7 @@ def test_the_table_keeps_other_devices_and_replaces_its_own(tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def few_images() -> list[attention.Case]:
-    """The cases of the attention table, one image of each, in float32."""
+    """The cases of the attention table, with one image each, in float32."""
     cases = attention.cases(torch.device("cpu"), torch.float32)
     for case in cases:
         case.q, case.k, case.v = case.q[:1], case.k[:1], case.v[:1]
@@ -85,7 +85,7 @@ def few_images() -> list[attention.Case]:
     return cases
 
 
-def test_every_way_to_attend_is_right_and_a_wrong_one_is_found(few_images):
+def test_every_attention_variant_is_correct_and_a_wrong_one_is_detected(few_images):
     for case in few_images:
         gradient = torch.randn(case.q.shape)
         for name, (way, context) in attention.ways(case).items():
@@ -95,26 +95,26 @@ def test_every_way_to_attend_is_right_and_a_wrong_one_is_found(few_images):
                 attention._check(name, lambda q, k, v, way=way: way(1.01 * q, k, v), leaves, case, gradient)
 
 
-def test_mapets_queries_see_each_position_once_in_either_order(few_images):
+def test_each_query_of_mapet_attends_to_each_position_once(few_images):
     for case in few_images[3:]:
         assert case.k.shape[2] == 344 and case.q.shape[2] in (344, 147)
         assert (attention._dense(case).sum(-1) == 197).all()
 
 
-def test_mp3s_queries_see_the_context_and_the_class_token(few_images):
+def test_queries_of_mp3_attend_to_the_context_and_the_class_token(few_images):
     for case, keys in zip(few_images, (99, 50, 33), strict=False):
         mask = attention._dense(case)
         assert (mask.sum(-1) == keys).all() and mask[..., 0].all()
 
 
-def test_the_fastest_backend_of_each_shape_becomes_attends_choice():
+def test_attend_uses_the_fastest_backend_for_each_shape():
     line = {"pass": "training", "queries": 197, "keys": 197, "width": 64}
     frame = pandas.DataFrame(
         [
             {**line, "way": "dense mask, SDPA", "milliseconds": 2.0},
             {**line, "way": "ours", "milliseconds": 1.0},
             {**line, "way": "ours", "milliseconds": 0.1, "pass": "forward"},
-            {**line, "way": "context first, flash", "milliseconds": 0.5},  # nothing that attend could choose
+            {**line, "way": "context first, flash", "milliseconds": 0.5},  # attend has no such backend
             {**line, "way": "context first, SDPA", "milliseconds": 0.7, "keys": 50},
         ]
     )

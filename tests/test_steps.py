@@ -1,4 +1,4 @@
-"""Claims about what a step of a method costs beside its arithmetic: nothing is read back from the device, no variant is compiled anew."""
+"""Tests of the overhead of a training step: no synchronisation with the device, no recompilation."""
 
 import pytest
 import timm
@@ -75,7 +75,7 @@ METHODS = {
     "linear probe": lambda: LinearProbe(encoder(), 10, protocol("linear", **GRID)),
 }
 SIZES_CHANGE = ("stop uniform", "stop released")
-# As their recipes have them, the methods are in test_compile.py.
+# test_compile.py tests the methods with the settings of their recipes.
 VARIANTS = [*SIZES_CHANGE, "stop recomputed", "droppos wrong", "droppos pixels", "fine-tuning, mean"]
 VARIANTS += [name for name in METHODS if name.startswith("positional")]
 
@@ -85,7 +85,7 @@ def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_ten_steps_compile_nothing_after_the_second(name):
+def test_no_recompilation_after_the_second_step(name):
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
@@ -101,11 +101,11 @@ def test_ten_steps_compile_nothing_after_the_second(name):
         sizes.add(tuple(output.named["cells"].shape) if name in SIZES_CHANGE else ())
         assert all(torch.as_tensor(value() if callable(value) else value).isfinite() for value in output.metrics.values())
     assert graphs[0] > 0 and graphs[-1] == graphs[1]
-    assert len(sizes) > 2 or name not in SIZES_CHANGE  # there was something to compile anew
+    assert len(sizes) > 2 or name not in SIZES_CHANGE  # the sizes did change
 
 
 @pytest.mark.parametrize("noise", ["none", "masked"])
-def test_a_compiled_step_of_stop_draws_the_masks_of_a_plain_one_and_has_its_loss(noise):
+def test_a_compiled_step_of_stop_has_the_masks_and_the_loss_of_an_eager_step(noise):
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = stop(noise=noise, sigma=0.0).train()
@@ -113,9 +113,9 @@ def test_a_compiled_step_of_stop_draws_the_masks_of_a_plain_one_and_has_its_loss
     for step in range(3):
         model.at_step(step, 3)
         outputs = []
-        for way in (model, compiled):
+        for step_fn in (model, compiled):
             reseed(0, step)
-            outputs.append(way(*batch(model)))
+            outputs.append(step_fn(*batch(model)))
         plain, other = outputs
         assert torch.equal(plain.named["cells"], other.named["cells"]) and torch.equal(plain.named["context"], other.named["context"])
         torch.testing.assert_close(plain.loss, other.loss)
@@ -123,8 +123,8 @@ def test_a_compiled_step_of_stop_draws_the_masks_of_a_plain_one_and_has_its_loss
 
 
 class NoReads(TorchDispatchMode):
-    """Raises where a number of a tensor is needed on the host: item(), a truth value, nonzero() and a mask as an index, and
-    factorisations, which look at an error code."""
+    """Raises if the host needs a value of a tensor: item(), bool(), nonzero(), a boolean index, and matrix
+    factorisations, which read an error code."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         name = function.overloadpacket.__name__
@@ -135,17 +135,17 @@ class NoReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_training_step_reads_no_number_back_from_the_device(name):
+def test_a_training_step_does_not_synchronise_with_the_device(name):
     model = METHODS[name]().train()
     images, targets = batch(model)
-    # StoP's sizes, and its released masks, are drawn on the host.
+    # StoP samples block sizes, and its released masks, on the host.
     given = {"cells": model.masks(len(images), 0)} if isinstance(model, StoP) else {}
     with NoReads():
         model(images, targets, **given).loss.backward()
 
 
-def test_uniform_masks_are_placed_without_reading_from_the_device():
-    context_BM, target_GBT = MultiBlock((14, 14))(3, 0, "meta")  # where there are no numbers to read
+def test_uniform_masks_are_sampled_without_reading_from_the_device():
+    context_BM, target_GBT = MultiBlock((14, 14))(3, 0, "meta")  # the meta device has no values to read
     assert context_BM.shape == (3, 49) and target_GBT.shape[:2] == (4, 3)
 
 
@@ -154,6 +154,6 @@ def test_uniform_masks_are_placed_without_reading_from_the_device():
     [Tensor.item, bool, Tensor.nonzero, lambda x: x[x > 0], lambda x: torch.linalg.svdvals(x[None])],
     ids=["item", "bool", "nonzero", "index", "svdvals"],
 )
-def test_a_read_would_be_seen(read):
+def test_a_read_from_the_device_is_detected(read):
     with NoReads(), pytest.raises(AssertionError, match="waits for the device"):
         read(torch.ones(1))

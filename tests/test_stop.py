@@ -1,4 +1,4 @@
-"""Claims about StoP and I-JEPA: who sees what, where the noise goes, how the teacher follows, and what collapse looks like."""
+"""Tests of StoP and I-JEPA: noise, inputs of the encoders, EMA of the target encoder, and collapse metrics."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from tests.tiny import STAGE, train
 
 TO_OFFICIAL = {ours: official for official, ours in OFFICIAL_NAMES.items()}
 CONTEXT = torch.tensor([[0, 1, 2, 7, 14, 20], [3, 9, 10, 22, 30, 35]])
-BLOCKS = torch.tensor([[[24, 25, 30, 31], [0, 1, 6, 7]], [[25, 26, 31, 32], [12, 13, 18, 19]]])  # two blocks, which share cells
+BLOCKS = torch.tensor([[[24, 25, 30, 31], [0, 1, 6, 7]], [[25, 26, 31, 32], [12, 13, 18, 19]]])  # two overlapping blocks
 
 
 def encoder(**options) -> ViT:
@@ -37,7 +37,7 @@ def images(count: int = 2) -> Tensor:
 
 
 def predictor_input(model: StoP, seed: int = 0, **given) -> Tensor:
-    """The sequences that the predictor is given: (2 blocks, 2 images, 6 of the context + 4 hidden, P)."""
+    """Return the input of the predictor: (2 blocks, 2 images, 6 context + 4 masked tokens, P)."""
     caught = []
     hook = model.predictor.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
     torch.manual_seed(seed)
@@ -47,16 +47,16 @@ def predictor_input(model: StoP, seed: int = 0, **given) -> Tensor:
     return caught[0].unflatten(0, (2, 2))
 
 
-# ---- the identities of I-JEPA and StoP
+# ---- equality of I-JEPA and StoP without noise
 
 
 @pytest.mark.parametrize("noise", ["masked", "context", "both"])
-def test_without_deviation_stop_is_ijepa(noise):
+def test_with_sigma_0_stop_equals_ijepa(noise):
     one, other = stop(sigma=0.0, noise=noise), stop(noise="none")
     assert torch.equal(predictor_input(one), predictor_input(other))
 
 
-def test_released_stop_without_deviation_is_ijepa_with_the_bias_for_a_mask_token():
+def test_released_stop_with_sigma_0_equals_ijepa_with_the_bias_as_mask_token():
     released, ijepa = stop(mode="released", sigma=0.0), stop(noise="none")
     nn.init.normal_(released.predictor.embed.bias)
     ijepa.load_state_dict(released.state_dict(), strict=False)
@@ -66,17 +66,17 @@ def test_released_stop_without_deviation_is_ijepa_with_the_bias_for_a_mask_token
     assert torch.equal(*losses)
 
 
-def test_ijepa_draws_no_noise():
+def test_ijepa_uses_no_random_numbers():
     model, state = stop(noise="none"), torch.get_rng_state()
     model(images(), cells=(CONTEXT, BLOCKS))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---- where the noise goes
+# ---- noise
 
 
 @pytest.mark.parametrize(("noise", "context", "hidden"), [("masked", False, True), ("context", True, False), ("both", True, True)])
-def test_noise_is_on_the_tokens_that_are_named_and_on_no_other(noise, context, hidden):
+def test_noise_is_added_only_to_the_selected_tokens(noise, context, hidden):
     model = stop(noise=noise)
     first, second = (predictor_input(model, seed) for seed in (0, 1))
     changed = (first != second).any(-1)
@@ -86,7 +86,7 @@ def test_noise_is_on_the_tokens_that_are_named_and_on_no_other(noise, context, h
 
 @pytest.mark.parametrize("mode", ["paper", "released"])
 @pytest.mark.parametrize("covariance", ["tied", "fixed"])
-def test_noise_has_the_covariance_of_the_projection_or_the_unit_one_and_is_independent(mode, covariance):
+def test_noise_is_independent_with_tied_or_identity_covariance(mode, covariance):
     model = stop(mode=mode, covariance=covariance, sigma=0.5)
     nn.init.normal_(model.predictor.embed.weight, std=0.3)
     nn.init.normal_(model.predictor.embed.bias)
@@ -105,12 +105,12 @@ def test_noise_has_the_covariance_of_the_projection_or_the_unit_one_and_is_indep
     found = noise_GBTP.flatten(0, 2).T.cov()
     assert (found - expected).abs().max() < 0.04 * expected.abs().max()
     assert noise_GBTP.mean((0, 1, 2)).abs().max() < 0.05 * expected.diagonal().max().sqrt()
-    a, b, c = noise_GBTP[0, :, 1], noise_GBTP[0, :, 2], noise_GBTP[1, :, 0]  # cells 25 and 30 of a block, and cell 25 of the other block
+    a, b, c = noise_GBTP[0, :, 1], noise_GBTP[0, :, 2], noise_GBTP[1, :, 0]  # patches 25 and 30 of one block, and patch 25 of the other
     for one, other in ((a, b), (a, c), (a[:-1], a[1:])):  # tokens, blocks, images
         assert (one.T @ other / len(one)).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_a_hidden_patch_is_its_position_its_token_and_the_projected_noise_without_bias():
+def test_the_input_of_a_masked_patch_is_position_plus_mask_token_plus_projected_noise():
     model, g = stop(sigma=0.5), torch.Generator().manual_seed(2)
     nn.init.normal_(model.predictor.embed.bias)
     n = torch.randn(2, 2, 4, 32, generator=g)
@@ -119,7 +119,7 @@ def test_a_hidden_patch_is_its_position_its_token_and_the_projected_noise_withou
     torch.testing.assert_close(hidden, expected)
 
 
-def test_the_weight_learns_from_the_noise():
+def test_the_noise_contributes_to_the_gradient_of_the_projection():
     def gradient(**options) -> Tensor:
         model = stop(**options)
         torch.manual_seed(0)
@@ -129,17 +129,17 @@ def test_the_weight_learns_from_the_noise():
     assert gradient(sigma=2.0).norm() > 2 * gradient(sigma=0.0).norm()
 
 
-def test_learned_positions_of_the_predictor_learn_and_sine_cosine_ones_do_not():
+def test_only_learned_positions_of_the_predictor_are_trained():
     learned, fixed = stop(position="learned"), stop()
     learned(images()).loss.backward()
     assert learned.predictor.pos_embed.grad.abs().sum() > 0
     assert "predictor.pos_embed" not in dict(fixed.named_parameters()) and "predictor.pos_embed" in fixed.state_dict()
 
 
-# ---- who sees what
+# ---- inputs and targets
 
 
-def test_the_context_encoder_sees_its_cells_alone_and_the_target_encoder_all():
+def test_the_context_encoder_gets_only_the_context_and_the_target_encoder_all_patches():
     model, given = stop(), (CONTEXT, BLOCKS)
     pixels = torch.zeros(2, 36).scatter_(1, CONTEXT, 1.0).view(2, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     other = torch.where(pixels == 1, images(), images().flip(0))
@@ -147,7 +147,7 @@ def test_the_context_encoder_sees_its_cells_alone_and_the_target_encoder_all():
     assert torch.equal(one["seen"], two["seen"]) and not torch.equal(one["target"], two["target"])
 
 
-def test_a_block_is_predicted_without_the_other_blocks():
+def test_each_target_block_is_predicted_independently():
     model, n = stop(), torch.randn(2, 2, 4, 32)
     moved = BLOCKS.clone()
     moved[1] = moved[1].flip(0)
@@ -155,7 +155,7 @@ def test_a_block_is_predicted_without_the_other_blocks():
     assert torch.equal(one[0], two[0]) and not torch.equal(one[1], two[1])
 
 
-def test_targets_are_the_target_encoders_features_normalised_once_more():
+def test_targets_are_layer_normalised_features_of_the_target_encoder():
     model = stop()
     with torch.no_grad():
         for parameter in model.encoder.parameters():
@@ -174,7 +174,7 @@ def test_the_loss_is_the_mean_smooth_l1_of_all_blocks():
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-# ---- the teacher
+# ---- the target encoder
 
 
 def test_the_target_encoder_starts_as_the_context_encoder_and_gets_no_gradient():
@@ -189,7 +189,7 @@ def test_the_target_encoder_starts_as_the_context_encoder_and_gets_no_gradient()
 
 
 @pytest.mark.parametrize(("step", "momentum"), [(0, 0.996), (9373, 0.996099979), (187499, 0.997999989), (374999, 0.999999989)])
-def test_the_average_has_the_official_momentum(step, momentum):
+def test_the_ema_has_the_official_momentum(step, momentum):
     model = stop()
     with torch.no_grad():
         for parameter in model.context_encoder.parameters():
@@ -200,15 +200,15 @@ def test_the_average_has_the_official_momentum(step, momentum):
         torch.testing.assert_close(parameter - before[name], torch.full_like(parameter, 1 - momentum), rtol=1e-2, atol=1e-9)
 
 
-# ---- the collapse watch
+# ---- collapse metrics
 
 
-def test_features_that_say_nothing_of_the_image_have_no_deviation_and_rank_one():
+def test_collapsed_features_have_std_zero_and_rank_one():
     collapsed = spread(torch.randn(1, 5, 16).expand(8, -1, -1))
     assert collapsed["feature_std"].item() == pytest.approx(0, abs=1e-6) and collapsed["rankme"].item() == pytest.approx(1, abs=1e-3)
 
 
-def test_rankme_counts_the_directions_of_the_mean_features():
+def test_rankme_is_the_effective_rank_of_the_mean_features():
     orthogonal = torch.linalg.qr(torch.randn(16, 6)).Q.T[:, None]
     assert spread(orthogonal)["rankme"].item() == pytest.approx(6, rel=1e-4)
     s = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0, 0.0])
@@ -216,25 +216,25 @@ def test_rankme_counts_the_directions_of_the_mean_features():
     assert spread(s[:, None, None] * orthogonal)["rankme"].item() == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-4)
 
 
-def test_normalised_noise_deviates_by_one():
+def test_normalised_noise_has_std_one():
     assert spread(F.layer_norm(torch.randn(512, 4, 64), (64,)))["feature_std"].item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_the_spread_of_features_that_are_not_finite_is_nan_and_no_error(value):
+def test_the_spread_of_non_finite_features_is_nan_without_an_error(value):
     feature_BND = torch.randn(8, 5, 16)
     feature_BND[3, 2, 7] = value
     assert all(measured.isnan() for measured in spread(feature_BND).values())
 
 
-def test_metrics_name_the_context_length_that_the_masks_gave():
+def test_the_metrics_contain_the_context_length():
     for masks, images_ in (("uniform", 2), ("released", 4)):
         output = stop(masks=masks, min_keep=3)(images(images_))
         assert output.metrics["context"].item() == output.named["context"].shape[1]
         assert {"feature_std", "rankme"} < set(output.metrics)
 
 
-def test_at_step_decides_the_sizes_of_the_masks():
+def test_the_mask_sizes_change_with_the_step():
     model, drawn = stop(target_scale=(0.1, 0.3)), set()
     for step in range(12):
         model.at_step(step, 12)
@@ -242,7 +242,7 @@ def test_at_step_decides_the_sizes_of_the_masks():
     assert len(drawn) > 1
 
 
-def test_recomputed_activations_change_no_loss_and_no_gradient():
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients():
     kept, recomputed = stop(), stop(vit={"grad_checkpointing": True})
     losses = [model(images(), cells=(CONTEXT, BLOCKS), noise=(None, torch.ones(2, 2, 4, 32))).loss for model in (kept, recomputed)]
     for loss in losses:
@@ -257,7 +257,7 @@ def test_recomputed_activations_change_no_loss_and_no_gradient():
 
 
 def save_official(path, model: StoP, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """A file as the official codes write it: three networks behind DDP's prefix beside what else they save."""
+    """Write a file as the official code does: three networks with DDP's prefix, and other entries."""
     official = rename(model.state_dict(), TO_OFFICIAL) | {"predictor.mask_token": torch.ones(1, 1, 16)}
     content = {"epoch": 600, "loss": 0.1, "batch_size": 64, "world_size": 32, "lr": 8e-4, "scaler": None}
     content["opt"] = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
@@ -277,7 +277,7 @@ def different(model: StoP) -> StoP:
 
 
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_an_official_file_loads_whole(tmp_path, mode):
+def test_an_official_file_loads_completely(tmp_path, mode):
     model, other = different(stop(mode=mode)), stop(seed=5, mode=mode)
     official = save_official(tmp_path / "f.pth.tar", model)
     assert {"encoder.blocks.0.attn.qkv.weight", "target_encoder.pos_embed", "predictor.predictor_pos_embed"} < set(official)
@@ -295,7 +295,7 @@ def test_the_encoder_of_an_official_file_is_its_target_encoder(tmp_path):
     assert all(torch.equal(tensor, model.encoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_our_own_method_gives_its_target_encoder_too():
+def test_the_encoder_of_our_own_method_is_its_target_encoder():
     model, loaded = different(stop()), encoder()
     load_encoder(loaded, model.state_dict())
     assert all(torch.equal(tensor, model.encoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())
@@ -329,12 +329,12 @@ def test_an_official_file_without_target_encoder_is_refused(tmp_path):
         ({}, {"masks": "released"}, "min_keep=10.*use min_keep=3 or less"),
     ],
 )
-def test_what_cannot_be_is_refused_with_its_value(vit, options, message):
+def test_an_invalid_setting_is_refused_with_its_value(vit, options, message):
     with pytest.raises(ValueError, match=message):
         stop(vit=vit, **options)
 
 
-def test_one_image_per_device_is_refused_in_training_and_taken_in_evaluation():
+def test_one_image_per_device_is_refused_in_training_but_not_in_evaluation():
     model = stop()
     with pytest.raises(ValueError, match="a device batch of 1 image"):
         model(images(1))
@@ -344,7 +344,7 @@ def test_one_image_per_device_is_refused_in_training_and_taken_in_evaluation():
 # ---- runs
 
 
-def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit_teacher_included(tmp_path):
+def test_a_run_stopped_by_a_signal_resumes_bit_identically_including_the_ema(tmp_path):
     class Stopping(StoP):
         def at_step(self, step: int, total_steps: int) -> None:
             super().at_step(step, total_steps)

@@ -1,6 +1,6 @@
-"""Claims about equality: what the official I-JEPA and StoP codes compute, computed here (figures under tests/golden/stop.json).
+"""I-JEPA and StoP compute the same values as the official code (values in tests/golden/stop.json).
 
-They were printed by the official codes, ijepa at 52c1ae9 and StoP at 72206b3, on a CPU in float32.
+The official code printed them, ijepa at 52c1ae9 and StoP at 72206b3, on a CPU in float32.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def stop(**options) -> StoP:
     encoder = ViT(image_size=96, patch_size=8, width=64, depth=2, heads=4, class_token=False)
     model = StoP(encoder, predictor_width=32, predictor_depth=2, **options)
     official = rename(model.state_dict(), TO_OFFICIAL)
-    official["predictor.mask_token"] = torch.zeros(1, 1, 32)  # the files have one in any case
+    official["predictor.mask_token"] = torch.zeros(1, 1, 32)  # the official files always have one
     official = {name: fill(name, tensor) for name, tensor in official.items()}
     unused = UNUSED if model.mode == "released" else ()
     coverage = load_method(model, {f"module.{name}": tensor for name, tensor in official.items()}, OFFICIAL_NAMES, unused)
@@ -40,7 +40,7 @@ def stop(**options) -> StoP:
 
 
 def fill(name: str, tensor: Tensor) -> Tensor:
-    """Rule B, by the name that a tensor has in its own network."""
+    """Rule B, by the tensor's name within its own network."""
     name = name.partition(".")[2]
     if "pos_embed" in name:
         return tensor
@@ -50,7 +50,7 @@ def fill(name: str, tensor: Tensor) -> Tensor:
 
 
 def cells() -> tuple[Tensor, Tensor]:
-    """Blocks of 5 x 5; the context is rows and columns 0 to 10 without them, cut to the shorter of the two images."""
+    """Blocks of 5 x 5; the context is rows and columns 0 to 10 without the blocks, truncated to the shorter of the two."""
     blocks = torch.tensor([[[(t + i) * 12 + left + j for i in range(5) for j in range(5)] for t, left in image] for image in CORNERS])
     square = [row * 12 + column for row in range(11) for column in range(11)]
     contexts = [[cell for cell in square if cell not in set(block.flatten().tolist())] for block in blocks]
@@ -72,7 +72,7 @@ def close(ours: Tensor, official: list[float], rel: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_encoders_predictions_and_loss_are_the_official_ones(case):
+def test_features_predictions_and_loss_equal_the_official_ones(case):
     golden, output = GOLDEN[case], stop(**CASES[case])(images(), cells=cells(), noise=(None, noise()))
     seen, target, pred = (output.named[name] for name in ("seen", "target", "pred"))
     for ours, name in ((seen, "enc_ctx_out"), (target.flatten(0, 1), "target"), (pred.flatten(0, 1), "pred")):
@@ -87,7 +87,7 @@ def test_encoders_predictions_and_loss_are_the_official_ones(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_official_ones(case):
+def test_gradients_equal_the_official_ones(case):
     model = stop(**CASES[case])
     model(images(), cells=cells(), noise=(None, noise())).loss.backward()
     official = {f"context_encoder.{name[4:]}" if name[:4] == "enc." else f"predictor.{name}": norm for name, norm in _norms(case).items()}
@@ -95,7 +95,7 @@ def test_gradients_are_the_official_ones(case):
     for name, parameter in model.named_parameters():
         if name in official:
             assert parameter.grad.norm().item() == pytest.approx(official.pop(name), rel=1e-3), name
-    assert official in ({}, {"predictor.mask_token": None})  # the released mode has none
+    assert official in ({}, {"predictor.mask_token": None})  # the released mode has no mask token
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
 
 
@@ -104,7 +104,7 @@ def _norms(case: str) -> dict[str, float | None]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_of_adamw_and_of_the_average_ends_where_the_official_one_does(case):
+def test_one_adamw_step_and_ema_update_equal_the_official_ones(case):
     model, golden = stop(**CASES[case]), GOLDEN[case]
     optimizer = make_optimizer(model, TrainConfig(epochs=1, batch_size=256, base_lr=1e-3, weight_decay=0.04))
     model(images(), cells=cells(), noise=(None, noise())).loss.backward()
@@ -116,7 +116,7 @@ def test_a_step_of_adamw_and_of_the_average_ends_where_the_official_one_does(cas
 
 
 @pytest.mark.parametrize(("batch", "case"), [(4, "collator_seed123_B4"), (64, "collator_seed123_B64")])
-def test_released_masks_are_the_official_ones_number_for_number(batch, case):
+def test_released_masks_equal_the_official_ones_exactly(batch, case):
     masks = MultiBlock((14, 14), sampling="released")
     torch.manual_seed(123)
     for step, official in enumerate(GOLDEN[case]):

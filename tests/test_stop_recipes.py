@@ -1,4 +1,4 @@
-"""Claims about StoP's and I-JEPA's recipes: what the papers print, what is built from it, and what a run shows."""
+"""Tests of StoP's and I-JEPA's recipes: published settings, models, and the output of a run."""
 
 import csv
 import re
@@ -33,7 +33,7 @@ def settings(recipe) -> list:
         (IJEPA["imagenet_vith16_448"], [300, 2048, 1e-3, 40, 2e-4, 1e-6, 0.04, 0.4, None], None, 12),
     ],
 )
-def test_imagenet_recipes_train_by_what_papers_and_configurations_print(recipe, printed, sigma, depth):
+def test_imagenet_recipes_have_the_settings_of_papers_and_configurations(recipe, printed, sigma, depth):
     recipe = recipe()
     assert settings(recipe) == printed and recipe.pretrain.betas == (0.9, 0.999) and recipe.pretrain.clip_norm is None
     with torch.device("meta"):
@@ -50,8 +50,8 @@ def test_imagenet_recipes_train_by_what_papers_and_configurations_print(recipe, 
     ("name", "encoder", "predictor"),
     [("imagenet_vitb16", 85.80, 11.31), ("imagenet_vitl16", 303.30, 22.16), ("imagenet_vith16", 630.92, 22.35)],
 )
-def test_models_have_the_official_numbers_of_parameters(name, encoder, predictor):
-    """The official ones count fixed positions and, in the predictor, the mask token that StoP does not use."""
+def test_models_have_the_official_number_of_parameters(name, encoder, predictor):
+    """The official numbers include fixed positions and the predictor's mask token, which StoP does not use."""
     recipe = STOP[name]()
     with torch.device("meta"):
         model = paper_module("stop").build(recipe, recipe.build_encoder(3), 1000)
@@ -64,7 +64,7 @@ def test_models_have_the_official_numbers_of_parameters(name, encoder, predictor
 
 
 @pytest.mark.parametrize("name", [name for name in STOP if not name.startswith("transfer")])
-def test_the_arms_of_a_recipe_share_masks_augmentation_and_budget(name):
+def test_all_arms_of_a_recipe_have_the_same_masks_augmentation_and_epochs(name):
     arms = choose_arms(STOP[name]())
     ijepa, stop = arms["ijepa"], arms["ijepa+stop"]
     assert ijepa.method["noise"] == "none" and ijepa.method["mode"] == "paper" and "noise" not in stop.method
@@ -89,7 +89,7 @@ def test_every_arm_of_every_recipe_can_be_built():
         ("transfer_clevr_dist", 100, (), "squash"),
     ],
 )
-def test_transfer_recipes_are_the_sheets(name, epochs, milestones, crop):
+def test_transfer_recipes_have_the_expected_settings(name, epochs, milestones, crop):
     (probe,) = STOP[name]().protocols
     stage = probe.stage
     assert (stage.epochs, stage.milestones, stage.augmentation.crop, stage.augmentation.flip) == (epochs, milestones, crop, 0.5)
@@ -98,7 +98,7 @@ def test_transfer_recipes_are_the_sheets(name, epochs, milestones, crop):
     assert (probe.layers, probe.heads, probe.resize) == ((1, 4), ("norm_affine", "linear"), None if milestones else 0)
 
 
-def test_numbers_in_docstrings_are_published_ones():
+def test_results_in_docstrings_are_published_ones():
     with open(ROOT / "stop/published.csv") as stop, open(ROOT / "benchmarks/baselines/published.csv") as others:
         values = {row["value"] for file in (stop, others) for row in csv.DictReader(file)}
     quoted = {
@@ -110,7 +110,7 @@ def test_numbers_in_docstrings_are_published_ones():
     assert len(quoted) > 20 and quoted <= values
 
 
-def test_a_run_shows_ijepa_and_stop_side_by_side_and_leaves_a_picture(tmp_path, capsys):
+def test_a_run_prints_ijepa_and_stop_side_by_side_and_saves_a_figure(tmp_path, capsys):
     short = [word for change in ("linear.stage.epochs=1",) for word in ("--set", change)]
     assert main(["stop", "--device", "cpu", "--epochs", "1", "--out", str(tmp_path), *short]) == 0
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A signal at any moment ends a run with code 75, and the same command goes on from there."""
+"""A signal at any time ends a run with exit code 75, and the same command resumes it."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def send(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_each_signal_stops_at_once_and_handlers_are_as_before(number):
+def test_each_signal_stops_at_once_and_the_old_handlers_are_restored(number):
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped, stop_on_signals():
         send(number)
@@ -37,7 +37,7 @@ def test_each_signal_stops_at_once_and_handlers_are_as_before(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_does_not_spoil_what_has_to_be_finished_first():
+def test_more_signals_do_not_interrupt_a_finish_first_block():
     done = []
     with pytest.raises(Stopped), stop_on_signals():
         with finish_first():
@@ -53,10 +53,10 @@ def test_a_second_signal_does_not_spoil_what_has_to_be_finished_first():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_whose_exception_python_swallows_is_not_lost():
+def test_a_signal_is_not_lost_if_python_ignores_its_exception():
     class Held:
         def __del__(self):
-            send(signal.SIGTERM)  # an exception in here is printed and forgotten
+            send(signal.SIGTERM)  # Python prints an exception in __del__ and ignores it
 
     with pytest.raises(Stopped), stop_on_signals():
         held = Held()
@@ -87,7 +87,7 @@ def results(out) -> dict[str, float]:
     return {file.parent.name: json.loads(file.read_text()).get("top1") for file in sorted(out.glob("*/*/*/result.json"))}
 
 
-MOMENTS = [  # what is done when the signal arrives, before it or after it
+MOMENTS = [  # the function, its module, and whether the signal comes before or after the call
     ("open_data", program, "before"),
     ("choose_recipe", program, "after"),
     ("save_checkpoint", training, "before"),
@@ -103,9 +103,7 @@ MOMENTS = [  # what is done when the signal arrives, before it or after it
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "module", "moment"), MOMENTS)
-def test_a_signal_while_anything_is_done_ends_with_75_and_the_same_command_finishes(
-    name, module, moment, undisturbed, tmp_path, monkeypatch
-):
+def test_a_signal_at_any_time_exits_with_75_and_the_same_command_resumes(name, module, moment, undisturbed, tmp_path, monkeypatch):
     call, sent = getattr(module, name), []
 
     def signalled(*given, **options):
@@ -128,7 +126,7 @@ def test_a_signal_while_anything_is_done_ends_with_75_and_the_same_command_finis
 
 
 @pytest.mark.parametrize("name", ["sample_features", "fit_centroids", "write_tokens", "draw_codewords"])
-def test_a_signal_while_tokens_are_made_ends_with_75(name, tmp_path, monkeypatch):
+def test_a_signal_while_making_tokens_exits_with_75(name, tmp_path, monkeypatch):
     call, sent = getattr(tokenizers, name), []
 
     def signalled(*given, **options):
@@ -145,7 +143,7 @@ def test_a_signal_while_tokens_are_made_ends_with_75(name, tmp_path, monkeypatch
     assert program.main(options) == 0
 
 
-def test_the_process_exits_with_75_and_says_what_to_do():
+def test_the_process_exits_with_75_and_prints_how_to_resume():
     code = "import os, signal, sys, benchmarks.reproduce as r\nr.open_data = lambda *_: os.kill(os.getpid(), signal.SIGUSR2)\n"
     done = subprocess.run([sys.executable, "-c", code + "sys.exit(r.main(['droppos']))"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 75 and "run the same command again to resume" in done.stdout and not done.stderr

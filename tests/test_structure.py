@@ -1,4 +1,4 @@
-"""Claims about how the repository is built: which floor knows which, and what every public name carries."""
+"""Tests of the structure of the repository: allowed imports, docstrings and annotations."""
 
 import ast
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ import torch
 
 from benchmarks.papers import ROOT, papers
 
-FLOORS = ["common", "benchmarks", *papers()]
-FILES = [path.relative_to(ROOT) for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
-ONE_DOOR = Path("benchmarks/papers.py")
+PACKAGES = ["common", "benchmarks", *papers()]
+FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+IMPORTER = Path("benchmarks/papers.py")
 
 
 def imported(path: Path, root: Path = ROOT) -> set[str]:
-    """Top-level packages that a file imports, anywhere in it; a relative import is of the file's own."""
+    """Return the top-level packages that a file imports anywhere; a relative import is of its own package."""
     found = set()
     for node in ast.walk(ast.parse((root / path).read_text())):
         if isinstance(node, ast.Import):
@@ -27,7 +27,7 @@ def imported(path: Path, root: Path = ROOT) -> set[str]:
 
 
 def imports_by_name(path: Path, root: Path = ROOT) -> bool:
-    """Whether a file imports modules whose names are computed: with importlib or runpy, or with a builtin that takes code as text."""
+    """Whether a file imports modules by computed names: with importlib, runpy, or a builtin that runs code from text."""
     for node in ast.walk(ast.parse((root / path).read_text())):
         if isinstance(node, ast.Name) and node.id in {"__import__", "exec", "eval", "import_module", "run_module", "run_path"}:
             return True
@@ -36,9 +36,9 @@ def imports_by_name(path: Path, root: Path = ROOT) -> bool:
     return False
 
 
-def upward(path: Path, floors: list[str], root: Path = ROOT) -> set[str]:
-    """Floors that a file imports and must not: a paper knows common and itself, benchmarks knows common and itself, common only itself."""
-    return imported(path, root) & set(floors) - {"common", path.parts[0]}
+def forbidden(path: Path, packages: list[str], root: Path = ROOT) -> set[str]:
+    """Return forbidden imports: a paper and benchmarks may import common and themselves, common only itself."""
+    return imported(path, root) & set(packages) - {"common", path.parts[0]}
 
 
 def public(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
@@ -48,15 +48,15 @@ def public(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_imports_go_down_only(path):
-    assert not upward(path, FLOORS)
+def test_no_package_imports_a_package_above_it(path):
+    assert not forbidden(path, PACKAGES)
 
 
-def test_papers_are_reached_by_name_from_one_file_only():
-    assert [path for path in FILES if imports_by_name(path)] == [ONE_DOOR]
+def test_only_one_file_imports_papers_by_name():
+    assert [path for path in FILES if imports_by_name(path)] == [IMPORTER]
 
 
-def test_an_upward_import_would_be_seen(tmp_path):
+def test_a_forbidden_import_is_detected(tmp_path):
     for path, text in {
         "common/a.py": "def f():\n    from droppos.method import DropPos\n",
         "droppos/b.py": "import benchmarks.table as t, common.vit\n",
@@ -66,13 +66,13 @@ def test_an_upward_import_would_be_seen(tmp_path):
     }.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
-    floors = ["common", "benchmarks", "droppos", "mp3"]
-    seen = {path: upward(Path(path), floors, tmp_path) for path in ("common/a.py", "droppos/b.py", "droppos/c.py", "droppos/d.py")}
+    packages = ["common", "benchmarks", "droppos", "mp3"]
+    seen = {path: forbidden(Path(path), packages, tmp_path) for path in ("common/a.py", "droppos/b.py", "droppos/c.py", "droppos/d.py")}
     assert seen == {"common/a.py": {"droppos"}, "droppos/b.py": {"benchmarks"}, "droppos/c.py": {"mp3"}, "droppos/d.py": set()}
     assert imports_by_name(Path("benchmarks/e.py"), tmp_path) and not imports_by_name(Path("droppos/d.py"), tmp_path)
 
 
-def test_a_sixth_paper_is_found_by_its_recipe_alone(tmp_path):
+def test_a_new_paper_is_found_by_its_recipe_file(tmp_path):
     for name in ("mp3", "droppos", "positional_label", "stop", "mapet", "sixth"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.py").touch()
@@ -82,14 +82,14 @@ def test_a_sixth_paper_is_found_by_its_recipe_alone(tmp_path):
     assert papers(tmp_path) == ["droppos", "mapet", "mp3", "positional_label", "sixth", "stop"]
 
 
-def test_every_folder_with_a_recipe_is_a_paper_and_has_its_method():
+def test_every_folder_with_a_recipe_is_a_paper_and_has_a_method():
     folders = {path.parent.name for path in ROOT.glob("*/recipe.py")} - {"common"}
     assert set(papers()) == folders and "droppos" in folders
     assert all((ROOT / paper / "method.py").exists() for paper in papers())
 
 
 @pytest.mark.parametrize("paper", papers())
-def test_a_method_can_be_read_in_one_sitting(paper):
+def test_every_method_file_has_at_most_200_lines(paper):
     assert len((ROOT / paper / "method.py").read_text().splitlines()) <= 200
 
 
@@ -105,17 +105,17 @@ def test_every_public_function_has_a_docstring_and_annotated_parameters(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_module_says_what_it_is_for(path):
+def test_every_module_has_a_docstring(path):
     assert ast.get_docstring(ast.parse((ROOT / path).read_text()))
 
 
-def test_no_module_is_named_after_nothing():
-    empty = {"util", "utils", "misc", "helper", "helpers", "tools"}
-    assert not [path for path in FILES if path.stem in empty or set(path.parts[:-1]) & empty]
+def test_no_module_has_a_meaningless_name():
+    meaningless = {"util", "utils", "misc", "helper", "helpers", "tools"}
+    assert not [path for path in FILES if path.stem in meaningless or set(path.parts[:-1]) & meaningless]
 
 
 def torch_names(code: str) -> set[str]:
-    """Every dotted name below torch that code spells out, such as torch.cuda.synchronize."""
+    """Return every dotted name of torch in the code, such as cuda.synchronize."""
     found = set()
     for node in ast.walk(ast.parse(code)):
         name, parts = node, []
@@ -128,7 +128,7 @@ def torch_names(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_torch_has_what_is_asked_of_it_even_where_only_a_gpu_would_tell(path):
+def test_every_torch_name_exists_also_in_code_for_gpus_only(path):
     def absent(name: str) -> bool:
         try:
             attrgetter(name)(torch)

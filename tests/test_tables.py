@@ -1,4 +1,4 @@
-"""Claims about the generated tables."""
+"""Tests of the generated tables."""
 
 import re
 from dataclasses import replace
@@ -20,7 +20,7 @@ IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE,
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A repository with one paper, two published numbers, no result, and tables not written yet."""
+    """A repository with one paper, two published results, no measured result, and empty tables."""
     markers = "<!-- table: {} -->\n<!-- /table -->\n"
     for page, names in {"README.md": ("digits", "speed"), "RESULTS.md": ("results", "together")}.items():
         (tmp_path / page).write_text("# Title\n\n" + "\nbetween\n\n".join(markers.format(name) for name in names) + "\nend")
@@ -49,12 +49,12 @@ def record(root: Path, *rows: Row) -> None:
 
 
 def cells(readme: Path, *words: str) -> list[str]:
-    """The cells of the only table row in a README that holds all the words."""
+    """Return the cells of the only table row in a README that contains all the words."""
     (line,) = [line for line in readme.read_text().splitlines() if line.startswith("|") and all(word in line for word in words)]
     return line.strip("| ").split(" | ")
 
 
-def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_are_generated_only_from_the_csv_files(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readmes = [root / "README.md", root / "RESULTS.md", root / "droppos" / "README.md"]
     untouched = [readme.read_text() for readme in readmes]
     assert main(["--check"], root) == 1
@@ -83,7 +83,7 @@ def test_tables_are_made_from_the_csv_and_nothing_else(root: Path, capsys: pytes
     assert "94.2" in readmes[1].read_text() and "99.0" not in readmes[1].read_text()
 
 
-def test_published_numbers_that_nobody_measured_are_folded_by_paper_and_say_so(root: Path) -> None:
+def test_published_results_not_measured_yet_are_folded_by_paper(root: Path) -> None:
     update(root)
     text = (root / "RESULTS.md").read_text()
     before, _, fold = text.partition("\n<details><summary>droppos: 2 published numbers, not measured yet</summary>\n\n| Data |")
@@ -96,7 +96,7 @@ def test_published_numbers_that_nobody_measured_are_folded_by_paper_and_say_so(r
     assert "83.0" in before and "84.2" in fold and "83.0" not in fold.partition("</details>")[0]
 
 
-def test_of_a_baseline_the_results_have_what_was_measured_and_its_own_page_all(root: Path) -> None:
+def test_results_list_only_measured_baseline_results_and_the_baseline_page_all(root: Path) -> None:
     folder = root / "benchmarks" / "baselines"
     folder.mkdir(parents=True)
     (folder / "deit.py").touch()
@@ -122,13 +122,13 @@ def test_of_a_baseline_the_results_have_what_was_measured_and_its_own_page_all(r
     assert cells(folder / "README.md", "79.8") and cells(folder / "README.md", "80.50")[-1] == "[log](logs/a.txt)"
 
 
-def test_only_what_the_authors_say_of_their_own_method_counts_as_published(root: Path) -> None:
+def test_only_the_authors_results_of_their_own_method_count_as_published(root: Path) -> None:
     update(root)
     assert not re.search(r"83\.1|82\.91|42\.6", (root / "RESULTS.md").read_text())
     assert cells(root / "droppos" / "README.md", "82.91")[-2:] == ["a user", "third party"]
 
 
-def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path) -> None:
+def test_a_measured_result_is_next_to_the_published_result_it_reproduces(root: Path) -> None:
     record(root, IMAGENET, replace(IMAGENET, start="scratch", value=80.0, pretrain_epochs=0, log="droppos/logs/scratch.txt"))
     update(root)
     assert cells(root / "RESULTS.md", "83.0")[5:12] == ["200", "finetune", "83.0", "82.75", "-0.25", "1", "imagenet-b16"]
@@ -137,7 +137,7 @@ def test_a_measured_number_stands_beside_the_published_one_it_repeats(root: Path
 
 
 @pytest.mark.parametrize("change", [{"data": "digits"}, {"backbone": "vit_micro"}, {"pretrain_epochs": 100}, {"protocol": "linear"}])
-def test_numbers_of_different_data_are_never_subtracted(root: Path, change: dict) -> None:
+def test_no_difference_is_computed_between_results_of_different_settings(root: Path, change: dict) -> None:
     other = replace(IMAGENET, **change)
     record(root, other)
     update(root)
@@ -149,7 +149,7 @@ def test_numbers_of_different_data_are_never_subtracted(root: Path, change: dict
     assert said.get("Published") == ("83.0 (ImageNet-1K, ViT-B/16, 200 ep)" if near else None)
 
 
-def test_a_run_is_compared_with_its_own_baselines_over_seeds(root: Path) -> None:
+def test_a_run_is_compared_to_its_own_baselines_over_seeds(root: Path) -> None:
     rows = [replace(ROW, seed=seed, value=90.0 + 2 * seed) for seed in range(3)]
     rows += [replace(ROW, seed=seed, value=80.0 + seed, start="scratch", precision="32-true") for seed in range(3)]
     rows += [replace(ROW, recipe="another", start="scratch", value=1.0), replace(ROW, device="another", start="scratch", value=1.0)]
@@ -168,14 +168,12 @@ def test_a_run_is_compared_with_its_own_baselines_over_seeds(root: Path) -> None
 
 
 def shown(capsys: pytest.CaptureFixture[str], root: Path, *rows: Row) -> str:
-    """What the screen shows of a run, in one line."""
+    """Return the printed table of a run, in one line."""
     tables.show("droppos", rows, root)
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_a_published_number_of_other_data_stands_below_the_table_and_not_beside_ours(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_published_result_on_other_data_is_printed_below_the_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = shown(capsys, root, ROW, replace(ROW, start="scratch", value=80.0))
     table, _, below = said.partition("The paper reports ")
     assert "97.30 │ 80.00 │ +17.30 │" in table and "Published" not in table and "83.0" not in table
@@ -184,17 +182,13 @@ def test_a_published_number_of_other_data_stands_below_the_table_and_not_beside_
     assert "Published" in same and "83.0 (ImageNet-1K" in same and "The paper reports" not in same
 
 
-def test_without_a_published_number_of_the_protocol_the_screen_says_the_first_and_without_any_that_none_is_known(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_published_result_of_the_protocol_the_first_one_is_printed_if_any(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "The paper reports finetune 83.0 on ImageNet-1K" in shown(capsys, root, replace(ROW, protocol="knn"))
     (root / "droppos" / "published.csv").unlink()
     assert shown(capsys, root, ROW).endswith("No published number of droppos is known.")
 
 
-def test_arms_on_the_screen_stand_side_by_side_and_what_was_published_of_other_data_below(
-    added: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arms_are_printed_side_by_side_above_published_results_on_other_data(added: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = shown(capsys, added, *arms(replace(SWIN, data="digits", overrides="lr=1")))
     assert re.search(r"│ swin │ scratch │ 91.00 ± 1.41 │ 92.00 ± 1.41 │ 93.50 ± 1.41 │ .*\(\+1.00\) │ \(\+2.50\)", said)
     assert "Published" not in said
@@ -204,7 +198,7 @@ def test_arms_on_the_screen_stand_side_by_side_and_what_was_published_of_other_d
     assert "84.09" in shown(capsys, added, *arms(SWIN))
 
 
-def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_without_its_log_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(root, ROW, replace(ROW, protocol="linear", value=12.34, log="droppos/logs/lost.txt"))
     (root / "droppos" / "logs" / "lost.txt").unlink()
     assert main([], root) == 1
@@ -227,21 +221,21 @@ def test_a_number_without_its_log_fails_the_check(root: Path, capsys: pytest.Cap
         ("<!-- table: speed -->\nlong\nold\n<!-- /table -->\n<!-- /table -->\n", "README.md:5: this marker closes a table"),
     ],
 )
-def test_unknown_marker_is_named_with_its_line(root: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+def test_a_wrong_marker_is_reported_with_its_line(root: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
     (root / "README.md").write_text(text)
     assert main(["--check"], root) == main([], root) == 1
     assert message in capsys.readouterr().err
     assert (root / "README.md").read_text() == text
 
 
-def test_a_readme_that_lost_its_table_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_table_in_a_readme_fails_the_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     update(root)
     (root / "droppos" / "README.md").unlink()
     assert main(["--check"], root) == 1
     assert "droppos/README.md: table 'published' is missing" in capsys.readouterr().err
 
 
-def test_a_broken_ledger_is_named_and_stops_no_other_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_ledger_is_reported_and_other_tables_are_still_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "droppos" / "results.csv").write_text("date,value\n")
     (root / "benchmarks").mkdir()
     (root / "benchmarks" / "README.md").write_text("<!-- table: speed -->\n<!-- /table -->\n")
@@ -252,7 +246,7 @@ def test_a_broken_ledger_is_named_and_stops_no_other_table(root: Path, capsys: p
     assert "| Step | Ratio to a\\|b |\n| --- | --- |\n| DropPos | - |\n" in (root / "benchmarks" / "README.md").read_text()
 
 
-def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> None:
+def test_a_paper_without_published_results_also_has_tables(root: Path) -> None:
     (root / "droppos" / "published.csv").write_text(HEADER + "\n")
     record(root, ROW)
     assert update(root)[1] == []
@@ -262,7 +256,7 @@ def test_a_paper_of_which_nothing_was_published_has_tables_too(root: Path) -> No
     assert "Published" not in tables.comparison("unheard_of", frame([ROW]), root)
 
 
-# ---- arms, which add something to another method
+# ---- arms: another method with an addition
 
 
 ARMS = {"": 90.0, "+apl": 91.0, "+rpl": 92.5}
@@ -271,7 +265,7 @@ MAE = replace(ROW, recipe="digits_mae", arm="mae")
 
 
 def arms(row: Row, **changes: object) -> list[Row]:
-    """Two seeds of a method alone and with two things added."""
+    """Two seeds of a method alone and with each of two additions."""
     return [
         replace(row, arm=row.arm + added, base_arm=row.arm if added else "", value=value + seed, seed=seed, **changes)
         for added, value in ARMS.items()
@@ -281,7 +275,7 @@ def arms(row: Row, **changes: object) -> list[Row]:
 
 @pytest.fixture
 def added(root: Path) -> Path:
-    """A repository whose paper adds APL and RPL to others' methods."""
+    """A repository with a paper that adds APL and RPL to other methods."""
     lines = [HEADER]
     for method, value in [("Swin-B", 83.35), ("Swin-B + APL", 83.76), ("Swin-B + RPL", 84.09)]:
         lines += [
@@ -292,7 +286,7 @@ def added(root: Path) -> Path:
     return root
 
 
-def test_arms_and_published_methods_stand_beside_what_they_are_added_to(added: Path) -> None:
+def test_arms_and_published_methods_are_next_to_their_base_method(added: Path) -> None:
     rows = arms(SWIN) + [replace(row, metric="top5") for row in arms(SWIN)] + arms(replace(SWIN, data="digits", metric="top1"))
     rows += [replace(row, data="digits", metric="top5") for row in arms(SWIN)]
     said = tables.side_by_side("droppos", summary(frame(rows)), added)
@@ -300,7 +294,7 @@ def test_arms_and_published_methods_stand_beside_what_they_are_added_to(added: P
     theirs = ["83.35", "83.76 (+0.41)", "84.09 (+0.74)"]
     assert list(said)[5:8] + list(said)[9:12] == ["Alone", "+ APL", "+ RPL", "Published alone", "Published + APL", "Published + RPL"]
     found = {(line.Data, line.Protocol): list(line)[6:9] + list(line)[10:13] for line in said.itertuples()}
-    # nobody published of digits, so there the top-5 of ten classes is left out
+    # no published result on digits, so the top-5 of ten classes is left out there
     assert found == {
         ("ImageNet-1K", "scratch"): ours + theirs,
         ("ImageNet-1K", "scratch (top5)"): ours + theirs,
@@ -309,14 +303,14 @@ def test_arms_and_published_methods_stand_beside_what_they_are_added_to(added: P
     assert set(said["Family"]) == {"swin"}
 
 
-def test_what_nobody_measured_stands_beside_the_published_numbers_as_such(added: Path) -> None:
+def test_missing_results_are_marked_as_not_measured_next_to_the_published_ones(added: Path) -> None:
     said = tables.side_by_side("droppos", summary(frame(arms(SWIN)[:2])), added)
     top1, top5 = said.to_dict("records")
     assert (top1["Alone"], top1["+ APL"], top1["Published + APL"]) == ("91.00 ± 1.41", "not measured yet", "83.76 (+0.41)")
     assert (top5["Alone"], top5["Log"], top5["Published alone"]) == ("not measured yet", "-", "83.35")
 
 
-def test_another_recipe_backbone_or_precision_is_never_taken_for_the_method_alone(added: Path) -> None:
+def test_the_base_of_an_arm_has_the_same_recipe_backbone_and_precision(added: Path) -> None:
     changes = [{"overrides": "lr=1"}, {"recipe": "other"}, {"arm": "swin_v2"}, {"backbone": "swin_tiny"}, {"precision": "32-true"}]
     for change in [*changes, {"split": "a"}, {"encoder_file": "a.pth"}]:
         rows = arms(SWIN)[-2:] + [replace(row, **change) for row in arms(SWIN)[:2]]
@@ -325,7 +319,7 @@ def test_another_recipe_backbone_or_precision_is_never_taken_for_the_method_alon
         assert tables.comparison("droppos", frame(rows), added)["Difference"].tolist() == ["-", "-"], change
 
 
-def test_a_start_without_pretraining_is_the_baseline_of_every_arm(added: Path) -> None:
+def test_a_run_without_pre_training_is_the_baseline_of_every_arm(added: Path) -> None:
     rows = arms(MAE) + [replace(MAE, start="scratch", value=80.0, pretrain_epochs=0)]
     said = tables.side_by_side("droppos", summary(frame(rows)), added).iloc[0]
     assert said[["Alone", "+ RPL", "From scratch"]].tolist() == ["91.00 ± 1.41", "93.50 ± 1.41 (+2.50)", "80.00"]
@@ -336,7 +330,7 @@ def test_a_start_without_pretraining_is_the_baseline_of_every_arm(added: Path) -
     assert said["From scratch"] == "40.00, random encoder; 95.00, raw pixels"
 
 
-def test_a_paper_that_adds_nothing_to_others_needs_no_side_by_side_table(root: Path) -> None:
+def test_only_papers_with_arms_need_a_side_by_side_table(root: Path) -> None:
     update(root)
     assert update(root)[1] == []
     record(root, *arms(SWIN))
@@ -346,13 +340,13 @@ def test_a_paper_that_adds_nothing_to_others_needs_no_side_by_side_table(root: P
 # ---- RESULTS.md
 
 
-def print_numbers(root: Path, *lines: str) -> None:
-    """Make the paper's published numbers anew: of each the cells from task to value. All are first-hand."""
+def write_published(root: Path, *lines: str) -> None:
+    """Write the paper's published results: each line has the cells from task to value. All are first-hand."""
     (root / "droppos" / "published.csv").write_text("\n".join([HEADER, *(f"droppos,T,{line},paper,first_hand" for line in lines)]) + "\n")
 
 
 def lines_of(root: Path, name: str, page: str = "RESULTS.md") -> list[dict[str, str]]:
-    """The lines of the first table between a marker of a page, by its headings; a folded one too."""
+    """Return the rows of the first table after a marker of a page, by heading, also if it is folded."""
     _, found = update(root)
     assert all("is missing" in fault for fault in found), found
     text = (root / page).read_text().partition(f"<!-- table: {name} -->")[2].partition("<!-- /table -->")[0]
@@ -361,9 +355,9 @@ def lines_of(root: Path, name: str, page: str = "RESULTS.md") -> list[dict[str, 
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
-def test_every_published_number_has_a_row_and_one_printed_twice_has_one(root: Path) -> None:
+def test_every_published_result_has_exactly_one_row(root: Path) -> None:
     large = "vit_large_patch16_224"
-    print_numbers(
+    write_published(
         root,
         f"classification,imagenet1k,DropPos,{BASE},200,,finetune,top1,83.0",
         f"classification,imagenet1k,DropPos,{large},800,,finetune,top1,85.8",
@@ -383,17 +377,17 @@ def test_every_published_number_has_a_row_and_one_printed_twice_has_one(root: Pa
     ]
 
 
-def test_ablations_gains_and_other_tasks_stay_on_the_papers_page(root: Path) -> None:
+def test_ablations_gains_and_other_tasks_are_only_on_the_page_of_the_paper(root: Path) -> None:
     kept = f"classification,imagenet1k,DropPos,{BASE},200,,finetune,top1,11.1"
     others = [("ablation", "top1"), ("classification", "top1_gain"), ("classification", "top5"), ("detection", "top1")]
-    print_numbers(root, kept, *(f"{task},imagenet1k,DropPos,{BASE},200,,finetune,{metric},22.2" for task, metric in others))
+    write_published(root, kept, *(f"{task},imagenet1k,DropPos,{BASE},200,,finetune,{metric},22.2" for task, metric in others))
     assert [line["Published"] for line in lines_of(root, "results")] == ["11.1"]
     assert (root / "droppos" / "README.md").read_text().count("22.2") == len(others)
 
 
-def test_a_protocol_named_after_a_setting_stands_beside_the_number_of_that_setting_and_no_other(root: Path) -> None:
+def test_a_protocol_named_after_a_setting_matches_only_the_result_of_that_setting(root: Path) -> None:
     row = f"classification,cifar10,DropPos,{BASE},200,{{}},finetune,top1,{{}}"
-    print_numbers(root, row.format("position=none", 90.1), row.format("position=2D relative", 90.2), row.format("", 90.3))
+    write_published(root, row.format("position=none", 90.1), row.format("position=2D relative", 90.2), row.format("", 90.3))
     record(root, replace(IMAGENET, data="cifar10", protocol="finetune_2d_relative", value=90.0))
     (line,) = lines_of(root, "results")
     assert [line[name] for name in ("Setting", "Protocol", "Published", "Ours", "Difference")] == [
@@ -406,11 +400,11 @@ def test_a_protocol_named_after_a_setting_stands_beside_the_number_of_that_setti
     assert cells(root / "RESULTS.md", "90.1")[3] == "position=none" and cells(root / "RESULTS.md", "90.3")[3] == "-"
 
 
-def test_a_published_number_of_something_added_stands_beside_that_arm_and_no_other(added: Path) -> None:
+def test_a_published_result_of_an_addition_matches_only_the_arm_with_that_addition(added: Path) -> None:
     others = [replace(SWIN, arm="", value=1.0), replace(SWIN, arm="swin+other", base_arm="swin", value=1.0)]
     record(added, *arms(SWIN), *others)
     found = [[line[name] for name in ("Method", "Epochs", "Published", "Ours", "Difference", "Run")] for line in lines_of(added, "results")]
-    assert found == [  # the paper does not say how many epochs, so they are ours
+    assert found == [  # the paper does not state the epochs, so the table shows ours
         ["Swin-B + APL", "100", "83.76", "92.00 ± 1.41", "+8.24", "imagenet_swin swin+apl"],
         ["Swin-B + RPL", "100", "84.09", "93.50 ± 1.41", "+9.41", "imagenet_swin swin+rpl"],
     ]
@@ -419,9 +413,9 @@ def test_a_published_number_of_something_added_stands_beside_that_arm_and_no_oth
     assert "Published" not in alone
 
 
-def test_runs_of_one_recipe_with_and_without_changes_stand_in_rows_of_their_own(root: Path) -> None:
+def test_runs_of_one_recipe_with_and_without_overrides_have_separate_rows(root: Path) -> None:
     linear = "linear_probe,imagenet1k,{},{},600,last,linear_last,top1,{}"
-    print_numbers(root, *(linear.format(*line) for line in [("I-JEPA", BASE, 70.9), ("I-JEPA + StoP", BASE, 72.6)]))
+    write_published(root, *(linear.format(*line) for line in [("I-JEPA", BASE, 70.9), ("I-JEPA + StoP", BASE, 72.6)]))
     base = replace(IMAGENET, recipe="imagenet", arm="ijepa", protocol="linear_last", pretrain_epochs=600, value=71.0)
     stop = replace(base, arm="ijepa+stop", base_arm="ijepa", value=72.5)
     record(root, base, stop, replace(stop, overrides="lr=1 k=2", value=72.0), replace(stop, encoder_file="a.pth", split="b", value=73.0))
@@ -433,8 +427,8 @@ def test_runs_of_one_recipe_with_and_without_changes_stand_in_rows_of_their_own(
     ]
 
 
-def test_the_best_by_the_test_images_stands_apart_from_that_by_held_out_ones_and_both_beside_what_was_published(root: Path) -> None:
-    print_numbers(root, f"linear_probe,imagenet1k,DropPos,{BASE},200,,linear_best,top1,72.9")
+def test_best_by_held_out_and_best_on_test_are_separate_and_both_compared_to_published(root: Path) -> None:
+    write_published(root, f"linear_probe,imagenet1k,DropPos,{BASE},200,,linear_best,top1,72.9")
     held_out = replace(IMAGENET, protocol="linear_best", value=72.0)
     rows = [held_out, replace(held_out, protocol="linear_best_on_test", value=73.0)]
     record(root, *rows)
@@ -451,7 +445,7 @@ def test_the_best_by_the_test_images_stands_apart_from_that_by_held_out_ones_and
     assert {"linear best", "linear best on test"} <= {cell.strip() for cell in (root / "droppos" / "README.md").read_text().split("|")}
 
 
-def test_runs_of_one_recipe_on_two_devices_are_told_apart_and_one_device_is_said_above_the_table(root: Path) -> None:
+def test_runs_on_two_devices_have_separate_rows_and_devices_are_above_the_table(root: Path) -> None:
     record(root, IMAGENET)
     assert "Device" not in lines_of(root, "together")[0] and f"\n\nDevice: {DEVICE}.\n\n| Data |" in (root / "RESULTS.md").read_text()
     record(root, replace(IMAGENET, device="H100", value=82.9), replace(IMAGENET, device="H100", precision="32-true", value=83.1))
@@ -464,7 +458,7 @@ def test_runs_of_one_recipe_on_two_devices_are_told_apart_and_one_device_is_said
     assert f"\n\nDevices: {above}.\n\n| Data |" in (root / "RESULTS.md").read_text()
 
 
-def test_protocols_stand_in_one_line_per_run_and_those_of_a_kind_in_one_cell(root: Path) -> None:
+def test_a_run_has_one_line_and_similar_protocols_have_one_cell(root: Path) -> None:
     values = {"knn": 70, "linear_last": 71, "linear": 72, "linear_last4": 73, "finetune_5_per_class": 74, "finetune": 75, "rotation_2x": 76}
     record(root, *(replace(ROW, protocol=name, value=value, seed=seed) for name, value in values.items() for seed in (0, 1)))
     record(root, replace(ROW, protocol="knn", value=70, seed=2), replace(ROW, metric="top5", value=99.0))
@@ -475,7 +469,7 @@ def test_protocols_stand_in_one_line_per_run_and_those_of_a_kind_in_one_cell(roo
     assert line["Linear"] == "72.00 ± 0.00<br>last: 71.00 ± 0.00<br>last4: 73.00 ± 0.00" and line["rotation 2x"] == "76.00 ± 0.00"
 
 
-def test_a_row_has_one_link_whatever_the_number_of_its_logs(root: Path) -> None:
+def test_a_row_has_one_link_for_any_number_of_logs(root: Path) -> None:
     rows = [replace(ROW, seed=seed, log=f"droppos/logs/{seed}.txt") for seed in range(3)]
     record(root, *rows, *(replace(row, protocol="knn", log=f"droppos/logs/knn-{row.seed}.txt") for row in rows))
     (line,) = lines_of(root, "together")
@@ -487,8 +481,8 @@ def test_a_row_has_one_link_whatever_the_number_of_its_logs(root: Path) -> None:
     assert max(line.count("](") for page in pages for line in page.read_text().splitlines()) == 1
 
 
-def papers_that_measured(root: Path, *names: str) -> None:
-    """More papers, of which nothing was published."""
+def add_papers(root: Path, *names: str) -> None:
+    """Add papers without published results."""
     for name in names:
         (root / name).mkdir()
         (root / name / "recipe.py").touch()
@@ -496,14 +490,14 @@ def papers_that_measured(root: Path, *names: str) -> None:
 
 
 def baselines_of(row: Row, **changes: float) -> list[Row]:
-    """A run of a paper with its baselines, whose numbers are given by protocol."""
+    """A run of a paper with its baselines; `changes` gives their results by protocol."""
     starts = {"finetune": "scratch", "knn": "random", "linear": "random"}
     rows = [row, replace(row, protocol="knn", value=88.0), replace(row, protocol="knn", start="pixels", value=98.0)]
     return rows + [replace(row, protocol=name, start=starts[name], value=value) for name, value in changes.items()]
 
 
-def test_a_number_without_pretraining_stands_in_brackets_and_raw_pixels_once_for_all_papers(root: Path) -> None:
-    papers_that_measured(root, "mp3", "stop")
+def test_results_without_pre_training_are_in_brackets_and_raw_pixels_have_one_row(root: Path) -> None:
+    add_papers(root, "mp3", "stop")
     values = {"droppos": {"finetune": 80.0, "knn": 40.0}, "mp3": {"finetune": 80.0, "linear": 50.0}, "stop": {"finetune": 79.0}}
     for paper, changes in values.items():
         rows = baselines_of(replace(ROW, paper=paper, log=f"{paper}/logs/0.txt"), **changes)
@@ -524,7 +518,7 @@ def test_a_number_without_pretraining_stands_in_brackets_and_raw_pixels_once_for
     [{"protocol": "linear"}, {"device": "H100"}, {"recipe": "other"}, {"overrides": "k=5"}, {"split": "a"}, {"encoder_file": "a"}]
     + [{"data": "cifar10"}, {"backbone": "vit_nano"}, {"pretrain_epochs": 50}],
 )  # fmt: skip
-def test_a_baseline_that_differs_in_anything_but_the_arm_is_never_taken(root: Path, change: dict) -> None:
+def test_a_baseline_may_differ_only_in_the_arm(root: Path, change: dict) -> None:
     base = replace(ROW, start="scratch", value=80.0)
     record(root, ROW, replace(base, **change))
     assert [line["All labels"] for line in lines_of(root, "together")] == ["97.30"]
@@ -535,7 +529,7 @@ def test_a_baseline_that_differs_in_anything_but_the_arm_is_never_taken(root: Pa
     ]
 
 
-def test_changes_epochs_backbones_and_recipes_are_lines_that_can_be_told_apart(root: Path) -> None:
+def test_runs_with_different_settings_have_distinguishable_lines(root: Path) -> None:
     record(root, *baselines_of(ROW, finetune=80.0), *baselines_of(replace(ROW, pretrain_epochs=300), finetune=81.0))
     record(root, replace(ROW, overrides="lr=1"), replace(MAE, overrides="lr=1"), replace(ROW, backbone="vit_nano"))
     record(root, replace(ROW, encoder_file="a.pth", split="b"))
@@ -551,7 +545,7 @@ def test_changes_epochs_backbones_and_recipes_are_lines_that_can_be_told_apart(r
     assert found[-1] == ["raw pixels", "-", "0", "-"]
 
 
-def test_supervised_methods_are_marked_and_their_frozen_features_stand_in_the_same_line(root: Path) -> None:
+def test_supervised_methods_are_marked_and_have_one_line_with_their_frozen_features(root: Path) -> None:
     swin = replace(SWIN, recipe="digits", data="digits")
     record(root, *arms(swin), *arms(MAE), replace(swin, protocol="knn", start="pretrained", value=66.0))
     found = [(line["Method"], line["All labels"], line["k-NN"]) for line in lines_of(root, "together")]
@@ -568,13 +562,13 @@ def test_supervised_methods_are_marked_and_their_frozen_features_stand_in_the_sa
 # ---- the root README
 
 
-def test_side_by_side_shows_the_newest_of_two_devices(added: Path) -> None:
+def test_side_by_side_shows_the_newest_results_of_two_devices(added: Path) -> None:
     new = [replace(row, device="H100", date="2026-11-25", value=row.value + 1) for row in arms(SWIN)]
     both, alone = (tables.side_by_side("droppos", summary(frame(rows)), added) for rows in ([*new, *arms(SWIN)], new))
     assert both.equals(alone)
 
 
-def test_the_readme_has_one_row_a_method_with_its_newest_numbers(root: Path) -> None:
+def test_the_readme_has_one_row_per_method_with_its_newest_results(root: Path) -> None:
     old = replace(ROW, data="digits", protocol="knn", start="pretrained", metric="top1", date="2026-11-20")
     record(root, old, replace(old, device="H100", commit="new", date="2026-11-25", value=old.value - 1))
     (line,) = lines_of(root, "digits", "README.md")
@@ -582,9 +576,7 @@ def test_the_readme_has_one_row_a_method_with_its_newest_numbers(root: Path) -> 
     assert "\n\nDevice: H100, bf16-mixed.\n\n" in (root / "README.md").read_text()
 
 
-def test_the_readme_has_few_labels_and_knn_on_digits_of_recipes_as_they_stand_without_the_arms_that_something_is_added_to(
-    root: Path,
-) -> None:
+def test_the_readme_has_few_label_and_knn_results_of_unchanged_digits_recipes(root: Path) -> None:
     few = [replace(ROW, protocol=f"finetune_{many}_per_class", value=70.0 + many) for many in (5, 20)]
     record(root, ROW, *few, *(replace(row, start="scratch", value=40.0) for row in few), *baselines_of(ROW, knn=30.0))
     knn = replace(MAE, protocol="knn")

@@ -1,4 +1,4 @@
-"""Claims about making tokens: which part of an image a tokenizer sees, what each option changes, and what the picture of codes shows."""
+"""Tests of tokenization: the crop that a tokenizer gets, the effect of each option, and the figure of codes."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ from mapet.tokenizers import nearest_patches
 from mapet.tokenizers.features import Pixels
 from mapet.tokenizers.kmeans import NearestCentroid, nearest_codes
 from tests.test_tokenizers import RESNET, released, save_run, saved
-from tests.test_tokens import CODES, CPU, SIZE, STILL, digits, draw_pictures, made, prepare, reproduction, small_steps  # noqa: F401
+from tests.test_tokens import CODES, CPU, NO_AUG, SIZE, digits, draw_pictures, only_dir, prepare, reproduction, small_steps  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("small_steps")
 
@@ -32,11 +32,11 @@ def folder(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures")
 
 
-# ---- which part of an image is seen
+# ---- the crop
 
 
-def draw_places(folder: Path) -> Data:
-    """Images of several shapes whose colours tell where a pixel is, and in blue which image it is of."""
+def draw_coordinates(folder: Path) -> Data:
+    """Images of several shapes: red and green encode the position of a pixel, blue the image number."""
     for part in ("train", "val"):
         (folder / part / "a").mkdir(parents=True)
         for number, (width, height) in enumerate([(300, 200), (201, 333), (112, 112), (130, 129)]):
@@ -48,9 +48,9 @@ def draw_places(folder: Path) -> Data:
 
 @pytest.mark.parametrize("view", [{"resize": None}, {"resize": 112}, {"resize": 150}, {"crop": "squash"}], ids=str)
 @pytest.mark.parametrize("zoom", [1, 2])
-def test_the_tokenizer_sees_the_part_of_an_image_that_the_model_sees(tmp_path, monkeypatch, view, zoom):
-    """In training and in validation; a tokenizer of larger images likewise."""
-    data, real, seen = draw_places(tmp_path / "pictures"), tokenizers.write_tokens, {}
+def test_the_tokenizer_gets_the_same_crop_of_an_image_as_the_model(tmp_path, monkeypatch, view, zoom):
+    """In training and in validation, also for a tokenizer with larger images."""
+    data, real, seen = draw_coordinates(tmp_path / "pictures"), tokenizers.write_tokens, {}
 
     def watched(partial, tokenizer, loaders, *others):
         seen.update({part: next(loader.epoch(0))[0] for part, loader in loaders.items()})
@@ -65,7 +65,7 @@ def test_the_tokenizer_sees_the_part_of_an_image_that_the_model_sees(tmp_path, m
     trained, validated = next(loader.epoch(0))[0], next(run.loader(data.val).epoch(0))[0]
     trained = trained[loader.indices(0)[0].argsort()]
     assert torch.equal(trained, validated) and len(trained[:, 2, 0, 0].unique()) == 4
-    across = trained[0, 1, 50].max() - trained[0, 1, 50].min()  # of an image that is half as wide again as it is high
+    across = trained[0, 1, 50].max() - trained[0, 1, 50].min()  # of an image that is 1.5 times as wide as high
     assert (across > 0.9 / data.std[1]) == (view == {"crop": "squash"})
     for part in ("train", "val"):
         if zoom == 1:
@@ -74,7 +74,7 @@ def test_the_tokenizer_sees_the_part_of_an_image_that_the_model_sees(tmp_path, m
             assert (F.avg_pool2d(seen[part], 2) - trained).abs().max() < 3 / 255 / min(data.std)
 
 
-def test_images_in_memory_are_seen_whole_by_all_whatever_resize_says(tmp_path, monkeypatch):
+def test_images_in_memory_are_never_resized_or_cropped(tmp_path, monkeypatch):
     data, names = digits(), set()
     for resize in (None, 224):
         run = reproduction(tmp_path, data, 8, 2, resize=resize)
@@ -92,25 +92,25 @@ def test_images_in_memory_are_seen_whole_by_all_whatever_resize_says(tmp_path, m
         ({"randaugment": "rand-m9"}, "pretrain.augmentation.randaugment=rand-m9: .* set it to null"),
     ],
 )
-def test_what_moves_patches_is_refused_by_name_before_anything_is_made(folder, tmp_path, change, message):
+def test_augmentation_that_moves_patches_is_refused_by_name_before_tokens_are_made(folder, tmp_path, change, message):
     with pytest.raises(RecipeError, match=message):
-        prepare(open_data(str(folder)), tmp_path / "tokens", augmentation=replace(STILL, **change))
+        prepare(open_data(str(folder)), tmp_path / "tokens", augmentation=replace(NO_AUG, **change))
     assert not (tmp_path / "tokens").exists()
 
 
-def test_images_that_would_have_a_border_are_refused_by_the_tokenizer_and_in_training(folder, tmp_path):
-    data, small = open_data(str(folder)), replace(STILL, resize=12)
+def test_images_smaller_than_the_crop_are_refused_by_tokenizer_and_training(folder, tmp_path):
+    data, small = open_data(str(folder)), replace(NO_AUG, resize=12)
     options = {"data": data, "image_size": (16, 16), "batch_size": 4, "seed": 0, "device": CPU, "workers": 0}
     for make in (lambda: prepare(data, tmp_path / "tokens", augmentation=small), lambda: Loader(data.train, augmentation=small, **options)):
         with pytest.raises(DataError, match="resized to 12 pixels, smaller than the 16 pixels of the model"):
             make()
-    Loader(data.train, augmentation=replace(small, crop="resized"), **options)  # which does not read it
+    Loader(data.train, augmentation=replace(small, crop="resized"), **options)  # does not use resize
 
 
 # ---- tokenizers
 
 
-def test_clip_tokenises_files_and_grey_images_the_same_in_every_process(folder, tmp_path, monkeypatch):
+def test_clip_tokens_of_files_and_grey_images_do_not_depend_on_the_global_seed(folder, tmp_path, monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "resnet", RESNET)
     monkeypatch.setattr(open_clip, "list_models", lambda: ["resnet"])
@@ -120,7 +120,7 @@ def test_clip_tokenises_files_and_grey_images_the_same_in_every_process(folder, 
         for number in range(2):
             torch.manual_seed(number)
             found.append(prepare(data, tmp_path / f"{data.name}{number}", targets, **fit).train.labels)
-            assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(number))  # the caller's numbers are its own
+            assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(number))  # the global random state is unchanged
         assert torch.equal(*found) and found[0].shape == (len(data.train), 4) and len(found[0].unique()) > 3
     with pytest.raises(RecipeError, match="gives 3 x 3 tokens for an image, and the encoder has 2 x 2 patches: set targets.size to fit"):
         prepare(digits(), tmp_path / "other", targets | {"size": 96}, **fit)
@@ -132,7 +132,7 @@ def test_vqkd_tokenises_files_and_grey_images(folder, tmp_path):
     for data in (open_data(str(folder)), digits()):
         found = prepare(data, tmp_path / f"{data.name}s", targets, **fit)
         assert found.train.labels.shape == (len(data.train), 9) and len(found.train.labels.unique()) > 3
-        assert not (made(tmp_path / f"{data.name}s") / "codebook.safetensors").exists()
+        assert not (only_dir(tmp_path / f"{data.name}s") / "codebook.safetensors").exists()
     for changed, options, message in (
         ({}, {"vocabulary": 8}, "the tokenizer has 50 tokens: set method.vocabulary=50, not 8"),
         ({}, {"image_size": 8}, "gives 3 x 3 tokens .* has 2 x 2 patches: set image_size or patch_size to fit"),
@@ -142,40 +142,40 @@ def test_vqkd_tokenises_files_and_grey_images(folder, tmp_path):
             prepare(digits(), tmp_path / "other", targets | changed, **fit | options)
 
 
-def test_an_encoder_of_a_run_tokenises(folder, tmp_path):
+def test_an_encoder_of_a_run_can_make_tokens(folder, tmp_path):
     path = save_run(tmp_path / "run", vit("micro", image_size=16, patch_size=4))
     found = prepare(open_data(str(folder)), tmp_path / "tokens", {"features": str(path)})
     assert found.train.labels.shape == (10, 16) and len(found.train.labels.unique()) > 3
 
 
-# ---- the picture
+# ---- the figure
 
 
-def test_the_picture_shows_some_codes_with_the_patches_nearest_to_each(tmp_path, monkeypatch):
+def test_the_figure_shows_codes_with_their_nearest_patches(tmp_path, monkeypatch):
     for name, value in {"CODEWORDS": 4, "PATCHES": 5, "LOOKED_AT": 20, "draw_codewords": draw_codewords}.items():
         monkeypatch.setattr(tokenizers, name, value)
     data = digits()
     found = prepare(data, tmp_path)
-    assert Image.open(made(tmp_path) / "codewords.png").width > 300
-    tokenizer = NearestCentroid(Pixels(2, (8, 8), data.mean, data.std), load_file(made(tmp_path) / "codebook.safetensors")["centroids"])
+    assert Image.open(only_dir(tmp_path) / "codewords.png").width > 300
+    tokenizer = NearestCentroid(Pixels(2, (8, 8), data.mean, data.std), load_file(only_dir(tmp_path) / "codebook.safetensors")["centroids"])
     options = {"data": data, "image_size": (8, 8), "augmentation": None, "seed": 0, "device": CPU, "workers": 0}
     shown = nearest_patches(tokenizer, Loader(data.train, batch_size=4, **options), found.train.labels, CPU)
-    looked = data.train.subset(range(0, 40, 2))
-    ids, distances = tokenizer(next(Loader(looked, batch_size=20, **options).epoch(0))[0])
+    subset = data.train.subset(range(0, 40, 2))
+    ids, distances = tokenizer(next(Loader(subset, batch_size=20, **options).epoch(0))[0])
     counts = torch.bincount(ids.flatten(), minlength=CODES).tolist()
-    told = [tuple(map(int, re.fullmatch(r"token (\d+): (\d+) of 320 patches", name).groups())) for name in shown]
-    often = [count for _, count in told]
-    assert len(shown) == 4 and all(counts[code] == count for code, count in told)
+    titles = [tuple(map(int, re.fullmatch(r"token (\d+): (\d+) of 320 patches", name).groups())) for name in shown]
+    often = [count for _, count in titles]
+    assert len(shown) == 4 and all(counts[code] == count for code, count in titles)
     assert often == sorted(often, reverse=True) and (often[0], often[-1]) == (max(counts), min(filter(None, counts)))
-    for (code, count), patches in zip(told, shown.values(), strict=True):
+    for (code, count), patches in zip(titles, shown.values(), strict=True):
         assert len(patches) == min(5, count) and {tuple(patch.shape) for patch in patches} == {(1, 2, 2)}
         own, distance = nearest_codes(torch.stack(patches).flatten(1), tokenizer.centroids)
         assert set(own.tolist()) == {code}
         torch.testing.assert_close(distance, distances[ids == code].sort().values[:5])
 
 
-def test_patches_of_the_picture_lie_where_their_cells_do():
-    """In a grid that does not divide the image, as that of a convolutional network, too."""
+def test_patches_of_the_figure_come_from_the_positions_of_their_tokens():
+    """Also in a grid that does not divide the image, as in a convolutional network."""
 
     class Cells(torch.nn.Module):
         vocabulary, grid, size = 9, (3, 3), (11, 11)
@@ -193,17 +193,17 @@ def test_patches_of_the_picture_lie_where_their_cells_do():
         assert round(255 * patch[0, 0, 0].item()) == 11 * (row * 11 // 3) + column * 11 // 3
 
 
-# ---- a store for each setting
+# ---- one store per setting
 
 
-def place_name(tmp_path: Path, data: Data, targets: dict | None = None, **options) -> str:
-    """Where tokens would be."""
+def store_name(tmp_path: Path, data: Data, targets: dict | None = None, **options) -> str:
+    """Return the name of the folder that the tokens would have."""
     with pytest.raises(RecipeError, match="there are no tokens in") as caught:
         prepare(data, tmp_path / "tokens", targets, make=False, **options)
     return re.search(r"tokens/(\S+),", str(caught.value))[1]
 
 
-def test_every_option_that_changes_tokens_has_a_store_of_its_own_and_no_other_has(folder, tmp_path):
+def test_options_that_change_tokens_and_only_these_have_a_separate_store(folder, tmp_path):
     data = open_data(str(folder))
     clip, network = {"tokenizer": "kclip"}, {"features": "resnet50"}
     checkpoint = {"tokenizer": "vqkd", "checkpoint": str(saved(tmp_path, released()))}
@@ -212,13 +212,13 @@ def test_every_option_that_changes_tokens_has_a_store_of_its_own_and_no_other_ha
     changes += [clip, *(clip | more for more in ({"model": "RN50"}, {"weights": None}, {"layer": 3}, {"size": 224}, {"redos": 2}))]
     changes += [checkpoint, run, run | {"size": 32}]
     options = [{"vocabulary": 9}, {"image_size": 32}, {"image_size": 32, "patch_size": 8}]
-    options += [{"augmentation": replace(STILL, **view)} for view in ({"resize": 20}, {"crop": "squash"})]
-    names = [place_name(tmp_path, data, change) for change in changes] + [place_name(tmp_path, data, **option) for option in options]
+    options += [{"augmentation": replace(NO_AUG, **view)} for view in ({"resize": 20}, {"crop": "squash"})]
+    names = [store_name(tmp_path, data, change) for change in changes] + [store_name(tmp_path, data, **option) for option in options]
     assert len(set(names)) == len(names)
-    assert place_name(tmp_path, replace(data, name="others")) not in names
+    assert store_name(tmp_path, replace(data, name="others")) not in names
 
     def same(one: dict, other: dict, **options) -> bool:
-        return place_name(tmp_path, data, one) == place_name(tmp_path, data, other, **options)
+        return store_name(tmp_path, data, one) == store_name(tmp_path, data, other, **options)
 
     assert same({}, {"model": "RN50", "weights": None, "layer": 3, "size": 96, "checkpoint": checkpoint["checkpoint"]})
     assert same(clip, clip | {"features": "normalised_pixels", "size": 448}) and same(checkpoint, checkpoint | {"redos": 2, "size": 5})
@@ -226,21 +226,21 @@ def test_every_option_that_changes_tokens_has_a_store_of_its_own_and_no_other_ha
     assert same({}, {}, workers=3, device=torch.device("cuda"), augmentation=changed)
 
 
-def test_a_file_counts_by_what_is_in_it(folder, tmp_path):
+def test_a_file_is_identified_by_its_content(folder, tmp_path):
     data, path = open_data(str(folder)), saved(tmp_path, released())
     run = save_run(tmp_path / "run", vit("micro", image_size=16, patch_size=4))
 
     def vqkd(path: Path) -> str:
-        return place_name(tmp_path, data, {"tokenizer": "vqkd", "checkpoint": str(path)})
+        return store_name(tmp_path, data, {"tokenizer": "vqkd", "checkpoint": str(path)})
 
-    first, encoder = vqkd(path), place_name(tmp_path, data, {"features": str(run)})
+    first, encoder = vqkd(path), store_name(tmp_path, data, {"features": str(run)})
     moved = shutil.copy(path, tmp_path / "other.pth")
     (tmp_path / "recipe.json").write_text("is of something else")
     assert vqkd(moved) == first
     moved.write_bytes(moved.read_bytes() + b" ")
     assert vqkd(moved) != first
     shutil.copytree(run.parent, tmp_path / "copy")
-    assert place_name(tmp_path, data, {"features": str(tmp_path / "copy" / run.name)}) == encoder
+    assert store_name(tmp_path, data, {"features": str(tmp_path / "copy" / run.name)}) == encoder
     recipe = run.with_name("recipe.json")
     recipe.write_text(recipe.read_text().replace('"image_size": 16', '"image_size": 32'))
-    assert place_name(tmp_path, data, {"features": str(run)}) != encoder
+    assert store_name(tmp_path, data, {"features": str(run)}) != encoder

@@ -1,6 +1,6 @@
-"""Claims about MaPeT's tokenizers: which features they see, what is sampled of them, which codes are found, and which is the nearest.
+"""Tests of MaPeT's tokenizers: features, sampling, k-means centroids and nearest codes.
 
-Shapes: B images, C channels, N cells, D width, K codes.
+Shapes: B images, C channels, N patches, D width, K codes.
 """
 
 import copy
@@ -45,7 +45,7 @@ def split(count: int) -> Split:
 
 
 def loader(count: int = 23, batch: int = 4, kind: type[Loader] = Loader, **options) -> Loader:
-    """Images of noise in memory, so that every patch is one of its kind."""
+    """Noise images in memory, so that every patch is unique."""
     part = split(count)
     data = Data("noise", 1, 3, (8, 8), MEAN, STD, part, part)
     settings = {"image_size": (8, 8), "batch_size": batch, "augmentation": None, "seed": 0, "device": CPU, "workers": 0}
@@ -53,7 +53,7 @@ def loader(count: int = 23, batch: int = 4, kind: type[Loader] = Loader, **optio
 
 
 class Counted(Pixels):
-    """Pixels of 16 cells, which note how many images they are given at once."""
+    """Pixels of 16 patches; records the batch size of each call."""
 
     def __init__(self, **options):
         super().__init__(**{"patch_size": 2, "size": (8, 8), "mean": MEAN, "std": STD} | options)
@@ -69,17 +69,17 @@ def sample(file: Path, loader_: Loader | None = None, features: Features | None 
 
 
 def save_run(directory: Path, network: nn.Module, **recipe) -> Path:
-    """What a run leaves of its encoder."""
+    """Write the encoder files of a run."""
     directory.mkdir(exist_ok=True)
     export_encoder(network, directory / "encoder.safetensors")
-    told = {"size": "micro", "image_size": 16, "patch_size": 4, "encoder": {}, "data": ["digits"], "method": {}} | recipe
-    (directory / "recipe.json").write_text(json.dumps({"paper": "any", "data": "digits", "recipe": told}))
+    settings = {"size": "micro", "image_size": 16, "patch_size": 4, "encoder": {}, "data": ["digits"], "method": {}} | recipe
+    (directory / "recipe.json").write_text(json.dumps({"paper": "any", "data": "digits", "recipe": settings}))
     return directory / "encoder.safetensors"
 
 
 @pytest.fixture
 def tiny_clip(monkeypatch):
-    """Small towers among open_clip's names; their norms have random weights, and the statistics of images, so that images differ."""
+    """Small CLIP models under open_clip names; norms have random weights and real statistics, so that images differ."""
     open_clip = pytest.importorskip("open_clip")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "resnet", RESNET)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "transformer", {**RESNET, "vision_cfg": TRANSFORMER})
@@ -105,7 +105,7 @@ def tiny_clip(monkeypatch):
 # ---- features: pixels
 
 
-def test_pixels_are_those_of_each_cell_in_row_major_order():
+def test_pixel_features_are_the_pixels_of_each_patch_in_row_major_order():
     x = images(2, 8)
     patch_BND = Pixels(4, (8, 8), MEAN, STD)(x)
     for cell, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
@@ -113,13 +113,13 @@ def test_pixels_are_those_of_each_cell_in_row_major_order():
     assert patch_BND.shape == (2, 4, 48) and Pixels(4, (8, 16), MEAN, STD).grid == (2, 4)
 
 
-def test_per_patch_pixels_have_mean_zero_and_deviation_one_and_a_plain_patch_is_zero():
+def test_normalised_pixels_have_mean_0_and_std_1_and_a_constant_patch_is_0():
     x = images(2, 8)
     x[0, :, :4, :4] = 0.7
     x[0, :, 4:, 4:] *= 1e-3 / x[0, :, 4:, 4:].std()
     patch_BND = Pixels(4, (8, 8), MEAN, STD, per_patch=True)(x)
     assert patch_BND[0, 0].abs().max() < 1e-3
-    assert patch_BND[0, 3].std().item() == pytest.approx(0.5**0.5, rel=1e-4)  # 1e-6 beside its variance of 1e-6, as MAE has it
+    assert patch_BND[0, 3].std().item() == pytest.approx(0.5**0.5, rel=1e-4)  # epsilon 1e-6, as in MAE, and a variance of 1e-6
     assert patch_BND[1].mean(-1).abs().max() < 1e-6 and (patch_BND[1].std(-1) - 1).abs().max() < 1e-5
     assert not torch.allclose(Pixels(4, (8, 8), MEAN, STD)(x)[1].std(-1), torch.ones(4), atol=1e-5)
 
@@ -128,7 +128,7 @@ def test_per_patch_pixels_have_mean_zero_and_deviation_one_and_a_plain_patch_is_
 
 
 @pytest.mark.parametrize("options", [{"class_token": True, "position": "learned"}, {"class_token": False, "position": "relative"}])
-def test_an_encoder_of_ours_gives_its_patch_tokens_after_the_norm(tmp_path, options):
+def test_our_encoder_gives_its_patch_tokens_after_the_norm(tmp_path, options):
     network = vit("micro", image_size=16, patch_size=4, **options)
     nn.init.normal_(network.norm.weight)
     encoder = Encoder(save_run(tmp_path, network, encoder=options), mean=MEAN, std=STD)
@@ -137,7 +137,7 @@ def test_an_encoder_of_ours_gives_its_patch_tokens_after_the_norm(tmp_path, opti
         assert torch.equal(encoder(images(2, 16)), network(images(2, 16))[:, int(options["class_token"]) :])
 
 
-def test_an_encoder_of_ours_takes_images_of_another_size_and_of_its_channels(tmp_path):
+def test_our_encoder_accepts_another_image_size_and_its_number_of_channels(tmp_path):
     path = save_run(tmp_path, vit("micro", image_size=16, patch_size=4, channels=1, position="learned"), encoder={"position": "learned"})
     encoder = Encoder(path, mean=(0.5,), std=(0.2,), size=24)
     assert encoder.grid == (6, 6) and encoder(images(1, 24, 1)).shape == (1, 36, 96)
@@ -145,14 +145,14 @@ def test_an_encoder_of_ours_takes_images_of_another_size_and_of_its_channels(tmp
         Encoder(path, mean=MEAN, std=STD)
 
 
-def test_an_encoder_of_ours_may_be_a_backbone_of_timm(tmp_path):
+def test_the_encoder_of_a_run_may_be_a_timm_backbone(tmp_path):
     network = timm.create_model("resnet10t", pretrained=False, num_classes=0).eval()
     encoder = Encoder(save_run(tmp_path, network, size="resnet10t", image_size=64, patch_size=None), mean=MEAN, std=STD)
     with torch.no_grad():
         torch.testing.assert_close(encoder(images()), network.forward_features(images()).flatten(2).transpose(1, 2))
 
 
-def test_a_transformer_of_timm_gives_its_patch_tokens_after_the_norm():
+def test_a_timm_transformer_gives_its_patch_tokens_after_the_norm():
     encoder = Encoder("vit_tiny_patch16_224", pretrained=False, size=64)
     nn.init.normal_(encoder.network.norm.weight)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_a_transformer_of_timm_gives_its_patch_tokens_after_the_norm():
     assert encoder.grid == (4, 4) and encoder.mean == (0.5, 0.5, 0.5)
 
 
-def test_a_convolutional_network_of_timm_gives_its_last_map_at_its_own_size_and_at_another():
+def test_a_timm_cnn_gives_its_last_feature_map_at_any_image_size():
     own, other = Encoder("resnet10t", pretrained=False), Encoder("resnet10t", pretrained=False, size=96)
     assert (own.size, own.grid, other.size, other.grid) == ((176, 176), (6, 6), (96, 96), (3, 3))
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_a_convolutional_network_of_timm_gives_its_last_map_at_its_own_size_and_
     assert other.mean == timm.data.IMAGENET_DEFAULT_MEAN
 
 
-def test_a_network_without_a_norm_of_its_features_gives_them_as_they_are(monkeypatch):
+def test_a_network_without_a_final_norm_gives_unnormalised_features(monkeypatch):
     real = timm.models.ResNet.forward_intermediates
 
     def without(self, x, indices, norm, **options):
@@ -182,7 +182,7 @@ def test_a_network_without_a_norm_of_its_features_gives_them_as_they_are(monkeyp
     torch.testing.assert_close(copy.deepcopy(expected)(images()), expected.look(images()).flatten(2).transpose(1, 2))
 
 
-def test_features_never_train_whatever_they_are_a_part_of():
+def test_features_stay_frozen_and_in_evaluation_mode():
     encoder = Encoder("resnet10t", pretrained=False, size=64)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     nn.ModuleList([encoder]).train()
@@ -191,7 +191,7 @@ def test_features_never_train_whatever_they_are_a_part_of():
     assert not feature_BND.requires_grad and not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_features_are_float32_where_the_network_is_not():
+def test_features_are_float32_even_if_the_network_is_not():
     encoder = Encoder("resnet10t", pretrained=False, size=32)
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder.look(images(1, 32)).dtype == torch.bfloat16 and encoder(images(1, 32)).dtype == torch.float32
@@ -203,7 +203,7 @@ def test_images_of_another_shape_are_refused(height, width, channels):
         Pixels(16, (64, 64), MEAN, STD)(torch.zeros(1, channels, height, width))
 
 
-def test_an_encoder_that_cannot_be_opened_is_refused_with_the_fix(tmp_path, monkeypatch):
+def test_an_unusable_encoder_is_refused_with_the_fix(tmp_path, monkeypatch):
     path, given = save_run(tmp_path / "run", vit("micro", image_size=16, patch_size=4)), {"mean": MEAN, "std": STD}
     with pytest.raises(RecipeError, match="does not contain mean and std of its images: give those of its training data"):
         Encoder(path, mean=MEAN)
@@ -241,7 +241,7 @@ def test_the_last_stage_of_a_clip_resnet_is_not_negative(tiny_clip):
     assert (clip.size, clip.grid, clip.mean[0]) == ((64, 64), (2, 2), 0.48145466)
 
 
-def test_a_layer_of_a_clip_resnet_is_the_stem_and_so_many_stages(tiny_clip):
+def test_layer_n_of_a_clip_resnet_is_the_stem_plus_n_stages(tiny_clip):
     for layer, grid in enumerate([16, 16, 8, 4, 2]):
         clip = tiny_clip("resnet", layer=layer, size=64)
         visual = clip.visual
@@ -256,11 +256,11 @@ def test_a_clip_resnet_computes_nothing_after_its_layer(tiny_clip):
     assert clip(images()).shape == (2, 64, 64) and not any("attnpool" in name for name in clip.state_dict())
 
 
-def test_a_clip_resnet_takes_images_of_another_size_than_its_own(tiny_clip):
+def test_a_clip_resnet_accepts_another_image_size(tiny_clip):
     assert tiny_clip("resnet", layer=4, size=96)(images(1, 96)).shape == (1, 9, 256)
 
 
-def test_a_clip_transformer_gives_the_patch_tokens_of_a_block_at_its_size_and_at_another(tiny_clip):
+def test_a_clip_transformer_gives_the_patch_tokens_of_a_block_at_any_image_size(tiny_clip):
     clip = tiny_clip("transformer", layer=1, size=48)
     seen = []
     clip.visual.transformer.resblocks[1].register_forward_hook(lambda *a: seen.append(a[-1]))
@@ -281,7 +281,7 @@ def test_clip_has_the_activation_of_its_weights(tiny_clip, monkeypatch):
         assert found == quick
 
 
-def test_clip_that_cannot_be_had_is_refused_with_the_fix(tiny_clip, monkeypatch):
+def test_unavailable_clip_weights_are_refused_with_the_fix(tiny_clip, monkeypatch):
     with pytest.raises(RecipeError, match="open_clip has no model 'resnett'; did you mean resnet"):
         Clip("resnett")
     with pytest.raises(RecipeError, match="open_clip has no weights 'opennai' for RN50x64; did you mean openai"):
@@ -305,7 +305,7 @@ def test_clip_that_cannot_be_had_is_refused_with_the_fix(tiny_clip, monkeypatch)
 
 
 @pytest.mark.parametrize("vectors", [5, 23, 100, 23 * 16])
-def test_an_image_gives_its_share_of_rows_which_are_different_cells_of_it(tmp_path, vectors):
+def test_each_image_contributes_its_fraction_of_the_sample_from_distinct_patches(tmp_path, vectors):
     rows = sample(tmp_path / "s.npy", vectors=vectors)
     assert rows.shape == (vectors, 12) and rows.dtype == numpy.float32
     for i, (x, _) in enumerate(loader(batch=1).epoch(0)):
@@ -314,7 +314,7 @@ def test_an_image_gives_its_share_of_rows_which_are_different_cells_of_it(tmp_pa
         assert len(places) == len(mine) and len(set(places[:, 1].tolist())) == len(mine)
 
 
-def test_cells_are_drawn_by_seed_and_image_and_all_alike(tmp_path):
+def test_patches_are_sampled_uniformly_by_seed_and_image(tmp_path):
     def cells(seed: int) -> list[int]:
         rows = torch.from_numpy(sample(tmp_path / f"{seed}.npy", loader(400), n=400, vectors=800, seed=seed).copy())
         known = Counted()(next(loader(400, batch=400).epoch(0))[0])
@@ -322,23 +322,23 @@ def test_cells_are_drawn_by_seed_and_image_and_all_alike(tmp_path):
 
     first, second = cells(0), cells(1)
     assert first != second and first[:2] != first[2:4]
-    assert min(Counter(first).values()) > 25 and max(Counter(first).values()) < 80  # 50 of each of 16 cells, 7 deviations
+    assert min(Counter(first).values()) > 25 and max(Counter(first).values()) < 80  # 50 of each of 16 patches, std 7
 
 
-def test_the_sample_is_the_same_for_every_micro_batch(tmp_path):
+def test_the_sample_does_not_depend_on_the_batch_size(tmp_path):
     one, other = sample(tmp_path / "a.npy", loader(batch=4)), sample(tmp_path / "b.npy", loader(batch=23))
     assert numpy.array_equal(one, other)
 
 
-def test_only_one_micro_batch_is_seen_at_a_time_and_no_image_beyond_those_asked_for(tmp_path):
-    features, told = Counted(), []
-    sample(tmp_path / "s.npy", loader(batch=4), features, n=10, vectors=20, progress=lambda *numbers: told.append(numbers))
-    assert features.given == [1, 4, 4, 2]  # the first tells the width
-    assert told == [(4, 10), (8, 10), (10, 10)]
+def test_sampling_uses_one_batch_at_a_time_and_only_the_requested_images(tmp_path):
+    features, reported = Counted(), []
+    sample(tmp_path / "s.npy", loader(batch=4), features, n=10, vectors=20, progress=lambda *numbers: reported.append(numbers))
+    assert features.given == [1, 4, 4, 2]  # the first gives the width
+    assert reported == [(4, 10), (8, 10), (10, 10)]
 
 
 class Failing(Loader):
-    """Ends at a micro-batch as if it were killed, and notes where it was started."""
+    """Fails at a batch as if killed; records the batch it started from."""
 
     fail_at, starts = None, ()
 
@@ -359,7 +359,7 @@ def interrupted(file: Path, at: int = 3, **options) -> Failing:
     return batches
 
 
-def test_a_sample_that_was_stopped_goes_on_where_it_was_bit_for_bit(tmp_path):
+def test_an_interrupted_sample_resumes_bit_identically(tmp_path):
     whole = sample(tmp_path / "whole.npy")
     batches = interrupted(tmp_path / "s.npy")
     assert not (tmp_path / "s.npy").exists()
@@ -368,21 +368,21 @@ def test_a_sample_that_was_stopped_goes_on_where_it_was_bit_for_bit(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("s.*")) == ["s.npy", "s.npy.json"]
 
 
-def test_a_sample_goes_on_with_another_micro_batch_too(tmp_path):
+def test_an_interrupted_sample_resumes_with_another_batch_size(tmp_path):
     interrupted(tmp_path / "s.npy")
     batches = loader(batch=5, kind=Failing)
     assert numpy.array_equal(sample(tmp_path / "s.npy", batches), sample(tmp_path / "whole.npy"))
-    assert batches.starts == (2,)  # 12 images were done, of which 10 are two micro-batches
+    assert batches.starts == (2,)  # 12 images were done; 10 of them are two batches of 5
 
 
-def test_what_is_not_saved_yet_is_made_again(tmp_path):
+def test_unsaved_work_is_repeated(tmp_path):
     batches = interrupted(tmp_path / "s.npy", seconds=1e9)
     assert numpy.array_equal(sample(tmp_path / "s.npy", batches), sample(tmp_path / "whole.npy"))
     assert batches.starts == (0, 0)
 
 
 @pytest.mark.parametrize("fault", ["no map", "torn map", "other map"])
-def test_a_note_without_its_map_counts_for_nothing(tmp_path, fault):
+def test_a_progress_file_without_its_memory_map_is_ignored(tmp_path, fault):
     batches, growing = interrupted(tmp_path / "s.npy"), tmp_path / "s.npy.partial"
     if fault == "no map":
         growing.unlink()
@@ -394,20 +394,20 @@ def test_a_note_without_its_map_counts_for_nothing(tmp_path, fault):
     batches.fail_at = 1
     with pytest.raises(KeyboardInterrupt):
         sample(tmp_path / "s.npy", batches)
-    assert not (tmp_path / "s.npy.json").exists()  # nothing of the new map is on disk for certain
+    assert not (tmp_path / "s.npy.json").exists()  # no rows of the new map are saved yet
     batches.fail_at = None
     assert numpy.array_equal(sample(tmp_path / "s.npy", batches), sample(tmp_path / "whole.npy"))
     assert batches.starts == (0, 0, 0)
 
 
-def test_a_sample_that_was_stopped_before_it_took_its_name_takes_it(tmp_path):
+def test_a_complete_sample_interrupted_before_its_rename_is_renamed(tmp_path):
     whole = sample(tmp_path / "s.npy").copy()
     (tmp_path / "s.npy").rename(tmp_path / "s.npy.partial")
     batches = loader(kind=Failing)
     assert numpy.array_equal(sample(tmp_path / "s.npy", batches), whole) and batches.starts == ()
 
 
-def test_the_note_is_written_after_the_rows_it_speaks_of(tmp_path, monkeypatch):
+def test_the_progress_file_is_written_after_its_rows(tmp_path, monkeypatch):
     events = []
     flush, write = numpy.memmap.flush, kmeans.write_text
     monkeypatch.setattr(numpy.memmap, "flush", lambda self: (events.append("rows"), flush(self)))
@@ -416,7 +416,7 @@ def test_the_note_is_written_after_the_rows_it_speaks_of(tmp_path, monkeypatch):
     assert events == ["rows", "note"] * 6
 
 
-def test_a_whole_sample_is_not_made_again(tmp_path):
+def test_a_complete_sample_is_not_made_again(tmp_path):
     features = Counted()
     whole = sample(tmp_path / "s.npy").copy()
     assert numpy.array_equal(sample(tmp_path / "s.npy", features=features), whole) and not features.given
@@ -440,7 +440,7 @@ def transformer(bias: float) -> Encoder:
         ({"loader_": loader(interpolation="bilinear")}, "interpolation: bicubic there, bilinear requested"),
     ],
 )
-def test_a_file_with_another_sample_is_refused_with_what_differs(tmp_path, options, name):
+def test_a_file_with_another_sample_is_refused_with_the_differences(tmp_path, options, name):
     for begin in (sample, interrupted):
         file = tmp_path / begin.__name__
         begin(file)
@@ -455,7 +455,7 @@ def test_a_sample_of_other_weights_is_refused(tmp_path):
         sample(tmp_path / "s.npy", loader(**size), transformer(0.1), vectors=10)
 
 
-def test_what_cannot_be_sampled_is_refused_with_the_fix(tmp_path, monkeypatch):
+def test_an_impossible_sample_is_refused_with_the_fix(tmp_path, monkeypatch):
     file = tmp_path / "s.npy"
     for options, message in {
         "vectors=369 is not possible, 23 images have 368 cells: choose fewer, or more images": {"vectors": 369},
@@ -487,27 +487,27 @@ def test_what_cannot_be_sampled_is_refused_with_the_fix(tmp_path, monkeypatch):
 
 
 def blobs(count: int = 900, seed: int = 0) -> numpy.ndarray:
-    """Three heaps that differ in length and not in direction."""
+    """Three clusters with different norms and the same direction."""
     draw = numpy.random.default_rng(seed)
     centres = numpy.float32([1, 10, 20])[:, None] * numpy.ones(4, numpy.float32)
     return centres[numpy.arange(count) % 3] + draw.standard_normal((count, 4), dtype=numpy.float32) / 4
 
 
-def test_centroids_are_the_means_of_all_vectors_of_their_cluster_as_they_are():
-    x = blobs()  # of 900 faiss by itself would take 768
+def test_centroids_are_the_unnormalised_means_of_all_vectors_of_their_cluster():
+    x = blobs()  # by default, faiss would use 768 of the 900
     found = fit_centroids(x, 3)
     assert found.dtype == torch.float32
     expected = numpy.stack([x[part::3].astype(numpy.float64).mean(0) for part in range(3)])
     torch.testing.assert_close(found[found[:, 0].argsort()].double(), torch.from_numpy(expected), rtol=0, atol=1e-4)
 
 
-def test_centroids_are_the_same_twice_and_others_by_another_seed():
+def test_centroids_are_reproducible_and_depend_on_the_seed():
     x = numpy.random.default_rng(0).standard_normal((500, 8), dtype=numpy.float32)
     one, two, other = fit_centroids(x, 20), fit_centroids(x, 20), fit_centroids(x, 20, seed=5)
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
-def test_more_iterations_and_more_starts_fit_better():
+def test_more_iterations_and_more_restarts_reduce_the_error():
     x = numpy.random.default_rng(0).standard_normal((500, 8), dtype=numpy.float32)
 
     def error(**options) -> float:
@@ -516,7 +516,7 @@ def test_more_iterations_and_more_starts_fit_better():
     assert error(iterations=1, redos=1, seed=2) > error(redos=1, seed=2) > error(seed=2)
 
 
-def test_a_map_on_disk_is_given_to_faiss_as_it_lies_and_few_vectors_are_no_matter(tmp_path, monkeypatch, capfd):
+def test_faiss_gets_the_memory_map_without_a_copy_and_does_not_warn_about_few_vectors(tmp_path, monkeypatch, capfd):
     import faiss
 
     train, seen = faiss.Kmeans.train, []
@@ -528,7 +528,7 @@ def test_a_map_on_disk_is_given_to_faiss_as_it_lies_and_few_vectors_are_no_matte
     assert not capfd.readouterr().err
 
 
-def test_centroids_that_cannot_be_found_are_refused_with_the_fix(monkeypatch):
+def test_impossible_centroids_are_refused_with_the_fix(monkeypatch):
     with pytest.raises(RecipeError, match="codes=31 is not possible with 30 sampled vectors: sample more"):
         fit_centroids(blobs(30), 31)
     with pytest.raises(RecipeError, match="codes=0 is not possible"):
@@ -544,12 +544,12 @@ def test_centroids_that_cannot_be_found_are_refused_with_the_fix(monkeypatch):
         fit_centroids(blobs(30), 3)
 
 
-# ---- the nearest
+# ---- nearest codes
 
 
 @pytest.mark.parametrize("entries", [2**24, 100, 1])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_the_nearest_code_is_that_of_brute_force_however_it_is_cut(monkeypatch, entries, precision):
+def test_the_nearest_code_equals_brute_force_for_any_chunk_size(monkeypatch, entries, precision):
     monkeypatch.setattr(kmeans, "ENTRIES", entries)
     x, codes = torch.randn(301, 16, generator=torch.Generator().manual_seed(0)) + 1, torch.randn(37, 16) + 1
     distance_MK = torch.cdist(x.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -562,7 +562,7 @@ def test_the_nearest_code_is_that_of_brute_force_however_it_is_cut(monkeypatch, 
     torch.testing.assert_close(distance.double(), two.values[:, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_what_all_codes_have_in_common_costs_no_digits():
+def test_a_common_offset_of_all_codes_does_not_reduce_precision():
     g = torch.Generator().manual_seed(0)
     x, codes = 300 + torch.randn(200, 16, generator=g), 300 + torch.randn(20, 16, generator=g)
     expected = torch.cdist(x.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist").min(1)
@@ -571,12 +571,12 @@ def test_what_all_codes_have_in_common_costs_no_digits():
     torch.testing.assert_close(distance.double(), expected.values, rtol=1e-4, atol=1e-4)
 
 
-def test_of_equal_codes_the_first_is_taken():
+def test_among_equal_codes_the_first_is_chosen():
     codes = torch.tensor([[3.0, 0.0], [1.0, 2.0], [1.0, 2.0]])
     assert nearest_codes(torch.tensor([[1.0, 1.0], [3.0, 0.5]]), codes)[0].tolist() == [1, 0]
 
 
-def test_distances_need_a_bounded_table(monkeypatch):
+def test_the_distance_matrix_has_a_bounded_size(monkeypatch):
     monkeypatch.setattr(kmeans, "ENTRIES", 1000)
     real, seen = torch.addmm, []
 
@@ -592,7 +592,7 @@ def test_distances_need_a_bounded_table(monkeypatch):
         assert sum(map(len, seen)) == 333
 
 
-def test_a_cells_id_is_that_of_the_centroid_nearest_to_its_features(tiny_clip):
+def test_the_token_of_a_patch_is_the_nearest_centroid_of_its_features(tiny_clip):
     clip = tiny_clip("resnet", layer=4, size=64)
     feature_BND = clip(images(6))
     tokenizer = NearestCentroid(clip, fit_centroids(feature_BND.flatten(0, 1).numpy(), 7))
@@ -615,7 +615,7 @@ def test_centroids_of_other_features_are_refused():
 
 
 def released(width: int = 128, depth: int = 2, side: int = 3, patch: int = 4, codes: int = 50, code_width: int = 8) -> dict[str, Tensor]:
-    """Random tensors under exactly the names of BEiT v2's file, training's and the decoder's among them."""
+    """Random tensors with exactly the names in BEiT v2's file, including those of training and decoder."""
     g = torch.Generator().manual_seed(0)
 
     def block(prefix: str) -> dict[str, tuple[int, ...]]:
@@ -675,7 +675,7 @@ def saved(path: Path, state: dict[str, Tensor]) -> Path:
     return path / "vqkd.pth"
 
 
-def test_a_released_tokenizer_gives_the_ids_of_a_forward_pass_written_from_its_names(tmp_path):
+def test_a_released_tokenizer_gives_the_same_ids_as_the_reference(tmp_path):
     state = released()
     tokenizer, x = load_vqkd(saved(tmp_path, state)), images(16, 12)
     distance_BNK, expected = reference(state, x)
@@ -685,7 +685,7 @@ def test_a_released_tokenizer_gives_the_ids_of_a_forward_pass_written_from_its_n
     torch.testing.assert_close(distance.double(), distance_BNK.amin(-1).sqrt(), rtol=1e-4, atol=1e-5)
 
 
-def test_ids_of_vqkd_are_repeatable_in_range_and_change_nothing(tmp_path):
+def test_vqkd_ids_are_reproducible_and_in_range_and_the_tokenizer_is_unchanged(tmp_path):
     tokenizer, x = load_vqkd(saved(tmp_path, released())), images(4, 12)
     before = copy.deepcopy(tokenizer.state_dict())
     (one, _), (two, distance) = tokenizer(x), tokenizer.train()(x)
@@ -694,7 +694,7 @@ def test_ids_of_vqkd_are_repeatable_in_range_and_change_nothing(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in tokenizer.state_dict().items())
 
 
-def test_vqkd_by_default_is_that_of_the_release():
+def test_the_default_vqkd_has_the_released_settings():
     with torch.device("meta"):
         tokenizer = VQKD()
     assert (tokenizer.size, tokenizer.grid, tokenizer.vocabulary) == ((224, 224), (14, 14), 8192)
@@ -707,7 +707,7 @@ def test_vqkd_by_default_is_that_of_the_release():
 @pytest.mark.parametrize(
     "name", ["encoder.blocks.1.attn.q_bias", "encoder.fc_norm.weight", "encode_task_layer.2.bias", "encoder.pos_embed"]
 )
-def test_a_file_that_misses_a_tensor_is_refused_by_name(tmp_path, name):
+def test_a_file_without_a_tensor_is_refused_by_name(tmp_path, name):
     state = released()
     del state[name]
     with pytest.raises(ConversionError, match=name):
@@ -717,7 +717,7 @@ def test_a_file_that_misses_a_tensor_is_refused_by_name(tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["encoder.norm.weight", "encoder.blocks.0.gamma_1", "encoder.rel_pos_bias", "encoder.blocks.1.attn.qkv.bias", "head.weight"]
 )
-def test_a_file_with_a_tensor_that_is_not_known_is_refused_by_name(tmp_path, name):
+def test_a_file_with_an_unknown_tensor_is_refused_by_name(tmp_path, name):
     with pytest.raises(ConversionError, match=name):
         load_vqkd(saved(tmp_path, released() | {name: torch.zeros(3 * 128)}))
 
@@ -734,7 +734,7 @@ def test_a_file_of_another_shape_is_refused(tmp_path):
         load_vqkd(tmp_path / "nowhere.pth")
 
 
-def test_what_training_alone_needed_is_left_out(tmp_path):
+def test_tensors_used_only_in_training_are_ignored(tmp_path):
     state = released()
     extra = {"loss.weight": torch.ones(1), "teacher_model.conv1.weight": torch.ones(1), "scaling_layer.shift": torch.ones(1)}
     kept = {

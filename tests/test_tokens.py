@@ -1,4 +1,4 @@
-"""Claims about the store of tokens: whose tokens an image gets, what a kill leaves, and what is refused."""
+"""Tests of the token store: tokens of each image, interrupted runs, and refused stores."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from mapet.tokenizers.store import TokenStore, image_names, making
 
 SIZE, PATCH, CODES = 16, 4, 8
 CPU = torch.device("cpu")
-STILL = Augmentation(crop="none", flip=0.0)
+NO_AUG = Augmentation(crop="none", flip=0.0)
 
 
 def draw(path: Path, size: tuple[int, int] = (24, 18), seed: int = 0) -> None:
@@ -43,7 +43,7 @@ def draw(path: Path, size: tuple[int, int] = (24, 18), seed: int = 0) -> None:
 
 
 def draw_pictures(folder: Path) -> Path:
-    """Two classes with five images each to train and three to validate."""
+    """Two classes with five training and three validation images each."""
     for part, count in (("train", 5), ("val", 3)):
         for number, name in enumerate(("ant", "bee")):
             for i in range(count):
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Several batches of a few images, each of which is saved, and no picture."""
+    """Small batches, saved one by one, and no figure."""
     monkeypatch.setattr(tokenizers, "BATCH", 4)
     monkeypatch.setattr(tokenizers, "draw_codewords", lambda patches, most, data, path: path.write_text(str(list(patches))))
     for module in (tokenizers, store):
@@ -66,20 +66,20 @@ def small_steps(monkeypatch):
 
 
 def prepare(data: Data, folder: Path, targets: dict | None = None, **options) -> Data:
-    """A store of digits is of 8 x 8 pixels, of files of 16 x 16; both have 4 x 4 patches."""
+    """Make or open a store: digits have 8 x 8 pixels, files 16 x 16; both have 4 x 4 patches."""
     size = SIZE if data.image_size is None else 8
-    settings = {"image_size": size, "patch_size": size // 4, "vocabulary": CODES, "augmentation": STILL, "device": CPU, "workers": 0}
+    settings = {"image_size": size, "patch_size": size // 4, "vocabulary": CODES, "augmentation": NO_AUG, "device": CPU, "workers": 0}
     tokenization = Tokenization(**{"iterations": 2, "redos": 1} | (targets or {}))
     return prepare_tokens(tokenization, data, folder=folder, **settings | {"make": True} | options)
 
 
-def made(folder: Path) -> Path:
+def only_dir(folder: Path) -> Path:
     (found,) = (path for path in folder.iterdir() if path.is_dir())
     return found
 
 
 def by_path(folder: Path, place: Path) -> dict[str, Tensor]:
-    """The tokens of each image below a folder, from the codebook, one image after the other, without loader and store."""
+    """Compute the tokens of each image in a folder from the codebook, one by one, without loader and store."""
     centroids, found = load_file(place / "codebook.safetensors")["centroids"], {}
     data = open_data(str(folder))
     tokenizer = NearestCentroid(Pixels(PATCH, (SIZE, SIZE), data.mean, data.std), centroids)
@@ -100,10 +100,10 @@ def digits(train: int = 40, val: int = 10) -> Data:
 
 
 def reproduction(tmp_path: Path, data: Data, image_size: int, patch_size: int, **augmentation) -> Stages:
-    """A pre-training of one epoch, with its tokens and runs below tmp_path."""
+    """A pre-training of one epoch, with its tokens and runs in tmp_path."""
     module = paper_module("mapet")
     name, recipe = choose_recipe(module, "digits", None)
-    stage = replace(recipe.pretrain, epochs=1, batch_size=4, augmentation=replace(STILL, **augmentation))
+    stage = replace(recipe.pretrain, epochs=1, batch_size=4, augmentation=replace(NO_AUG, **augmentation))
     method = {"context": 5, "vocabulary": CODES}
     recipe = replace(recipe, image_size=image_size, patch_size=patch_size, pretrain=stage, protocols=(), method=method)
     where = {"out": tmp_path / "runs", "data_root": tmp_path, "workers": 0}
@@ -114,18 +114,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---- whose tokens an image gets
+# ---- the tokens of each image
 
 
-def test_an_image_has_its_own_tokens_whatever_the_order_and_the_times_of_the_files(folder, tmp_path):
+def test_an_image_gets_its_own_tokens_for_any_order_and_time_of_the_files(folder, tmp_path):
     data = open_data(str(folder))
     prepare(data, tmp_path / "tokens")
-    expected = by_path(folder, made(tmp_path / "tokens"))
+    expected = by_path(folder, only_dir(tmp_path / "tokens"))
     assert len({bytes(ids.numpy()) for ids in expected.values()}) == 16
     for number, file in enumerate(sorted(folder.rglob("*.png"), reverse=True)):
         os.utime(file, (number, number))
     shuffled = replace(data, train=data.train.subset(torch.randperm(10)), val=data.val.subset([5, 4, 3, 2, 1, 0]))
-    few = replace(data, train=data.train.subset([7, 1]), val=data.val.subset([3, 4]))  # of one class only
+    few = replace(data, train=data.train.subset([7, 1]), val=data.val.subset([3, 4]))  # one class only
     for given in (data, shuffled, few):
         found = prepare(given, tmp_path / "tokens", make=False)
         for part in (found.train, found.val):
@@ -134,7 +134,7 @@ def test_an_image_has_its_own_tokens_whatever_the_order_and_the_times_of_the_fil
             )
 
 
-def test_a_data_set_that_was_copied_elsewhere_has_its_tokens_there(folder, tmp_path, monkeypatch):
+def test_a_copied_data_set_gets_the_same_tokens(folder, tmp_path, monkeypatch):
     expected = prepare(open_data(str(folder)), tmp_path / "tokens")
     copy = shutil.copytree(folder, tmp_path / "elsewhere" / "pictures", copy_function=shutil.copy)
     shutil.rmtree(folder)
@@ -146,32 +146,32 @@ def test_a_data_set_that_was_copied_elsewhere_has_its_tokens_there(folder, tmp_p
     assert image_names(odd, "train") == image_names(found.train, "train")
 
 
-def test_folders_inside_a_class_do_not_take_its_place(tmp_path):
-    """train/a/x/0.png is not train/x/0.png, not even where it is the only image that is asked for."""
+def test_subfolders_of_a_class_are_not_confused_with_classes(tmp_path):
+    """train/a/x/0.png is not train/x/0.png, even if it is the only requested image."""
     for name in ("a/x/0", "a/x/1", "a/y/0", "x/0", "x/1", "b/0"):
         draw(tmp_path / "pictures" / "train" / f"{name}.png", seed=int.from_bytes(name.encode()) % 2**32)
         draw(tmp_path / "pictures" / "val" / f"{name}.png", seed=len(name))
     data = open_data(str(tmp_path / "pictures"))
     prepare(data, tmp_path / "tokens")
-    expected = by_path(tmp_path / "pictures", made(tmp_path / "tokens"))
+    expected = by_path(tmp_path / "pictures", only_dir(tmp_path / "tokens"))
     assert not torch.equal(expected["train/a/x/0.png"], expected["train/x/0.png"])
     for chosen in ("a/x", "a/y", "a", "x"):
         part = data.train.subset([i for i, path in enumerate(data.train.paths) if f"train/{chosen}/" in path])
-        found = TokenStore(made(tmp_path / "tokens")).of(part, "train")
+        found = TokenStore(only_dir(tmp_path / "tokens")).of(part, "train")
         names = [path.partition("pictures/")[2] for path in part.paths]
         assert torch.equal(found, torch.stack([expected[name] for name in names]))
 
 
-def test_any_name_that_a_file_can_have_is_found_again(folder, tmp_path):
+def test_images_with_unusual_file_names_get_their_tokens(folder, tmp_path):
     odd = [b"a\nb.png", "a\u2028b\x85.png".encode(), b"\xff\xfe.png", b' "quoted".png']
     for number, name in enumerate(odd):
         draw(folder / "train" / "ant" / os.fsdecode(name), seed=number)
     data = open_data(str(folder))
     assert prepare(data, tmp_path / "tokens").train.labels.shape == (14, 16)
-    assert torch.equal(prepare(data, tmp_path / "tokens").train.labels.short(), TokenStore(made(tmp_path / "tokens")).tokens[:14])
+    assert torch.equal(prepare(data, tmp_path / "tokens").train.labels.short(), TokenStore(only_dir(tmp_path / "tokens")).tokens[:14])
 
 
-def test_images_in_memory_are_known_by_their_pixels(tmp_path):
+def test_images_in_memory_are_identified_by_their_pixels(tmp_path):
     data = digits()
     first, order = prepare(data, tmp_path), torch.randperm(40)
     shuffled = prepare(replace(data, train=data.train.subset(order)), tmp_path, make=False)
@@ -186,7 +186,7 @@ def test_images_in_memory_are_known_by_their_pixels(tmp_path):
         prepare(changed, tmp_path)
 
 
-def test_images_that_the_store_does_not_know_are_refused_by_the_first_and_their_number(folder, tmp_path):
+def test_unknown_images_are_refused_with_their_number_and_the_first_name(folder, tmp_path):
     prepare(open_data(str(folder)), tmp_path / "tokens")
     for name in ("bee/2x", "bee/9"):
         draw(folder / "train" / f"{name}.png")
@@ -196,7 +196,7 @@ def test_images_that_the_store_does_not_know_are_refused_by_the_first_and_their_
 
 
 @pytest.mark.parametrize("files", [20_000, 5])
-def test_images_that_were_replaced_under_their_names_are_refused_where_the_set_is_small(files, folder, tmp_path, monkeypatch):
+def test_replaced_images_with_the_same_names_are_refused_in_a_small_data_set(files, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("common.data.paths.CONTENT_FILES", files)
     tokens = tmp_path / "tokens"
     prepare(open_data(str(folder)), tokens)
@@ -214,15 +214,15 @@ def test_images_that_were_replaced_under_their_names_are_refused_where_the_set_i
     assert len(prepare(replace(data, train=data.train.subset([0, 9])), tokens).train) == 2
 
 
-# ---- what is refused
+# ---- refused stores and options
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def digits_store(tmp_path_factory) -> Path:
     """A store of digits."""
     place = tmp_path_factory.mktemp("whole")
     prepare(digits(), place)
-    return made(place)
+    return only_dir(place)
 
 
 def manifest(**changes):
@@ -266,8 +266,8 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_a_damaged_store_is_refused_with_what_is_wrong_and_the_fix(whole, tmp_path, damage, message):
-    place = shutil.copytree(whole, tmp_path / "copy")
+def test_a_damaged_store_is_refused_with_the_reason_and_the_fix(digits_store, tmp_path, damage, message):
+    place = shutil.copytree(digits_store, tmp_path / "copy")
     assert prepare(digits(), tmp_path, {"store": str(place)}).train.labels.shape == (40, 16)
     damage(place)
     with pytest.raises(DataError, match=message):
@@ -281,19 +281,19 @@ def test_a_damaged_store_is_refused_with_what_is_wrong_and_the_fix(whole, tmp_pa
         ({"patch_size": 4}, r"made with grid=\[4, 4\], and the recipe wants grid=\[2, 2\]"),
     ],
 )
-def test_a_store_that_was_made_otherwise_is_refused_by_what_differs(whole, tmp_path, options, message):
+def test_a_store_with_other_settings_is_refused_with_the_differences(digits_store, tmp_path, options, message):
     with pytest.raises(DataError, match=message):
-        prepare(digits(), tmp_path, {"store": str(whole)}, **options)
+        prepare(digits(), tmp_path, {"store": str(digits_store)}, **options)
 
 
-def test_a_store_of_another_view_is_refused(folder, tmp_path):
+def test_a_store_of_another_crop_is_refused(folder, tmp_path):
     data = open_data(str(folder))
     prepare(data, tmp_path / "tokens")
-    targets = {"store": str(made(tmp_path / "tokens"))}
-    for augmentation, wanted in ((replace(STILL, crop="squash"), 0.0), (replace(STILL, resize=20), 1.25)):
+    targets = {"store": str(only_dir(tmp_path / "tokens"))}
+    for augmentation, wanted in ((replace(NO_AUG, crop="squash"), 0.0), (replace(NO_AUG, resize=20), 1.25)):
         with pytest.raises(DataError, match=f"made with short_side=1.0, and the recipe wants short_side={wanted}"):
             prepare(data, tmp_path / "tokens", targets, augmentation=augmentation)
-    prepare(data, tmp_path / "tokens", targets, augmentation=replace(STILL, resize=SIZE, color_jitter=0.4))
+    prepare(data, tmp_path / "tokens", targets, augmentation=replace(NO_AUG, resize=SIZE, color_jitter=0.4))
 
 
 @pytest.mark.parametrize(
@@ -309,13 +309,13 @@ def test_a_store_of_another_view_is_refused(folder, tmp_path):
         ({"vocabulary": "many"}, "method.vocabulary='many': give a whole number"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_an_image_is_looked_at(tmp_path, monkeypatch, options, message):
+def test_invalid_options_are_refused_before_an_image_is_read(tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(Pixels, "look", None)
     with pytest.raises(RecipeError, match=message):
         prepare(digits(), tmp_path, **options)
 
 
-def test_the_command_says_what_is_wrong_and_exits_with_2(whole, tmp_path, capsys):
+def test_the_command_prints_the_error_and_exits_with_2(digits_store, tmp_path, capsys):
     def refused(*changes: str) -> str:
         words = [word for change in changes for word in ("--set", change)]
         assert main(["mapet", "--device", "cpu", "--data-root", str(tmp_path), "--out", str(tmp_path / "runs"), *words]) == 2
@@ -324,25 +324,25 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(whole, tmp_path, capsys
         return " ".join(said.out.split())
 
     assert "there is no token store in" in refused("targets.store=nowhere")
-    assert "made with vocabulary=8, and the recipe wants vocabulary=64" in refused(f"targets.store={whole}")
-    assert "no tokens for 1397 of 1437 images" in refused(f"targets.store={whole}", "method.vocabulary=8")
+    assert "made with vocabulary=8, and the recipe wants vocabulary=64" in refused(f"targets.store={digits_store}")
+    assert "no tokens for 1397 of 1437 images" in refused(f"targets.store={digits_store}", "method.vocabulary=8")
     assert "targets.iterations='few' does not fit" in refused("targets.iterations=few")
     assert "pretrain.augmentation.flip=0.5: tokens are made once" in refused("pretrain.augmentation.flip=0.5")
-    place = shutil.copytree(whole, tmp_path / "copy")
+    place = shutil.copytree(digits_store, tmp_path / "copy")
     cut("tokens.npy", 1000)(place)
     assert "truncated or damaged" in refused(f"targets.store={place}", "method.vocabulary=8")
     assert not (tmp_path / "tokens").exists()
 
 
-# ---- complete or absent
+# ---- interrupted runs
 
 
 class Killed(BaseException):
     pass
 
 
-class Deeds:
-    """Counts what is done on the way to a store, and raises, or calls `die`, before deed number `last`."""
+class Actions:
+    """Counts the actions that make a store; before action number `last`, raises Killed or calls `die`."""
 
     def __init__(self, monkeypatch, die=None):
         self.done, self.last, self.die = [], math.inf, die
@@ -368,28 +368,28 @@ class Deeds:
         return wrapped
 
 
-def test_a_kill_at_any_moment_leaves_no_store_and_the_next_call_finishes_the_same_one(folder, tmp_path, monkeypatch):
-    data, deeds = open_data(str(folder)), Deeds(monkeypatch)
+def test_after_a_kill_at_any_time_there_is_no_store_and_the_next_call_completes_it(folder, tmp_path, monkeypatch):
+    data, actions = open_data(str(folder)), Actions(monkeypatch)
     prepare(data, tmp_path / "undisturbed")
-    name, expected, all_deeds = made(tmp_path / "undisturbed").name, contents(made(tmp_path / "undisturbed")), deeds.done
+    name, expected, all_actions = only_dir(tmp_path / "undisturbed").name, contents(only_dir(tmp_path / "undisturbed")), actions.done
     assert set(expected) == {"manifest.json", "tokens.npy", "images.json", "codewords.png", "codebook.safetensors"}
-    assert all_deeds.count("look") == 4 + 3 + 2 + 3  # a black image and the training images; all to tokenise; again to draw
-    for last in range(len(all_deeds)):
+    assert all_actions.count("look") == 4 + 3 + 2 + 3  # black image + sampling; tokenization of train and val; figure
+    for last in range(len(all_actions)):
         place = tmp_path / f"{last}"
-        deeds.done, deeds.last = [], last
+        actions.done, actions.last = [], last
         with pytest.raises(Killed):
             prepare(data, place)
-        assert not (place / name).exists(), all_deeds[last]
-        deeds.done, deeds.last = [], math.inf
+        assert not (place / name).exists(), all_actions[last]
+        actions.done, actions.last = [], math.inf
         prepare(data, place)
-        assert contents(place / name) == expected, (last, all_deeds[:last])
+        assert contents(place / name) == expected, (last, all_actions[:last])
         assert {path.name for path in place.iterdir()} == {name, f"{name}.lock"}
-        # what was saved is not done again, but for the black image, the batch at hand, and those of the picture
-        looks = all_deeds[:last].count("look")
-        assert deeds.done.count("look") <= 12 - looks + (2 if looks <= 4 else 1 + max(0, looks - 9))
+        # saved work is not repeated, except the black image, the current batch and those of the figure
+        looks = all_actions[:last].count("look")
+        assert actions.done.count("look") <= 12 - looks + (2 if looks <= 4 else 1 + max(0, looks - 9))
 
 
-def test_a_process_that_is_killed_with_its_workers_at_work_leaves_what_the_next_goes_on_from(folder, tmp_path, monkeypatch):
+def test_a_store_resumes_after_its_process_was_killed_with_active_workers(folder, tmp_path, monkeypatch):
     data = open_data(str(folder))
     prepare(data, tmp_path / "undisturbed")
     code = f"""
@@ -397,39 +397,39 @@ import common, os, signal, pytest
 from tests import test_tokens as t
 with pytest.MonkeyPatch.context() as patch:
     t.tokenizers.BATCH, t.tokenizers.SAVE_SECONDS, t.store.SAVE_SECONDS = 4, 0.0, 0.0
-    deeds = t.Deeds(patch, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    deeds.last = 24
+    actions = t.Actions(patch, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    actions.last = 24
     t.prepare(t.open_data({str(folder)!r}), t.Path({str(tmp_path / "killed")!r}), workers=2)
 """
-    with open(tmp_path / "said", "w") as said:  # no pipe, as the end of that would be waited for until the workers have ended too
+    with open(tmp_path / "said", "w") as said:  # no pipe: reading it would wait until the workers have ended
         ended = subprocess.run([sys.executable, "-c", code], stdout=said, stderr=said, env={**os.environ, "PYTHONPATH": "."})
     assert ended.returncode == -signal.SIGKILL, (tmp_path / "said").read_text()
-    partial = made(tmp_path / "killed")
+    partial = only_dir(tmp_path / "killed")
     assert partial.suffix == ".partial" and 0 < json.loads((partial / "manifest.json").read_text())["done"] < 16
-    deeds = Deeds(monkeypatch)  # at once, while the workers of the dead may still live
+    actions = Actions(monkeypatch)  # at once: workers of the killed process may still run
     prepare(data, tmp_path / "killed")
-    assert contents(made(tmp_path / "killed")) == contents(made(tmp_path / "undisturbed"))
-    assert "fit_centroids" not in deeds.done
+    assert contents(only_dir(tmp_path / "killed")) == contents(only_dir(tmp_path / "undisturbed"))
+    assert "fit_centroids" not in actions.done
 
 
 def test_two_processes_do_not_make_the_same_store(folder, tmp_path):
     data = open_data(str(folder))
     prepare(data, tmp_path / "other")
-    place = tmp_path / "tokens" / made(tmp_path / "other").name
+    place = tmp_path / "tokens" / only_dir(tmp_path / "other").name
     with making(place), pytest.raises(RunError, match=f"{place} is being made by another process; wait for it"):
         prepare(data, tmp_path / "tokens")
     assert not place.exists()
     prepare(data, tmp_path / "tokens")
 
 
-def test_a_store_that_another_process_has_just_made_is_not_made_again(folder, tmp_path, monkeypatch):
-    """It comes into being between the look for it and the lock."""
+def test_a_store_just_made_by_another_process_is_not_made_again(folder, tmp_path, monkeypatch):
+    """The store appears after the check for it and before the lock."""
     data = open_data(str(folder))
     prepare(data, tmp_path / "other")
     real = tokenizers.making
 
     def late(place):
-        shutil.copytree(made(tmp_path / "other"), place)
+        shutil.copytree(only_dir(tmp_path / "other"), place)
         return real(place)
 
     monkeypatch.setattr(tokenizers, "making", late)
@@ -437,21 +437,21 @@ def test_a_store_that_another_process_has_just_made_is_not_made_again(folder, tm
     assert prepare(data, tmp_path / "tokens").train.labels.shape == (10, 16)
 
 
-@pytest.mark.parametrize("deed", ["fit_centroids", "save_file", "draw_codewords", "rename"])
-def test_nothing_of_other_images_is_used(folder, tmp_path, monkeypatch, deed):
-    """Neither their sample nor their codebook nor their tokens, where the images have changed after a kill."""
-    deeds = Deeds(monkeypatch)
+@pytest.mark.parametrize("action", ["fit_centroids", "save_file", "draw_codewords", "rename"])
+def test_partial_results_of_other_images_are_not_used(folder, tmp_path, monkeypatch, action):
+    """If the images change after a kill, the old sample, codebook and tokens are not used."""
+    actions = Actions(monkeypatch)
     prepare(open_data(str(folder)), tmp_path / "first")
-    deeds.last, deeds.done = deeds.done.index(deed), []
+    actions.last, actions.done = actions.done.index(action), []
     with pytest.raises(Killed):
         prepare(open_data(str(folder)), tmp_path / "killed")
-    deeds.last = math.inf
+    actions.last = math.inf
     (folder / "train" / "ant" / "0.png").rename(folder / "train" / "ant" / "00.png")
     draw(folder / "train" / "ant" / "00.png", seed=77)
     prepare(open_data(str(folder)), tmp_path / "killed")
     prepare(open_data(str(folder)), tmp_path / "undisturbed")
-    assert contents(made(tmp_path / "killed")) == contents(made(tmp_path / "undisturbed"))
-    codebooks = [(made(tmp_path / name) / "codebook.safetensors").read_bytes() for name in ("first", "killed")]
+    assert contents(only_dir(tmp_path / "killed")) == contents(only_dir(tmp_path / "undisturbed"))
+    codebooks = [(only_dir(tmp_path / name) / "codebook.safetensors").read_bytes() for name in ("first", "killed")]
     assert codebooks[0] != codebooks[1]
 
 
@@ -459,22 +459,22 @@ def test_nothing_of_other_images_is_used(folder, tmp_path, monkeypatch, deed):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_micro_batches_carry_the_tokens_of_their_images(folder, tmp_path, workers):
+def test_batches_contain_the_tokens_of_their_images(folder, tmp_path, workers):
     memory, files = digits(), open_data(str(folder))
     for data, size, patch in ((memory, 8, 2), (files, SIZE, PATCH)):
         found = prepare(data, tmp_path / "tokens", image_size=size, patch_size=patch, workers=workers)
-        (place,) = (tmp_path / "tokens").glob(f"{data.name}-*[!k]")  # and not its lock
+        (place,) = (tmp_path / "tokens").glob(f"{data.name}-*[!k]")  # excludes the lock
         features = Pixels(patch, (size, size), data.mean, data.std)
         tokenizer = NearestCentroid(features, load_file(place / "codebook.safetensors")["centroids"])
         options = {"data": found, "image_size": (size, size), "batch_size": 5, "seed": 0, "device": CPU, "workers": workers}
-        for split, augmentation in ((found.train, replace(STILL, repeats=2)), (found.val, None)):
+        for split, augmentation in ((found.train, replace(NO_AUG, repeats=2)), (found.val, None)):
             for images, targets in Loader(split, augmentation=augmentation, **options).epoch(0):
                 assert targets.dtype == torch.int16 and torch.equal(tokenizer(images)[0].short(), targets)
 
 
-def test_a_store_costs_two_bytes_a_patch_and_is_not_read_into_memory(tmp_path):
+def test_a_store_takes_two_bytes_per_patch_and_is_memory_mapped(tmp_path):
     found = prepare(digits(), tmp_path, image_size=56, patch_size=4)
-    place = made(tmp_path)
+    place = only_dir(tmp_path)
     assert (place / "tokens.npy").stat().st_size == 128 + 50 * 392
     assert (place / "tokens.npy").stat().st_size + (place / "images.json").stat().st_size < 50 * 1000
     opened = TokenStore(place)
@@ -487,21 +487,21 @@ def test_a_store_costs_two_bytes_a_patch_and_is_not_read_into_memory(tmp_path):
     assert any(int(start, 16) <= found.train.labels.data_ptr() < int(rest[0].split()[0], 16) for start, *rest in mapped)
 
 
-def test_pre_training_learns_from_the_tokens(tmp_path):
+def test_pre_training_uses_the_tokens(tmp_path):
     (run := reproduction(tmp_path, digits(), 8, 2)).pretrain()
     result = json.loads((run.root / "pretrain" / "result.json").read_text())
-    assert made(tmp_path / "tokens").name.startswith("digits-kmeans-") and 0 <= result["token_top1"] <= 100
+    assert only_dir(tmp_path / "tokens").name.startswith("digits-kmeans-") and 0 <= result["token_top1"] <= 100
 
 
 # ---- the command
 
 
-def test_preparing_makes_the_store_and_stops_and_a_second_call_says_where_it_is(tmp_path, capsys, monkeypatch):
+def test_prepare_only_makes_the_store_and_a_second_call_prints_its_path(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tokenizers, "BATCH", 512)
     arguments = ["mapet", "--device", "cpu", "--data-root", str(tmp_path), "--out", str(tmp_path / "runs")]
     few = ["--set", "method.vocabulary=8", "--set", "targets.redos=1"]
     assert main([*arguments, "--prepare", *few]) == 0
-    said, place = capsys.readouterr().out, made(tmp_path / "tokens")
+    said, place = capsys.readouterr().out, only_dir(tmp_path / "tokens")
     assert "tokens: 1797 of 1797 images" in said and f"tokens: {place}, 8 codes, 1797 images" in said.replace("\n", "")
     assert not (tmp_path / "runs").exists()
     before = contents(place)
@@ -513,7 +513,7 @@ def test_preparing_makes_the_store_and_stops_and_a_second_call_says_where_it_is(
     assert "droppos has no targets to compute before training" in capsys.readouterr().out
 
 
-def test_several_processes_refuse_to_make_a_store_and_say_who_makes_it(tmp_path):
+def test_a_run_that_may_not_make_tokens_fails_with_the_command_that_makes_them(tmp_path):
     with pytest.raises(RecipeError, match="no tokens in .*digits-kmeans-.*: run `make tokens PAPER=mapet` with the same DATA"):
         prepare(digits(), tmp_path, make=False)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Tests of the training loop."""
 
 import dataclasses
 import json
@@ -22,28 +22,28 @@ def lines(run: Run) -> list[dict]:
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
 
 
-def test_accumulation_gives_the_same_training_as_one_large_batch(tmp_path):
+def test_gradient_accumulation_gives_the_same_training_as_one_large_batch(tmp_path):
     whole, trained = train(tmp_path / "whole", Tiny())
     parts, accumulated = train(tmp_path / "parts", Tiny(), dataclasses.replace(STAGE, device_batch=100))
     assert [line["loss"] for line in lines(parts)] == pytest.approx([line["loss"] for line in lines(whole)], abs=1e-6)
     torch.testing.assert_close(accumulated.layer.weight, trained.layer.weight, atol=1e-6, rtol=1e-5)
 
 
-def test_a_line_of_metrics_holds_the_mean_over_its_steps_and_the_rate_of_the_last(tmp_path):
+def test_a_line_of_metrics_has_the_mean_over_its_steps_and_the_last_lr(tmp_path):
     run, _ = train(tmp_path, Tiny())
     assert [line["step"] for line in lines(run)] == [3, 6]
     assert [line["epoch"] for line in lines(run)] == [1.0, 2.0]
     lr = 1e-3 * 400 / 256
-    assert lines(run)[0]["lr"] == pytest.approx(lr * 0.75)  # half a cosine over six steps, at step 2
+    assert lines(run)[0]["lr"] == pytest.approx(lr * 0.75)  # half-cosine over six steps, at step 2
 
 
-def test_schedules_of_the_method_are_told_every_step(tmp_path):
+def test_at_step_is_called_at_every_step(tmp_path):
     model = Tiny()
     train(tmp_path, model)
     assert model.at == [(step, 6) for step in range(6)]
 
 
-def test_a_cool_down_adds_its_epochs_at_the_lowest_rate(tmp_path):
+def test_a_cooldown_adds_epochs_at_the_lowest_lr(tmp_path):
     class Rating(Tiny):
         def at_step(self, step: int, total_steps: int) -> None:
             super().at_step(step, total_steps)
@@ -51,32 +51,32 @@ def test_a_cool_down_adds_its_epochs_at_the_lowest_rate(tmp_path):
 
     model, stage = Rating(), dataclasses.replace(STAGE, cooldown_epochs=2)
     run, trained = train(tmp_path, model, stage)
-    assert model.at == [(step, 12) for step in range(12)]  # three steps an epoch
+    assert model.at == [(step, 12) for step in range(12)]  # three steps per epoch
     assert [(line["epoch"], line["lr"] > 0) for line in lines(run)] == [(1.0, True), (2.0, True), (3.0, False), (4.0, False)]
-    assert trained.at[-1] == (11, 12)  # what comes out is told where the whole run ended
-    assert torch.equal(trained.layer.weight, model.weight)  # nothing moves at a rate of 0, so this is the end of the half-cosine
+    assert trained.at[-1] == (11, 12)  # the returned model got the last step of the whole run
+    assert torch.equal(trained.layer.weight, model.weight)  # weights do not change at lr 0: this is the end of the half-cosine
 
 
-def test_an_average_of_the_weights_is_what_comes_out_where_the_stage_asks_for_one(tmp_path):
+def test_training_with_ema_returns_the_averaged_weights(tmp_path):
     plain = Tiny()
     train(tmp_path / "plain", plain)
     followed = Tiny()
     _, averaged = train(tmp_path / "average", followed, dataclasses.replace(STAGE, ema=0.5))
-    torch.testing.assert_close(followed.layer.weight, plain.layer.weight)  # the average changes nothing in training
+    torch.testing.assert_close(followed.layer.weight, plain.layer.weight)  # the EMA does not change the training
     assert not torch.allclose(averaged.layer.weight, plain.layer.weight)
-    # Averaged over the last steps, it lies nearer to the end than to the start.
+    # The EMA of the last steps is closer to the end than to the start.
     start, end = Tiny().layer.weight, plain.layer.weight
     assert (averaged.layer.weight - end).norm() < (averaged.layer.weight - start).norm()
 
 
-def test_clipping_bounds_the_global_norm_of_the_gradients_and_logs_what_it_was(tmp_path):
+def test_clipping_limits_the_gradient_norm_and_logs_the_norm_before_clipping(tmp_path):
     run, trained = train(tmp_path / "clipped", Tiny(), dataclasses.replace(STAGE, epochs=1, clip_norm=1e-9, weight_decay=0.0))
     assert all(line["gradient_norm"] > 1e-9 for line in lines(run))
-    # AdamW divides by the gradients' own size, down to its epsilon of 1e-8: gradients this small hardly move a weight.
+    # AdamW divides by sqrt(v) + 1e-8: gradients this small hardly change a weight.
     assert (trained.layer.weight - Tiny().layer.weight).abs().max() < 0.2 * STAGE.lr
 
 
-def test_a_signal_finishes_the_step_saves_and_stops_with_the_documented_code(tmp_path):
+def test_a_signal_finishes_the_step_saves_and_exits_with_75(tmp_path):
     class Interrupted(Tiny):
         def at_step(self, step: int, total_steps: int) -> None:
             super().at_step(step, total_steps)
@@ -93,8 +93,8 @@ def test_a_signal_finishes_the_step_saves_and_stops_with_the_documented_code(tmp
     assert "resuming from step 4 of 6" in (tmp_path / "stopped" / "log.txt").read_text()
 
 
-def test_a_run_is_filed_under_the_commits_that_it_came_from(tmp_path, monkeypatch):
-    """A start that left no checkpoint gave nothing to the result; one that did is not forgotten."""
+def test_a_run_records_the_commits_it_was_trained_with(tmp_path, monkeypatch):
+    """A start without a checkpoint does not contribute to the result; one with a checkpoint does."""
 
     def starts(*commits: str) -> str:
         for commit, spoiled_step in zip(commits, (*[3] * (len(commits) - 1), None), strict=True):
@@ -114,7 +114,7 @@ def test_a_run_is_filed_under_the_commits_that_it_came_from(tmp_path, monkeypatc
     assert starts("same", "same") == "same"
 
 
-def test_bf16_is_the_default_only_where_the_hardware_computes_it(monkeypatch):
+def test_bf16_is_the_default_only_if_the_hardware_supports_it(monkeypatch):
     for found, expected in ((True, "bf16-mixed"), (False, "32-true")):
         monkeypatch.setattr("common.train.has_fast_bf16", lambda device, found=found: found)
         assert make_fabric("cpu")._precision.precision == expected
@@ -122,7 +122,7 @@ def test_bf16_is_the_default_only_where_the_hardware_computes_it(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_train_on_the_same_effective_batches_as_one(tmp_path):
-    """Fine-tuning without mixup and drop path draws nothing in a step, so what two devices log is what one logs."""
+    """Fine-tuning without mixup and drop path has no random numbers in a step, so one and two devices log the same."""
     changes = [
         "finetune.drop_path=0",
         "linear.lr_multipliers=[1, 0.5]",
@@ -138,14 +138,14 @@ def test_two_processes_train_on_the_same_effective_batches_as_one(tmp_path):
         path = next((tmp_path / name).glob("*/*/finetune-scratch/metrics.jsonl"))
         logged[name] = [json.loads(line) for line in path.read_text().splitlines()]
         grids[name] = json.loads(next((tmp_path / name).glob("*/*/linear-random/result.json")).read_text())["results"][-1]["grid"]
-    for one, two in zip(grids["one"], grids["two"], strict=True):  # the best is chosen by the same images
+    for one, two in zip(grids["one"], grids["two"], strict=True):  # the same images choose the best
         assert one["settings"] == two["settings"] and one["settings"].endswith("held_out=145")
         assert all(two[value] == pytest.approx(one[value], abs=2) for value in ("top1", "held_out_top1"))
     assert [line["step"] for line in logged["two"]] == [line["step"] for line in logged["one"]]
     assert [line["loss"] for line in logged["two"]] == pytest.approx([line["loss"] for line in logged["one"]], rel=1e-4)
 
 
-def test_what_follows_a_step_sees_the_weights_after_it_and_is_saved_with_them(tmp_path):
+def test_after_step_gets_the_weights_after_the_optimizer_step(tmp_path):
     class Follower(Tiny):
         def __init__(self):
             super().__init__()
@@ -164,8 +164,8 @@ def test_what_follows_a_step_sees_the_weights_after_it_and_is_saved_with_them(tm
 
 
 @pytest.mark.parametrize("read_after", [0, 1, 4])
-def test_numbers_that_are_read_later_are_the_same_and_name_the_same_step(read_after, tmp_path, monkeypatch):
-    """As on a GPU, where reading at once would wait for it. No checkpoint holds what came of a loss that was not read yet."""
+def test_delayed_reading_of_metrics_changes_neither_values_nor_the_reported_step(read_after, tmp_path, monkeypatch):
+    """As on a GPU, where an immediate read would synchronise. No checkpoint depends on a loss that was not read yet."""
     undisturbed, _ = train(tmp_path / "undisturbed", Tiny())
     monkeypatch.setattr("common.train.READ_AFTER", {"cpu": read_after})
     run, _ = train(tmp_path / "late", Tiny())
@@ -176,7 +176,7 @@ def test_numbers_that_are_read_later_are_the_same_and_name_the_same_step(read_af
     assert resumed.metrics.read_text() == undisturbed.metrics.read_text()
 
 
-def test_a_costly_metric_is_computed_in_logged_steps_only(tmp_path):
+def test_an_expensive_metric_is_computed_in_logged_steps_only(tmp_path):
     class Costly(Tiny):
         def forward(self, images, targets):
             output = super().forward(images, targets)
@@ -188,9 +188,9 @@ def test_a_costly_metric_is_computed_in_logged_steps_only(tmp_path):
     assert computed == [2, 5] and [line["costly"] for line in lines(run)] == [2.0, 5.0]
 
 
-def test_tensorboard_has_each_point_once_also_after_a_resume_and_is_closed(tmp_path, monkeypatch):
+def test_tensorboard_has_each_point_once_even_after_a_resume_and_is_closed(tmp_path, monkeypatch):
     class Writer:
-        """What SummaryWriter does with a step that comes again: points from `purge_step` on are dropped."""
+        """Like SummaryWriter with repeated steps: drops points from `purge_step` on."""
 
         points, closed = {}, 0
 

@@ -1,4 +1,4 @@
-"""Claims about the Vision Transformer: it is timm's, on all tokens or on a kept few."""
+"""Tests of the Vision Transformer: equal to timm's, on all tokens or on a kept subset."""
 
 import math
 
@@ -16,7 +16,7 @@ TIMM_SMALL = {"img_size": (32, 48), "patch_size": 16, "embed_dim": 24, "depth": 
 
 
 def redraw(model: nn.Module) -> nn.Module:
-    """Every parameter drawn at random, so that none is zero and no gain is one. In evaluation mode."""
+    """Return the model with random parameters (no zeros, no gains of one), in evaluation mode."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -30,13 +30,13 @@ def noise_images(count: int = 2, size: tuple[int, int] = (32, 48), seed: int = 2
 
 
 def choice(count: int, of: int, images: int = 2) -> Tensor:
-    """`count` different indices per image, in no order."""
+    """`count` distinct indices per image, in random order."""
     generator = torch.Generator().manual_seed(3)
     return torch.rand(images, of, generator=generator).argsort(1)[:, :count]
 
 
 def like(theirs: VisionTransformer, **options) -> ViT:
-    """Our small ViT with the weights of timm's; every name and shape must fit."""
+    """Our small ViT with the weights of timm's; all names and shapes must match."""
     ours = ViT(**SMALL, **{"position": "learned", **options})
     ours.load_state_dict(theirs.state_dict())
     return ours.eval()
@@ -46,7 +46,7 @@ def like(theirs: VisionTransformer, **options) -> ViT:
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", pytest.param("base", marks=pytest.mark.slow)])
-def test_weights_go_to_timm_and_back_and_the_tokens_agree(size):
+def test_weights_load_into_timm_and_back_and_the_tokens_are_equal(size):
     theirs = redraw(timm.create_model(f"vit_{size}_patch16_224", num_classes=0, weight_init="skip"))
     ours, images = vit(size, position="learned").eval(), noise_images(1, (224, 224))
     state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
@@ -57,14 +57,14 @@ def test_weights_go_to_timm_and_back_and_the_tokens_agree(size):
     assert all(torch.equal(tensor, state[name]) for name, tensor in theirs.state_dict().items())
 
 
-def test_an_image_that_is_not_square_gives_timms_tokens():
+def test_a_non_square_image_gives_the_same_tokens_as_timm():
     theirs = redraw(VisionTransformer(**TIMM_SMALL))
     ours = like(theirs)
     assert ours.grid == (2, 3)
     torch.testing.assert_close(ours(noise_images()), theirs.forward_features(noise_images()), atol=1e-5, rtol=0)
 
 
-def test_without_a_class_token_the_tokens_are_timms_patches():
+def test_without_a_class_token_the_tokens_equal_timms_patch_tokens():
     theirs = redraw(VisionTransformer(**TIMM_SMALL, class_token=False, global_pool="avg", fc_norm=False))
     ours = like(theirs, class_token=False)
     tokens = ours(noise_images())
@@ -84,7 +84,7 @@ def test_layer_scale_has_timms_names_and_effect():
 # ---- a kept subset
 
 
-def test_kept_patches_give_timms_embedding_gathered_and_then_encoded():
+def test_encoding_kept_patches_equals_timm_on_the_gathered_embeddings():
     theirs = redraw(VisionTransformer(**TIMM_SMALL))
     keep = choice(4, of=6)
     embedded = theirs.patch_embed(noise_images()) + theirs.pos_embed[:, 1:]
@@ -94,13 +94,13 @@ def test_kept_patches_give_timms_embedding_gathered_and_then_encoded():
     torch.testing.assert_close(like(theirs)(noise_images(), keep), expected, atol=1e-5, rtol=0)
 
 
-def test_a_kept_patch_is_embedded_as_it_is_among_all_others():
+def test_the_embedding_of_a_kept_patch_does_not_depend_on_the_other_patches():
     model, keep = redraw(ViT(**SMALL)), choice(4, of=6)
     of_all = model.embed(noise_images()).gather(1, keep[..., None].expand(-1, -1, 24))
     torch.testing.assert_close(model.embed(noise_images(), keep), of_all, atol=1e-6, rtol=0)
 
 
-def test_the_order_of_kept_patches_is_the_order_of_the_tokens_and_changes_nothing_else():
+def test_the_order_of_kept_patches_only_permutes_the_tokens():
     model, order = redraw(ViT(**SMALL, position="learned")), choice(6, of=6)
     plain, permuted = model(noise_images()), model(noise_images(), order)
     assert (order != torch.arange(6)).any(1).all()
@@ -108,7 +108,7 @@ def test_the_order_of_kept_patches_is_the_order_of_the_tokens_and_changes_nothin
     torch.testing.assert_close(permuted[:, 1:], plain[:, 1:].gather(1, order[..., None].expand(-1, -1, 24)), atol=1e-5, rtol=0)
 
 
-def test_pixels_of_hidden_patches_do_not_matter():
+def test_pixels_of_removed_patches_do_not_change_the_output():
     model, images = redraw(ViT(**SMALL)), noise_images()
     keep, hidden = choice(6, of=6)[:, :4], choice(6, of=6)[:, 4:]
     changed = images.clone()
@@ -120,13 +120,13 @@ def test_pixels_of_hidden_patches_do_not_matter():
     assert torch.equal(model(changed, keep), model(images, keep))
 
 
-def test_patches_run_row_by_row_and_hold_a_convolutions_pixels():
+def test_patches_are_in_row_major_order_with_pixels_in_the_order_of_a_convolution():
     patches = patchify(noise_images(), 16)
     assert patches.shape == (2, 6, 3 * 16 * 16)
     assert torch.equal(patches[1, 5], noise_images()[1, :, 16:, 32:].flatten())
 
 
-# ---- position, stochastic depth
+# ---- positions, drop path
 
 
 def test_the_sine_cosine_table_is_saved_but_not_trained():
@@ -146,7 +146,7 @@ def test_without_positions_permuted_patches_give_the_same_class_token():
     assert (placed(images)[:, 0] - placed(noise_images())[:, 0]).abs().max() > 1e-3
 
 
-def test_stochastic_depth_acts_in_training_only_and_grows_with_depth():
+def test_drop_path_is_active_only_in_training_and_increases_with_depth():
     options = {**SMALL, "depth": 4}
     plain, dropping = redraw(ViT(**options)), redraw(ViT(**options, drop_path=0.6))
     dropping.load_state_dict(plain.state_dict())
@@ -158,7 +158,7 @@ def test_stochastic_depth_acts_in_training_only_and_grows_with_depth():
     assert [block.drop_path.drop_prob for block in dropping.blocks] == pytest.approx([0, 0.2, 0.4, 0.6])
 
 
-def test_a_fresh_encoder_is_drawn_as_mae_draws_it():
+def test_a_new_encoder_is_initialised_as_in_mae():
     torch.manual_seed(0)
     model = vit("micro", position="learned")
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2} | {"patch": model.patch_embed.proj.weight.flatten(1)}
@@ -197,20 +197,20 @@ def test_droppos_has_the_official_number_of_parameters(size, patch, decoder_dept
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])
-def test_named_sizes_are_timms(name):
+def test_named_sizes_equal_those_of_timm(name):
     with torch.device("meta"):
         theirs = timm.create_model(f"vit_{name}_patch16_224", num_classes=0)
     assert SIZES[name] == (theirs.embed_dim, len(theirs.blocks), theirs.blocks[0].attn.num_heads)
 
 
-def test_an_image_that_patches_do_not_fill_is_refused():
+def test_an_image_size_that_is_not_a_multiple_of_the_patch_size_is_refused():
     with pytest.raises(ValueError, match="224 x 220 .* 16"):
         vit("micro", image_size=(224, 220))
     with pytest.raises(ValueError, match="8 x 8 .* 16"):
         vit("micro", image_size=8)
 
 
-def test_an_unknown_size_offers_the_known_ones():
+def test_an_unknown_size_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'giant'.*micro, tiny, small, base, large, huge"):
         vit("giant")
 
@@ -232,7 +232,7 @@ def test_images_of_another_size_are_refused(shape):
 
 
 @pytest.mark.parametrize("keys", [None, 3])
-def test_a_block_in_which_the_last_tokens_alone_ask_gives_theirs_and_the_same_gradients(keys):
+def test_a_block_with_only_the_last_queries_has_the_same_outputs_and_gradients(keys):
     torch.manual_seed(0)
     block, x = Block(16, 2, layer_scale=0.5), torch.randn(2, 7, 16)
     results = []

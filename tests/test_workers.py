@@ -1,4 +1,4 @@
-"""Claims about loader processes: what they share, what they ignore, and when they end."""
+"""Tests of loader processes: shared memory, ignored signals, and their end."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ CALL = {"env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, 
 
 
 def loader(workers: int = 2) -> Loader:
-    """Digits, by workers as RandAugment wants it."""
+    """Digits with RandAugment, which needs workers."""
     data, augmentation = open_data("digits"), Augmentation(randaugment="rand-m9")
     settings = {"image_size": (8, 8), "batch_size": 16, "seed": 0, "device": torch.device("cpu"), "workers": workers}
     return Loader(data.train.subset(range(480)), data=data, augmentation=augmentation, **settings)
@@ -41,7 +41,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_that_reaches_the_workers_does_not_end_the_epoch(number):
+def test_a_signal_to_the_workers_does_not_end_the_epoch(number):
     expected, before = [labels for _, labels in loader(0).epoch(0)], pids()
     ours = loader()
     seen = []
@@ -50,13 +50,13 @@ def test_a_signal_that_reaches_the_workers_does_not_end_the_epoch(number):
         for pid in pids() - before if len(seen) < 20 else ():
             os.kill(pid, number)
     assert len(seen) == 30 and all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
-    for pid in pids() - before:  # between epochs, too
+    for pid in pids() - before:  # also between epochs
         os.kill(pid, number)
     assert len(list(ours.epoch(1))) == 30
 
 
-def test_a_signal_that_arrives_while_workers_start_does_not_end_one(monkeypatch):
-    """They are signalled as soon as there is a process, which has yet to come to the code that ignores signals."""
+def test_a_signal_during_the_start_of_workers_does_not_end_one(monkeypatch):
+    """The signal comes as soon as the process exists, before it runs the code that ignores signals."""
     start, begun = multiprocessing.process.BaseProcess.start, []
 
     def started(process):
@@ -69,7 +69,7 @@ def test_a_signal_that_arrives_while_workers_start_does_not_end_one(monkeypatch)
 
 
 def begin(end: str) -> str:
-    """A program that has printed its workers' ids in the middle of an epoch."""
+    """Return a program that prints its workers' ids in the middle of an epoch, then runs `end`."""
     return f"""
 import common, os, sys, time, multiprocessing
 from tests.test_workers import loader, pids
@@ -82,7 +82,7 @@ print(*pids(), flush=True)
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise ValueError", 1)])
-def test_a_process_that_exits_in_the_middle_of_an_epoch_ends_its_workers(end, code):
+def test_workers_end_if_their_process_exits_in_the_middle_of_an_epoch(end, code):
     ended = subprocess.run([sys.executable, "-c", begin(end)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, **CALL)
     assert ended.returncode == code and len(ended.stdout.split()) == 2
     assert not [pid for pid in map(int, ended.stdout.split()) if alive(pid)]
@@ -93,27 +93,27 @@ def _use() -> None:
     next(kept.epoch(0))
 
 
-def test_a_child_process_that_trains_ends_its_workers_too():
+def test_a_child_process_also_ends_its_workers():
     child = multiprocessing.get_context("fork").Process(target=_use)
     child.start()
     child.join(30)
     assert child.exitcode == 0
 
 
-def test_workers_of_a_killed_process_end():
+def test_workers_end_if_their_process_is_killed():
     process = subprocess.Popen([sys.executable, "-c", begin("time.sleep(100)")], stdout=subprocess.PIPE, **CALL)
     workers = [*map(int, process.stdout.readline().split())]
     process.kill()
     process.wait()
     process.stdout.close()
     assert len(workers) == 2
-    deadline = time.monotonic() + 20  # they look for their parent every five seconds
+    deadline = time.monotonic() + 20  # they check for their parent every five seconds
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
 
 
-def test_the_processes_of_a_machine_share_its_cores_among_their_workers(monkeypatch):
+def test_the_default_number_of_workers_divides_the_cores_among_processes(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     for cores, processes, expected in [(64, 1, 8), (64, 8, 8), (32, 8, 4), (6, 4, 1), (2, 8, 1), (2, 1, 2)]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
@@ -130,7 +130,7 @@ PATHS = 200_000
 
 
 class Touch(Dataset):
-    """Item k reads every fourth path from path k on, and gives the MiB that its process has for itself: written after the fork."""
+    """Item k reads every fourth path from k // 2 on, and returns the private memory of its process in MiB, written after the fork."""
 
     def __init__(self, paths) -> None:
         self.paths = paths
@@ -145,24 +145,24 @@ class Touch(Dataset):
         return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:")) / 1024
 
 
-def own_memory(paths) -> float:
-    """What two workers have for themselves after each has read all paths, in MiB."""
+def private_memory(paths) -> float:
+    """Return the private memory of two workers after each has read all paths, in MiB."""
     batches = DataLoader(Touch(paths), batch_size=None, num_workers=2, multiprocessing_context="fork")
     found = [float(size) for size in batches]
     return sum(found[-2:])
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's account of memory")
-def test_workers_share_the_paths_that_they_read_with_their_parent():
-    """A str of each path is 130 bytes, 25 MiB; two workers that copied them would have 50 MiB more than without paths."""
+def test_workers_share_the_memory_of_image_paths_with_their_parent():
+    """A str per path takes 130 bytes, 25 MiB in total; copies in two workers would take 50 MiB."""
     paths = [f"/datasets/imagenet/a/folder/of/some/depth/train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(PATHS)]
     held = Split(torch.zeros(PATHS, dtype=torch.int64), paths=paths).paths
-    few = own_memory(held[:8])
-    assert own_memory(held) - few < 8
-    assert own_memory(paths) - few > 30  # what a list costs, so that the bound means something
+    few = private_memory(held[:8])
+    assert private_memory(held) - few < 8
+    assert private_memory(paths) - few > 30  # a list takes this much, so the bound above is meaningful
 
 
-def test_images_larger_than_pillows_limit_are_cut_without_a_warning(tmp_path, monkeypatch, recwarn):
+def test_images_larger_than_pillows_limit_are_cropped_without_a_warning(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for name in ("train/a/0", "train/a/1", "val/a/0"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A method that costs nothing, to test the training loop with: logistic regression on the pixels of digits."""
+"""A cheap method for tests of the training loop: logistic regression on the pixels of digits."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ STAGE = TrainConfig(epochs=2, batch_size=400, base_lr=1e-3, augmentation=Augment
 
 
 class Tiny(nn.Module):
-    """Its loss is spoiled at `spoiled_step`; `at` lists the steps that it was told of."""
+    """The loss is NaN at `spoiled_step`; `at` lists the arguments of every call of `at_step`."""
 
     def __init__(self, spoiled_step: int | None = None):
         super().__init__()
@@ -34,7 +34,7 @@ class Tiny(nn.Module):
 
 
 def train(directory: Path, model: nn.Module, stage: TrainConfig = STAGE, **options) -> tuple[Run, nn.Module]:
-    """Train in a run directory whose settings are the number of epochs."""
+    """Train in a run directory; the only setting of the run is the number of epochs."""
     data, fabric, batch = open_data("digits"), make_fabric("cpu", "32-true"), device_batch(stage, 1)
     batches = Loader(
         data.train,
