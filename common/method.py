@@ -20,6 +20,8 @@ from torch import Tensor
 class Output:
     """loss: scalar, float32, to be minimised. named: intermediate tensors, for pictures and tests.
 
+    weight: if the loss is a weighted mean over the micro-batch, the sum of the weights, without gradient. The training loop then computes
+    the gradient of the weighted mean over the effective batch. None: all micro-batches have the same weight.
     metrics: detached scalars, logged as means over the steps since the last log entry. An expensive metric can be a function without
     arguments that returns the scalar: it is called only in logged steps, and its value is logged for that step alone.
     """
@@ -27,3 +29,4 @@ class Output:
     loss: Tensor
     metrics: Mapping[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
     named: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None

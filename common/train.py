@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -72,7 +73,9 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         atexit.register(close_connections)
     options: dict = {"devices": local, "num_nodes": world // local, "precision": precision}
     options |= {"strategy": DDPStrategy(timeout=TIMEOUT)} if world > 1 else {}
-    return Fabric(accelerator=accelerator, plugins=[PlainCheckpointIO()], **options)
+    # Only torchrun's variables count: Fabric would otherwise start by itself in a shell of Slurm.
+    launcher = TorchElasticEnvironment() if world > 1 else LightningEnvironment()
+    return Fabric(accelerator=accelerator, plugins=[PlainCheckpointIO(), launcher], **options)
 
 
 def device_batch(stage: TrainConfig, devices: int) -> int:
@@ -213,16 +216,20 @@ def fit(
                 batches = loader.epoch(epoch, start=position * accumulate)
             schedule.step_update(step)
             at_step(step, total)
-            losses, logged = [], (step + 1) % log_every == 0 or step + 1 == total
+            losses, weights, logged = [], [], (step + 1) % log_every == 0 or step + 1 == total
             for micro in range(accumulate):
                 images, targets = next(batches)
-                reseed(seed, step, micro, rank)
+                reseed(seed, step, micro * world + rank, 0)  # a micro-batch has the same draws for any number of processes
                 with fabric.no_backward_sync(trained, enabled=micro < accumulate - 1 and world > 1):
                     output = trained(images, targets)
-                    fabric.backward(output.loss / accumulate)
+                    loss = output.loss if output.weight is None else output.loss * output.weight
+                    fabric.backward(loss / accumulate)
                 metrics = {name: value for name, value in output.metrics.items() if not callable(value)}
                 costly = {name: value() for name, value in output.metrics.items() if callable(value)} if logged else {}
                 losses.append({"loss": output.loss.detach(), **metrics, **costly})
+                weights += [] if output.weight is None else [output.weight]
+            if weights:
+                _divide_gradients(model, sum_over_processes(fabric, torch.stack(weights).sum()) / (accumulate * world))
             norm: dict = {}
             if stage.clip_norm is not None:
                 norm["gradient_norm"] = fabric.clip_gradients(trained, optimizer, max_norm=stage.clip_norm, error_if_nonfinite=False)
@@ -258,6 +265,12 @@ def fit(
     blank.load_state_dict(saved["model"])
     getattr(blank, "at_step", at_step)(total - 1, total)
     return blank.to(fabric.device), state["progress"]["hours"]
+
+
+def _divide_gradients(model: nn.Module, divisor: torch.Tensor) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= divisor.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

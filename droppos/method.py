@@ -134,7 +134,8 @@ class DropPos(nn.Module):
             pixel_loss = self.pixel_decoder.loss(encoded_BTD, order_BL, images)
             metrics |= {"position_loss": loss.detach(), "pixel_loss": pixel_loss.detach()}
             loss = self.position_weight * loss + pixel_loss
-        return Output(loss, metrics, named)
+        weighted = (self.attentive or self.ignore_confident) and self.position_weight is None
+        return Output(loss, metrics, named, weight_BV.sum() if weighted else None)
 
     def at_step(self, step: int, total_steps: int) -> None:
         """Decrease sigma linearly, once per epoch: (1 - e / E) sigma in epoch e = 0 .. E-1."""

@@ -198,3 +198,58 @@ def test_a_run_stopped_by_a_signal_resumes_with_another_number_of_processes(numb
     after = losses(tmp_path)
     assert before.items() <= after.items() and len(after) > len(before)
     assert after[max(after)] < after[min(after)]
+
+
+# ---- training does not depend on how the effective batch is divided
+
+TRAIN = """
+import sys
+from pathlib import Path
+import common
+from benchmarks.papers import choose_recipe, paper_module
+from benchmarks.stages import Stages
+from common.data import open_data
+from common.processes import close_connections
+from common.recipe import choose_arms, override
+from common.train import make_fabric
+
+out, paper, arm, *changes = sys.argv[1:]
+fabric = make_fabric("cpu", "32-true")
+fabric.launch()
+module = paper_module(paper)
+name, recipe = choose_recipe(module, "digits", "digits_mae" if arm.startswith("mae") else None)
+recipe = override(choose_arms(recipe, [arm] if arm else [])[arm], changes)
+Stages(module=module, name=name, recipe=recipe, data=open_data("digits"), fabric=fabric, seed=0, out=Path(out), arm=arm).pretrain()
+close_connections()
+"""
+METHODS = {
+    "droppos": [("", "method.attentive=true"), ("", "method.ignore_confident=true")],
+    "mp3": [("",)],
+    "positional_label": [("vit+apl",), ("swin+rpl", "method.mixup=0.8"), ("nest+rpl",), ("mae+rpl",)],
+    "stop": [("ijepa",), ("ijepa+stop", "method.mode=released", "method.masks=released", "method.min_keep=5")],
+    "mapet": [("",)],
+    "mae": [("",)],
+    "deit": [("", "method.cutmix=1.0")],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("paper", "arm", "changes"), [(paper, arm, changes) for paper, runs in METHODS.items() for arm, *changes in runs])
+def test_two_processes_train_as_one_with_the_same_effective_batch(paper, arm, changes, tmp_path):
+    """22 steps in float32, of four micro-batches; the random numbers of a micro-batch do not depend on the process."""
+    batches = ["pretrain.epochs=2", "pretrain.warmup_epochs=1", "pretrain.batch_size=128", "pretrain.device_batch=32"]
+    found = []
+    for processes in (1, 2):
+        finish(launch(processes, script(tmp_path, TRAIN), str(tmp_path / str(processes)), paper, arm, *changes, *batches))
+        (run,) = (tmp_path / str(processes)).glob("*/*/pretrain")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found.append((lines, load_file(run / "encoder.safetensors")))
+    (lines, encoder), (others, other) = found
+    assert len(lines) == 2 and [line.keys() for line in lines] == [line.keys() for line in others]
+    for line, same in zip(lines, others, strict=True):
+        assert all(same[name] == pytest.approx(value, rel=1e-5, abs=1e-5) for name, value in line.items()), (line, same)
+    for name, value in encoder.items():
+        if name.endswith("qkv.bias"):  # a key's bias cancels in the softmax: its gradient is rounding, which AdamW divides by its own size
+            value.chunk(3)[1].zero_()
+            other[name].chunk(3)[1].zero_()
+        torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-5, msg=name)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.method import Output
 from common.run import Run, RunError
 from common.train import EXIT_STOPPED, Stopped, make_fabric
 from tests.tiny import STAGE, Tiny, train
@@ -26,6 +27,21 @@ def test_gradient_accumulation_gives_the_same_training_as_one_large_batch(tmp_pa
     whole, trained = train(tmp_path / "whole", Tiny())
     parts, accumulated = train(tmp_path / "parts", Tiny(), dataclasses.replace(STAGE, device_batch=100))
     assert [line["loss"] for line in lines(parts)] == pytest.approx([line["loss"] for line in lines(whole)], abs=1e-6)
+    torch.testing.assert_close(accumulated.layer.weight, trained.layer.weight, atol=1e-6, rtol=1e-5)
+
+
+class Weighted(Tiny):
+    """A weighted mean over the images, with weights that differ."""
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> Output:
+        loss_B = torch.nn.functional.cross_entropy(self.layer(images.flatten(1)), targets, reduction="none")
+        weight_B = 1.0 + targets**2
+        return Output((loss_B * weight_B).sum() / weight_B.sum(), weight=weight_B.sum())
+
+
+def test_a_weighted_mean_is_over_the_effective_batch(tmp_path):
+    _, trained = train(tmp_path / "whole", Weighted())
+    _, accumulated = train(tmp_path / "parts", Weighted(), dataclasses.replace(STAGE, device_batch=50))
     torch.testing.assert_close(accumulated.layer.weight, trained.layer.weight, atol=1e-6, rtol=1e-5)
 
 
