@@ -203,9 +203,9 @@ def test_a_run_stopped_by_a_signal_resumes_with_another_number_of_processes(numb
 # ---- training does not depend on how the effective batch is divided
 
 TRAIN = """
-import sys
+import itertools, json, os, sys
 from pathlib import Path
-import common
+import common.train
 from benchmarks.papers import choose_recipe, paper_module
 from benchmarks.stages import Stages
 from common.data import open_data
@@ -213,38 +213,70 @@ from common.processes import close_connections
 from common.recipe import choose_arms, override
 from common.train import make_fabric
 
-out, paper, arm, *changes = sys.argv[1:]
+if "STOP_AFTER" in os.environ:
+    steps = itertools.count()
+    common.train.stop_requested = lambda: next(steps) >= int(os.environ["STOP_AFTER"])
 fabric = make_fabric("cpu", "32-true")
 fabric.launch()
-module = paper_module(paper)
-name, recipe = choose_recipe(module, "digits", "digits_mae" if arm.startswith("mae") else None)
-recipe = override(choose_arms(recipe, [arm] if arm else [])[arm], changes)
-Stages(module=module, name=name, recipe=recipe, data=open_data("digits"), fabric=fabric, seed=0, out=Path(out), arm=arm).pretrain()
+data = open_data("digits")
+for paper, arm, *changes in json.loads(sys.argv[2]):
+    module = paper_module(paper)
+    name, recipe = choose_recipe(module, "digits", "digits_mae" if arm.startswith("mae") else None)
+    recipe = override(choose_arms(recipe, [arm] if arm else [])[arm], changes + sys.argv[3:])
+    Stages(module=module, name=name, recipe=recipe, data=data, fabric=fabric, seed=0, out=Path(sys.argv[1]), arm=arm).pretrain()
 close_connections()
 """
-METHODS = {
-    "droppos": [("", "method.attentive=true"), ("", "method.ignore_confident=true")],
-    "mp3": [("",)],
-    "positional_label": [("vit+apl",), ("swin+rpl", "method.mixup=0.8"), ("nest+rpl",), ("mae+rpl",)],
-    "stop": [("ijepa",), ("ijepa+stop", "method.mode=released", "method.masks=released", "method.min_keep=5")],
-    "mapet": [("",)],
-    "mae": [("",)],
-    "deit": [("", "method.cutmix=1.0")],
-}
+BATCHES = ["pretrain.epochs=2", "pretrain.warmup_epochs=1", "pretrain.batch_size=128", "pretrain.device_batch=32"]
+METHODS = [
+    ("droppos", "", "method.attentive=true"),
+    ("mp3", ""),
+    ("positional_label", "vit+apl"),
+    ("positional_label", "swin+rpl", "method.mixup=0.8"),
+    ("positional_label", "nest+rpl"),
+    ("positional_label", "mae+rpl"),
+    ("stop", "ijepa+stop", "method.mode=released", "method.masks=released", "method.min_keep=3"),
+    ("mapet", ""),
+    ("mae", ""),
+    ("deit", "", "method.cutmix=1.0"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("paper", "arm", "changes"), [(paper, arm, changes) for paper, runs in METHODS.items() for arm, *changes in runs])
-def test_two_processes_train_as_one_with_the_same_effective_batch(paper, arm, changes, tmp_path):
+def test_two_processes_train_as_one_with_the_same_effective_batch(tmp_path):
     """22 steps in float32, of four micro-batches; the random numbers of a micro-batch do not depend on the process."""
-    batches = ["pretrain.epochs=2", "pretrain.warmup_epochs=1", "pretrain.batch_size=128", "pretrain.device_batch=32"]
-    found = []
-    for processes in (1, 2):
-        finish(launch(processes, script(tmp_path, TRAIN), str(tmp_path / str(processes)), paper, arm, *changes, *batches))
-        (run,) = (tmp_path / str(processes)).glob("*/*/pretrain")
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        found.append((lines, load_file(run / "encoder.safetensors")))
-    (lines, encoder), (others, other) = found
+    one, two = (train(processes, tmp_path / str(processes), METHODS) for processes in (1, 2))
+    assert len(one) == len(METHODS) and one.keys() == two.keys()
+    for name in one:
+        assert_same_training(one[name], two[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_run_saved_on_two_processes_resumes_on_another_number(processes, tmp_path, monkeypatch):
+    (whole,) = train(1, tmp_path / "whole", METHODS[1:2]).values()
+    monkeypatch.setitem(ENVIRONMENT, "STOP_AFTER", "7")
+    train(2, tmp_path / "stopped", METHODS[1:2], code=1)  # torchrun's code for 75
+    monkeypatch.delitem(ENVIRONMENT, "STOP_AFTER")
+    (resumed,) = train(processes, tmp_path / "stopped", METHODS[1:2]).values()
+    assert_same_training(whole, resumed)
+    assert "resuming from step 8 of 22" in next((tmp_path / "stopped").glob("*/*/pretrain/log.txt")).read_text()
+
+
+def train(
+    processes: int, out: Path, methods: list[tuple[str, ...]], code: int = 0
+) -> dict[str, tuple[list[dict], dict[str, torch.Tensor]]]:
+    """The metrics and the encoder of each method, by run, pre-trained by TRAIN on this many processes."""
+    out.mkdir(exist_ok=True)
+    finish(launch(processes, script(out, TRAIN), str(out), json.dumps(methods), *BATCHES), code)
+    found = {}
+    for encoder in out.glob("*/*/pretrain/encoder.safetensors"):
+        lines = (encoder.parent / "metrics.jsonl").read_text().splitlines()
+        found[encoder.parents[1].relative_to(out).as_posix()] = [json.loads(line) for line in lines], load_file(encoder)
+    return found
+
+
+def assert_same_training(one: tuple[list[dict], dict], two: tuple[list[dict], dict]) -> None:
+    (lines, encoder), (others, other) = one, two
     assert len(lines) == 2 and [line.keys() for line in lines] == [line.keys() for line in others]
     for line, same in zip(lines, others, strict=True):
         assert all(same[name] == pytest.approx(value, rel=1e-5, abs=1e-5) for name, value in line.items()), (line, same)
