@@ -24,6 +24,7 @@ from common import keep_freed_memory
 from common.data import open_data
 from common.data.loaders import default_workers
 from common.environment import device_name
+from common.processes import once
 from common.recipe import RecipeError, base_arm, choose_arms, override
 from common.run import RunError, console
 from common.stopping import Stopped, stop_on_signals, stop_with_parent
@@ -119,7 +120,7 @@ def reproduce(options: Options) -> list[Row]:
         for seed in range(options.seeds)
         for arm, own in arms.items()
     ]
-    check(runs, prepare=options.prepare, record=options.record, root=ROOT)
+    once(fabric, lambda: check(runs, prepare=options.prepare, record=options.record, root=ROOT))
     rows = []
     for run in runs:
         if fabric.is_global_zero:

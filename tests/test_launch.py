@@ -110,3 +110,13 @@ def test_more_gpus_than_there_are_is_refused_before_any_process_starts(monkeypat
     with pytest.raises(SystemExit) as stopped:
         main(["droppos", "--gpus", "8"])
     assert stopped.value.code == 2 and "GPUS=8, but torch finds 1; use GPUS=1" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_make_starts_one_process_per_gpu_and_a_user_error_is_printed_once(tmp_path):
+    arguments = ["--device", "cpu", "--gpus", "2", "--out", str(tmp_path), "--set", "linear.stage.batch_size=101"]
+    command = [sys.executable, "-m", "benchmarks.reproduce", "droppos", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.count("a batch of 101 cannot be divided among 2 devices") == 1 and not done.stderr
+    make = subprocess.run(["make", "-n", "reproduce", "PAPER=mae", "GPUS=8"], cwd=ROOT, capture_output=True, text=True)
+    assert "-m benchmarks.reproduce 'mae'" in make.stdout and "--gpus '8'" in make.stdout
