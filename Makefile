@@ -3,7 +3,7 @@ PAPER ?= droppos
 PYTHON ?= python3
 python := .venv/bin/python
 options = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ARMS),--arms $(ARMS)) \
-          $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
+          $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(GPUS),--gpus '$(GPUS)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
 
 .PHONY: help setup tokens reproduce test test-all lint table speed
 
@@ -19,6 +19,7 @@ help:  ## show this help
 #:   ARMS="vit swin" the arms to run, of a recipe with several variants; default: all
 #:   SEEDS=3         number of seeds; the table shows mean and standard deviation
 #:   DEVICE=cuda     auto, cpu or cuda
+#:   GPUS=8          number of GPUs of this machine, one process each
 #:   OUT=runs        where runs are stored; a second call resumes them
 #:   RECORD=1        add the numbers to <paper>/results.csv and the log to <paper>/logs
 #:   ARGS="--help"   any other option of python -m benchmarks.reproduce

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
+from benchmarks.launch import launch
 from benchmarks.ledger.rows import Row, record
 from benchmarks.ledger.tables import show
 from benchmarks.papers import ROOT, choose_recipe, paper_module
@@ -24,7 +26,7 @@ from common.data.loaders import default_workers
 from common.environment import device_name
 from common.recipe import RecipeError, base_arm, choose_arms, override
 from common.run import RunError, console
-from common.stopping import Stopped, stop_on_signals
+from common.stopping import Stopped, stop_on_signals, stop_with_parent
 from common.train import make_fabric
 
 
@@ -60,8 +62,8 @@ class Options:
     """Override a setting, for all arms; repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50."""
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     """auto is bf16-mixed if the hardware supports it, else 32-true."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Strategy for several devices, under torchrun."""
+    gpus: int = 1
+    """Number of GPUs of this machine, one process each (with --device cpu: number of processes)."""
     workers: int = dataclasses.field(default_factory=default_workers)
     """Data loader workers per device; by default the CPU cores divided by the processes on the machine, at most 8."""
     compile: bool = False
@@ -74,10 +76,12 @@ class Options:
     """Replace an unreadable image by the next readable one, instead of stopping."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "seeds"):
+        for name in ("epochs", "seeds", "gpus"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name.upper()}={value} is less than 1; give a whole number from 1 up")
+        if self.gpus > 1 and self.device != "cpu" and self.gpus > (found := torch.cuda.device_count()):
+            raise RecipeError(f"GPUS={self.gpus}, but torch finds {found}; use GPUS={found or 1}, or DEVICE=cpu for processes on CPU cores")
 
 
 def reproduce(options: Options) -> list[Row]:
@@ -92,7 +96,7 @@ def reproduce(options: Options) -> list[Row]:
         raise RecipeError(f"{options.paper} has no targets to compute before training; PAPER=mapet has")
     changes = [*options.set, *([f"pretrain.epochs={options.epochs}"] if options.epochs is not None else [])]
     arms = {arm: override(own, changes) for arm, own in choose_arms(recipe, options.arms).items()}
-    fabric = make_fabric(options.device, options.precision, options.strategy)
+    fabric = make_fabric(options.device, options.precision)
     fabric.launch()
     runs = [
         Stages(
@@ -141,10 +145,15 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals and file names that are not UTF-8
     rank = int(os.environ.get("RANK", 0))
+    if "LOCAL_RANK" in os.environ:  # started by a launcher
+        stop_with_parent()
     try:
         with stop_on_signals():
             config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-            reproduce(tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config))
+            options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config)
+            if options.gpus > 1 and "WORLD_SIZE" not in os.environ:
+                return launch(options.gpus, "benchmarks.reproduce", sys.argv[1:] if arguments is None else arguments)
+            reproduce(options)
     except Stopped:
         if rank == 0:
             console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)

@@ -36,6 +36,11 @@ def versions() -> str:
     return f"torch {version('torch')}, timm {version('timm')}, python {platform.python_version()}"
 
 
+def available_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def device_name(device: torch.device) -> str:
     """The device, without the machine's name: NVIDIA H100 80GB HBM3, or 2-core Intel Xeon (AVX512-BF16)."""
     if device.type == "cuda":
@@ -46,7 +51,7 @@ def device_name(device: torch.device) -> str:
     facts = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE))
     model = facts.get("model name") or platform.processor() or platform.machine()
     model = " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", model, flags=re.IGNORECASE).split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     # bf16 is fast only with one of these two, so devices with and without them must have different names.
     extras = [name for name in ("AMX-BF16", "AVX512-BF16") if name.lower().replace("-", "_") in facts.get("flags", "").split()]
     return f"{cores}-core {model}" + (f" ({', '.join(extras)})" if extras else "")

@@ -1,12 +1,15 @@
 """Signals that stop a run: it saves a checkpoint and exits with EXIT_STOPPED, and the same command resumes it."""
 
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: try again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _received: list[int] = []
 _deferred = 0
@@ -28,6 +31,12 @@ def stop_if_requested() -> None:
     """Raise Stopped if a signal has arrived. Needed if the exception of the handler was suppressed, for example in a destructor."""
     if _received and not _deferred:
         raise Stopped
+
+
+def stop_with_parent() -> None:
+    """On Linux, get SIGTERM when the process that started this one ends. A launcher that is killed then leaves no process behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, FSDPStrategy
+from lightning.fabric.strategies import DDPStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -32,7 +32,6 @@ from common.randomness import reseed
 from common.recipe import RecipeError, TrainConfig
 from common.run import Run, RunError, console
 from common.stopping import EXIT_STOPPED, Stopped, finish_first, stop_requested
-from common.vit import Block
 
 __all__ = ["EXIT_STOPPED", "Stopped", "device_batch", "fit", "has_fast_bf16", "make_fabric"]
 
@@ -55,11 +54,10 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "auto") -> Fabric:
+def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Create the Fabric object of Lightning for one process or, under torchrun, for all processes; it is not launched yet.
 
     device: "auto", "cpu" or "cuda". precision: "auto" (bf16-mixed if the hardware supports it), "bf16-mixed" or "32-true".
-    strategy, for several processes: "auto" and "ddp" replicate the model, "fsdp" shards it.
     Raises RunError for an unknown device, and if "cuda" is requested and no GPU is available.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -70,14 +68,10 @@ def make_fabric(device: str = "auto", precision: str = "auto", strategy: str = "
     if precision == "auto":
         precision = "bf16-mixed" if has_fast_bf16(torch.device(accelerator)) else "32-true"
     local, world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen: str | FSDPStrategy | DDPStrategy = "auto"
-    if world > 1 and strategy == "fsdp":
-        chosen = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", timeout=TIMEOUT)
-    elif world > 1:
-        chosen = DDPStrategy(timeout=TIMEOUT)
     if world > 1:
         atexit.register(close_connections)
-    options: dict = {"devices": local, "num_nodes": world // local, "precision": precision, "strategy": chosen}
+    options: dict = {"devices": local, "num_nodes": world // local, "precision": precision}
+    options |= {"strategy": DDPStrategy(timeout=TIMEOUT)} if world > 1 else {}
     return Fabric(accelerator=accelerator, plugins=[PlainCheckpointIO()], **options)
 
 

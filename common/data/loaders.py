@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, view_name, worker_transform
 from common.data.sets import Data, DataError, Split, any_size, read_image
+from common.environment import available_cores
 from common.randomness import generator, reseed
 from common.stopping import STOP_SIGNALS, finish_first
 
@@ -41,8 +42,7 @@ def default_workers(processes: int | None = None) -> int:
 
     By default, `processes` is torchrun's LOCAL_WORLD_SIZE, or 1 without torchrun.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+    return max(1, min(8, available_cores() // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
 
 
 class Batches(Protocol):
