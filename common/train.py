@@ -202,6 +202,7 @@ def fit(
             raise RunError(f"a weight is not finite after step {step} of {total}, so nothing was saved. {advice()}")
         state["progress"] = {"step": step, "hours": (begun - started) / 3600, "sums": dict(sums), "count": count}
         save_checkpoint(fabric, run.checkpoint, state)
+        run.report(step, total, step / steps_per_epoch, step, now=True)
         saved_at, save_seconds, save_due = time.perf_counter(), time.perf_counter() - begun, False
 
     batches = None
@@ -244,6 +245,7 @@ def fit(
                 add_scalars(step, means)
                 sums, count = {}, 0
             show(step, stage.batch_size, values)
+            run.report(step, total, step / steps_per_epoch, state["progress"]["step"])
             if stopping or save_due or step == total:
                 read(0)
                 save()
