@@ -6,6 +6,7 @@ python -m benchmarks.slurm cancel OUT
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import tyro
@@ -28,8 +29,10 @@ def main(arguments: list[str]) -> int:
         elif command in ("status", "cancel") and len(rest) < 2:
             (status if command == "status" else cancel)(Path(rest[0] if rest else "runs"))
         else:
-            helps = [__doc__.strip(), *(tyro.extras.get_parser(options).format_help() for options in (Resources, Options))]
-            console.print("\n\n".join(helps), markup=False)
+            console.print((__doc__ or "").strip() + "\n", markup=False)
+            for options in (Resources, Options):
+                with suppress(SystemExit):
+                    tyro.cli(options, args=["--help"], prog="", config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff))
             return 0 if command in ("-h", "--help") else 2
     except USER_ERRORS as error:
         console.print(f"error: {error}", style="bold red", markup=False)

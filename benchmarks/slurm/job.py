@@ -1,5 +1,6 @@
 """What each process of a job does. srun starts one process for each GPU; submitit calls `run` in it."""
 
+import gc
 import os
 import socket
 import sys
@@ -40,6 +41,8 @@ def run(arguments: list[str], log: Path) -> None:
         journal.note(log, "error", rank=rank, text=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         traceback.print_exc()
         sys.exit(1)
+    finally:
+        gc.freeze()  # at exit Python would look for garbage for seconds, while Slurm waits to kill the job
     sys.exit(0)  # without a return value, which submitit would pickle
 
 
