@@ -63,13 +63,13 @@ cancel: .venv/installed  ## cancel the jobs of OUT
 	@$(python) -m benchmarks.slurm cancel '$(or $(OUT),runs)'
 
 test: .venv/installed  ## the quick tests
-	$(python) -m pytest -n auto -m 'not slow' $(ARGS)
+	$(python) -m pytest -n auto --dist loadgroup -m 'not slow and not faults' $(ARGS)
 
 test-all: .venv/installed  ## all tests, as CI runs them
-	$(python) -m pytest -n auto $(ARGS)
+	$(python) -m pytest -n auto --dist loadgroup -m 'not faults' $(ARGS)
 
 test-slurm: .venv/installed  ## jobs and their faults on a real Slurm of two nodes on this machine; needs root and Slurm's packages
-	SLURM_FAULTS=all $(python) -m pytest -s tests/test_slurm.py $(ARGS)
+	$(python) -m pytest -s tests/test_slurm.py $(ARGS)
 
 lint: .venv/installed  ## ruff and mypy: rules, format, types
 	$(python) -m ruff check . && $(python) -m ruff format --check .
