@@ -2,13 +2,15 @@
 PAPER ?= droppos
 PYTHON ?= python3
 python := .venv/bin/python
-options = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ARMS),--arms $(ARMS)) \
-          $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(GPUS),--gpus '$(GPUS)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
+settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ARMS),--arms $(ARMS)) \
+          $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
+resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
+            $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
-.PHONY: help setup tokens reproduce test test-all lint table speed
+.PHONY: help setup tokens reproduce submit status cancel test test-all test-slurm lint table speed
 
 help:  ## show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables of make reproduce:\n'
 	@sed -n 's/^#: //p' Makefile
 
@@ -24,6 +26,17 @@ help:  ## show this help
 #:   RECORD=1        add the numbers to <paper>/results.csv and the log to <paper>/logs
 #:   ARGS="--help"   any other option of python -m benchmarks.reproduce
 #:
+#: make submit takes these and, for the jobs:
+#:   PAPER="droppos mp3"        one or several papers
+#:   PARTITION=gpu              partition of the cluster
+#:   ACCOUNT=vision             account that pays
+#:   HOURS=24                   time limit of a job; a longer training is requeued and resumes
+#:   NODES=4                    nodes of a training, with GPUS=8 on each
+#:   CPUS=8                     CPU cores for each GPU
+#:   PARALLEL=4                 trainings that run at the same time
+#:   CHAIN=4                    jobs one after the other for each training, on a cluster without requeueing
+#:   SLURM="--sbatch mem=64G"  any other option of python -m benchmarks.slurm submit
+#:
 #: For every target: PYTHON=python3.11 makes .venv with that Python (3.10 to 3.12).
 
 setup: .venv/installed  ## make .venv; the other targets do this automatically
@@ -35,16 +48,28 @@ setup: .venv/installed  ## make .venv; the other targets do this automatically
 	@touch $@
 
 reproduce: .venv/installed  ## pre-train, evaluate, and show the results beside the published numbers
-	@$(python) -m benchmarks.reproduce '$(PAPER)' $(options)
+	@$(python) -m benchmarks.reproduce '$(PAPER)' $(settings) $(if $(GPUS),--gpus '$(GPUS)')
 
 tokens: .venv/installed  ## make the tokens of PAPER=mapet, without training; make reproduce also makes them if they are missing
-	@$(python) -m benchmarks.reproduce '$(PAPER)' --prepare $(options)
+	@$(python) -m benchmarks.reproduce '$(PAPER)' --prepare $(settings)
+
+submit: .venv/installed  ## submit the same to a Slurm cluster, as jobs: benchmarks/slurm/README.md
+	@$(python) -m benchmarks.slurm submit $(PAPER) $(resources) -- $(settings)
+
+status: .venv/installed  ## show the jobs of OUT
+	@$(python) -m benchmarks.slurm status '$(or $(OUT),runs)'
+
+cancel: .venv/installed  ## cancel the jobs of OUT
+	@$(python) -m benchmarks.slurm cancel '$(or $(OUT),runs)'
 
 test: .venv/installed  ## the quick tests
-	$(python) -m pytest -n auto -m 'not slow' $(ARGS)
+	$(python) -m pytest -n auto --dist loadgroup -m 'not slow and not faults' $(ARGS)
 
 test-all: .venv/installed  ## all tests, as CI runs them
-	$(python) -m pytest -n auto $(ARGS)
+	$(python) -m pytest -n auto --dist loadgroup -m 'not faults' $(ARGS)
+
+test-slurm: .venv/installed  ## jobs and their faults on a real Slurm of two nodes on this machine; needs root and Slurm's packages
+	$(python) -m pytest -s tests/test_slurm.py $(ARGS)
 
 lint: .venv/installed  ## ruff and mypy: rules, format, types
 	$(python) -m ruff check . && $(python) -m ruff format --check .

@@ -68,6 +68,8 @@ def _complaints(run: Stages, prepare: bool, ledger: Path | None, read: Callable,
         yield from _said("--record", lambda: _check_writable(home / "logs"))
     yield from _said("the table at the end", lambda: claims(run.paper, ROOT))
     yield from _settings(run, baselines)
+    if not run.runs("pretrain") and not done["pretrain"]:
+        yield "--stages", f"{run.root / 'pretrain'} is not finished, and the protocols need its encoder: run --stages pretrain first"
     protocols = [protocol for protocol in recipe.protocols if not done[f"{protocol.name}-pretrained"]]
     if done["pretrain"] and not protocols:
         return

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from lightning.fabric import Fabric
 
 from benchmarks.launch import launch
 from benchmarks.ledger.rows import Row, record
@@ -25,10 +26,12 @@ from common.data import open_data
 from common.data.loaders import default_workers
 from common.environment import device_name
 from common.processes import once
-from common.recipe import RecipeError, base_arm, choose_arms, override
+from common.recipe import RecipeError, base_arm, choose_arms, nearest, override
 from common.run import RunError, console
 from common.stopping import Stopped, stop_on_signals, stop_with_parent
 from common.train import make_fabric
+
+USER_ERRORS = (ValueError, RunError, OSError)  # RecipeError, DataError and ConversionError are ValueErrors
 
 
 @dataclass
@@ -50,7 +53,11 @@ class Options:
     encoder: Path | None = None
     """Evaluate the encoder in this file (names of timm, DropPos, MAE, MaPeT, I-JEPA or StoP) instead of pre-training one."""
     seeds: int = 1
-    """Number of seeds (0, 1, ...); the table shows their mean and standard deviation."""
+    """Number of seeds; the table shows their mean and standard deviation."""
+    first_seed: int = 0
+    """The first seed; the others are the next whole numbers."""
+    stages: tuple[str, ...] = ()
+    """Run only these: pretrain, or names of protocols, such as finetune linear; by default all. The table shows what was run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto uses a GPU if available."""
     out: Path = Path("runs")
@@ -77,16 +84,16 @@ class Options:
     """Replace an unreadable image by the next readable one, instead of stopping."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "seeds", "gpus"):
+        for name, least in {"epochs": 1, "seeds": 1, "gpus": 1, "first_seed": 0}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"{name.upper()}={value} is less than 1; give a whole number from 1 up")
+            if value is not None and value < least:
+                raise RecipeError(f"{name.upper()}={value} is less than {least}; give a whole number from {least} up")
         if self.gpus > 1 and self.device != "cpu" and self.gpus > (found := torch.cuda.device_count()):
             raise RecipeError(f"GPUS={self.gpus}, but torch finds {found}; use GPUS={found or 1}, or DEVICE=cpu for processes on CPU cores")
 
 
-def reproduce(options: Options) -> list[Row]:
-    """Run all seeds and arms of a recipe, print the table, and return the rows."""
+def plan(options: Options, fabric: Fabric) -> list[Stages]:
+    """One Stages for each seed and arm, in the order in which they run. Raises RecipeError for names that are not known."""
     module = paper_module(options.paper)
     data = open_data(options.data, options.data_root, options.skip_corrupt)
     data.name = options.data_name or data.name
@@ -97,9 +104,11 @@ def reproduce(options: Options) -> list[Row]:
         raise RecipeError(f"{options.paper} has no targets to compute before training; PAPER=mapet has")
     changes = [*options.set, *([f"pretrain.epochs={options.epochs}"] if options.epochs is not None else [])]
     arms = {arm: override(own, changes) for arm, own in choose_arms(recipe, options.arms).items()}
-    fabric = make_fabric(options.device, options.precision)
-    fabric.launch()
-    runs = [
+    stages = list(dict.fromkeys(["pretrain", *(protocol.name for own in arms.values() for protocol in own.protocols)]))
+    for stage in options.stages:
+        if stage not in stages:
+            raise RecipeError(f"--stages {stage} is not known for the recipe {name} of {options.paper}; {nearest(stage, stages)}")
+    return [
         Stages(
             module=module,
             name=name,
@@ -116,17 +125,26 @@ def reproduce(options: Options) -> list[Row]:
             workers=options.workers,
             compile=options.compile,
             checkpoint_seconds=options.checkpoint_seconds,
+            only=options.stages,
         )
-        for seed in range(options.seeds)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
         for arm, own in arms.items()
     ]
+
+
+def reproduce(options: Options) -> list[Row]:
+    """Run all seeds and arms of a recipe, print the table, and return the rows."""
+    fabric = make_fabric(options.device, options.precision)
+    fabric.launch()
+    runs = plan(options, fabric)
     once(fabric, lambda: check(runs, prepare=options.prepare, record=options.record, root=ROOT))
     rows = []
     for run in runs:
         if fabric.is_global_zero:
             where = f"{fabric.world_size} x {device_name(fabric.device)}, {run.precision}"
-            what = f"{run.recipe.backbone} on {data.name} ({len(data.train)} images), {run.recipe.pretrain.epochs} epochs, seed {run.seed}"
-            title = f"{options.paper}, recipe {name}" + (f", arm {run.arm}" if run.arm else "")
+            images = f"{run.data.name} ({len(run.data.train)} images)"
+            what = f"{run.recipe.backbone} on {images}, {run.recipe.pretrain.epochs} epochs, seed {run.seed}"
+            title = f"{options.paper}, recipe {run.name}" + (f", arm {run.arm}" if run.arm else "")
             console.print(f"{title}: {what}; {where}; kept in {run.root}")
         if options.prepare:
             run.prepare()
@@ -140,6 +158,12 @@ def reproduce(options: Options) -> list[Row]:
     return rows
 
 
+def parse(arguments: list[str] | None = None) -> Options:
+    """The options of a command line, by default of this process. Raises RecipeError for a value out of range, SystemExit for others."""
+    config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for a user error. After a signal it raises Stopped, which exits with 75."""
     keep_freed_memory()
@@ -150,8 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         stop_with_parent()
     try:
         with stop_on_signals():
-            config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-            options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config)
+            options = parse(arguments)
             if options.gpus > 1 and "WORLD_SIZE" not in os.environ:
                 return launch(options.gpus, "benchmarks.reproduce", sys.argv[1:] if arguments is None else arguments)
             reproduce(options)
@@ -159,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == 0:
             console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
         raise
-    except (ValueError, RunError, OSError) as error:  # RecipeError, DataError and ConversionError are ValueErrors
+    except USER_ERRORS as error:
         console.print(f"error{f' in process {rank}' if rank else ''}: {error}", style="bold red", markup=False)
         return 2
     return 0

@@ -48,6 +48,7 @@ class Stages:
     workers: int = field(default_factory=default_workers)
     compile: bool = False
     checkpoint_seconds: float = 20.0
+    only: tuple[str, ...] = ()  # pretrain, or names of protocols: run only these
 
     @property
     def paper(self) -> str:
@@ -68,12 +69,18 @@ class Stages:
         return {"compile": self.compile, "checkpoint_seconds": self.checkpoint_seconds}
 
     def run(self, baselines: bool = True) -> list[Row]:
-        """Run all stages in order, with or without the baselines; return one row per number."""
-        rows = self.pretrain() if self.encoder_file is None else self.convert(self.encoder_file)
-        for protocol in self.recipe.protocols:
+        """Run all stages, or only some, in order, with or without the baselines; return one row per number."""
+        rows = []
+        if self.runs("pretrain"):
+            rows += self.pretrain() if self.encoder_file is None else self.convert(self.encoder_file)
+        for protocol in filter(lambda protocol: self.runs(protocol.name), self.recipe.protocols):
             for start in self.starts(protocol) if baselines else ["pretrained"]:
                 rows += self.evaluate(protocol, start)
         return rows
+
+    def runs(self, stage: str) -> bool:
+        """Whether a stage, pretrain or a protocol, is to be run."""
+        return not self.only or stage in self.only
 
     def starts(self, protocol: Protocol) -> list[str]:
         """The encoders that a protocol evaluates: the pre-trained one, then the baselines."""

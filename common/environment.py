@@ -12,12 +12,15 @@ import torch
 PACKAGES = ("torch", "timm", "lightning", "numpy")
 
 ROOT = Path(__file__).resolve().parents[1]
+COPIED_FROM = "copied_from.txt"  # in a copy of the code: the commit of the checkout
 # Changes of recorded results, pictures and READMEs do not change the next run.
 NOT_CODE = (":(exclude)*results.csv", ":(exclude)*/speed/*.csv", ":(exclude)*/logs/*", ":(exclude)*.png", ":(exclude)*.md")
 
 
 def commit() -> str:
-    """The commit of this code, with "+dirty" if code is not committed; "unknown" outside a git checkout."""
+    """The commit of this code, with "+dirty" if code is not committed; "unknown" outside a git checkout and a copy of one."""
+    if (ROOT / COPIED_FROM).exists():
+        return (ROOT / COPIED_FROM).read_text().strip()
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout

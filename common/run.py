@@ -3,6 +3,7 @@
 recipe.json        all settings; a directory with other settings is refused
 environment.json   commit, versions and device, one entry per start that contributed to the run
 metrics.jsonl      a line per logged step, bit-identical for any number of interruptions
+progress.json      the step that is trained and the step that is saved, for those who watch the run; replaced every ten seconds
 log.txt            the messages on the screen
 checkpoint.pt      the checkpoint for resuming
 result.json        the results; this file exists only if the training is complete
@@ -19,6 +20,8 @@ from rich.console import Console
 
 from common.environment import environment
 from common.files import Locked, locked, replacing
+
+REPORT_SECONDS = 10.0  # between two versions of progress.json
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -37,6 +40,7 @@ class Run:
         self.directory, self.settings, self.main, self.device = Path(directory), settings, main, device
         self.checkpoint = self.directory / "checkpoint.pt"
         self.metrics = self.directory / "metrics.jsonl"
+        self._reported = 0.0
 
     def __enter__(self) -> "Run":
         with ExitStack() as held:
@@ -86,6 +90,13 @@ class Run:
         if self.main:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def report(self, step: int, total: int, epoch: float, saved: int, now: bool = False) -> None:
+        """Write progress.json: the step of `total`, its epoch and the last saved step; `now` or if the last one is REPORT_SECONDS old."""
+        if self.main and (now or time.monotonic() - self._reported > REPORT_SECONDS):
+            self._reported = time.monotonic()
+            facts = {"time": time.time(), "step": step, "total": total, "epoch": round(epoch, 3), "saved": saved}
+            write_text(self.directory / "progress.json", json.dumps(facts) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Remove the lines of metrics.jsonl that were written after the checkpoint of this step, and an incomplete last line."""

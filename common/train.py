@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ TIMEOUT = timedelta(hours=12)
 
 for _name in ("lightning.fabric", "lightning.pytorch"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # the first log line of a run replaces their INFO messages
+warnings.filterwarnings("ignore", "The `srun` command is available")  # as on any login node of a cluster; make submit uses it
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -205,6 +207,7 @@ def fit(
             raise RunError(f"a weight is not finite after step {step} of {total}, so nothing was saved. {advice()}")
         state["progress"] = {"step": step, "hours": (begun - started) / 3600, "sums": dict(sums), "count": count}
         save_checkpoint(fabric, run.checkpoint, state)
+        run.report(step, total, step / steps_per_epoch, step, now=True)
         saved_at, save_seconds, save_due = time.perf_counter(), time.perf_counter() - begun, False
 
     batches = None
@@ -251,6 +254,7 @@ def fit(
                 add_scalars(step, means)
                 sums, count = {}, 0
             show(step, stage.batch_size, values)
+            run.report(step, total, step / steps_per_epoch, state["progress"]["step"])
             if stopping or save_due or step == total:
                 read(0)
                 save()
