@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +45,6 @@ TIMEOUT = timedelta(hours=12)
 
 for _name in ("lightning.fabric", "lightning.pytorch"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # the first log line of a run replaces their INFO messages
-warnings.filterwarnings("ignore", "The `srun` command is available")  # as on any login node of a cluster; make submit uses it
 
 
 def has_fast_bf16(device: torch.device) -> bool:
