@@ -22,7 +22,7 @@ PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connec
 def run(arguments: list[str], log: Path) -> None:
     """Run `benchmarks.reproduce` with these arguments as one process of a job, and end the process. Errors are noted in the journal `log`.
 
-    Exit codes: 0, 2 for an error that a new start does not mend, 75 after a signal, 1 for other errors.
+    Exit codes: 0, 2 for an error that a restart does not fix, 75 after a signal, 1 for other errors.
     """
     rank = int(os.environ["SLURM_PROCID"])
     try:

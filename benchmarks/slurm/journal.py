@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 STUCK_AFTER = 3  # starts without a new step end a task
-FOR_GOOD = 2  # exit code of errors that a new start does not mend
+FOR_GOOD = 2  # exit code of errors that a restart does not fix
 STOPPED = 75  # common.stopping.EXIT_STOPPED
 
 
@@ -53,12 +53,12 @@ def stuck(journal: Path) -> str:
 
 def ended(journal: Path, code: int) -> int:
     """Note the end of a job's processes and requeue the job if another start can help. Returns the exit code for the job."""
-    told = _first_error(journal)
-    why = _words(code) + (f": {told}" if told and code != STOPPED else "")
+    cause = _first_error(journal)
+    why = _words(code) + (f": {cause}" if cause and code != STOPPED else "")
     if code == 0:
         note(journal, "finished")
     elif code == FOR_GOOD:
-        note(journal, "failed", why=told or why)
+        note(journal, "failed", why=cause or why)
     elif reason := stuck(journal):
         note(journal, "failed", why=f"{reason}; the last: {why}")
     elif not events(journal, "submitted")[0]["requeue"]:

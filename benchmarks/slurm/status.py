@@ -55,21 +55,21 @@ def status(out: Path) -> None:
 def line(jobs: list[Job]) -> tuple[str, ...]:
     """The cells of one task, from its jobs."""
     job = next((job for job in jobs if job.live), jobs[-1])
-    told = journal.events(job.log)
-    starts = [event for event in told if event["event"] == "start"]
-    state, why = verdict(job, told)
+    noted = journal.events(job.log)
+    starts = [event for event in noted if event["event"] == "start"]
+    state, why = verdict(job, noted)
     node = (job.seen.nodes if job.seen and job.live else "") or (starts[-1]["node"] if starts else "")
     reports = [json.loads(path.read_text()) for folder in _folders(job.task) if (path := folder / "progress.json").exists()]
     newest = max(reports, key=lambda report: report["time"], default=None)
     step = f"{newest['step']}/{newest['total']} (epoch {newest['epoch']:.4g})" if newest else ""
-    last = max([newest["time"] if newest else 0.0, told[-1]["time"]])
-    return told[0]["label"], job.id, state, node, step, str(len(starts)), f"{age(time.time() - last)} ago", why
+    last = max([newest["time"] if newest else 0.0, noted[-1]["time"]])
+    return noted[0]["label"], job.id, state, node, step, str(len(starts)), f"{age(time.time() - last)} ago", why
 
 
-def verdict(job: Job, told: list[dict]) -> tuple[str, str]:
+def verdict(job: Job, noted: list[dict]) -> tuple[str, str]:
     """The state of a task and why: what its journal says has precedence if it ended; what Slurm says if it still has the job."""
-    last = next((event for event in reversed(told) if event["event"] not in ("start", "error")), told[0])
-    starts = [event for event in told if event["event"] == "start"]
+    last = next((event for event in reversed(noted) if event["event"] not in ("start", "error")), noted[0])
+    starts = [event for event in noted if event["event"] == "start"]
     if last["event"] == "finished" and not job.live:
         return "finished", ""
     if job.live and job.seen is not None:

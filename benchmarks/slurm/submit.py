@@ -82,7 +82,7 @@ class Resources:
 
 
 def submit(resources: Resources, arguments: Sequence[str]) -> str:
-    """Check everything, copy the code and submit all jobs; return what to tell. Raises RecipeError with all problems."""
+    """Check everything, copy the code and submit all jobs; return a message. Raises RecipeError with all problems."""
     options = parse([resources.papers[0], *arguments])
     out, on_gpu = options.out.absolute(), options.device != "cpu"
     if options.record:
