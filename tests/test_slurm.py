@@ -289,7 +289,7 @@ def without(folder: Path, name: str) -> str:
     return str(folder)
 
 
-ONE = [*LONG, "--set", "pretrain.epochs=60"]
+ONE = ["60" if word == "16" else word for word in LONG]
 RUN = Path("droppos") / "digits-60ep-seed0" / "pretrain"
 TASK = "pretrain-droppos-seed0"
 
@@ -314,7 +314,7 @@ def survives(name: str, out: Path, reference: Path, strike, seconds: float = 240
 @on_cluster
 @pytest.mark.faults
 def test_a_warning_before_the_time_limit_saves_and_requeues(cluster, tmp_path, reference):
-    cluster.submit(tmp_path, *ONE, slurm=[*SMALL, "--hours", "0.016", "--warn", "40"])
+    cluster.submit(tmp_path, *ONE, slurm=[*SMALL, "--hours", "0.033", "--warn", "60"])
     survives("warning before the time limit", tmp_path, reference, lambda: None)
     assert "stopped by a signal, progress saved" in log(tmp_path, TASK).read_text()
 
