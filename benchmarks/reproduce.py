@@ -32,6 +32,7 @@ from common.stopping import Stopped, stop_on_signals, stop_with_parent
 from common.train import make_fabric
 
 USER_ERRORS = (ValueError, RunError, OSError)  # RecipeError, DataError and ConversionError are ValueErrors
+TYRO = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # how command lines are read
 
 
 @dataclass
@@ -160,8 +161,7 @@ def reproduce(options: Options) -> list[Row]:
 
 def parse(arguments: list[str] | None = None) -> Options:
     """The options of a command line, by default of this process. Raises RecipeError for a value out of range, SystemExit for others."""
-    config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=config)
+    return tyro.cli(Options, args=arguments, prog="python -m benchmarks.reproduce", description=__doc__, config=TYRO)
 
 
 def main(arguments: list[str] | None = None) -> int:

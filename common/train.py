@@ -270,9 +270,10 @@ def fit(
 
 
 def _divide_gradients(model: nn.Module, divisor: torch.Tensor) -> None:
+    divisor = divisor.clamp(min=torch.finfo(torch.float32).tiny)
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad /= divisor.clamp(min=torch.finfo(torch.float32).tiny)
+            parameter.grad /= divisor
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.reproduce import USER_ERRORS, Options
+from benchmarks.reproduce import TYRO, USER_ERRORS, Options
 from benchmarks.slurm.status import cancel, status
 from benchmarks.slurm.submit import Resources, submit
 from common.run import console
@@ -23,8 +23,7 @@ def main(arguments: list[str]) -> int:
     try:
         if command == "submit":
             cut = rest.index("--") if "--" in rest else len(rest)
-            config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-            resources = tyro.cli(Resources, args=rest[:cut], prog="python -m benchmarks.slurm submit", config=config)
+            resources = tyro.cli(Resources, args=rest[:cut], prog="python -m benchmarks.slurm submit", config=TYRO)
             console.print(submit(resources, rest[cut + 1 :]), markup=False)
         elif command in ("status", "cancel") and len(rest) < 2:
             (status if command == "status" else cancel)(Path(rest[0] if rest else "runs"))
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> int:
             console.print((__doc__ or "").strip() + "\n", markup=False)
             for options in (Resources, Options):
                 with suppress(SystemExit):
-                    tyro.cli(options, args=["--help"], prog="", config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff))
+                    tyro.cli(options, args=["--help"], prog="", config=TYRO)
             return 0 if command in ("-h", "--help") else 2
     except USER_ERRORS as error:
         console.print(f"error: {error}", style="bold red", markup=False)

@@ -36,9 +36,14 @@ def events(journal: Path, name: str = "") -> list[dict]:
     return [event for event in found if not name or event["event"] == name]
 
 
+def find(patterns: list[str]) -> list[Path]:
+    """The folders of stages that match absolute patterns."""
+    return [path for pattern in patterns for path in Path("/").glob(pattern.lstrip("/"))]
+
+
 def progress(journal: Path) -> list[int]:
     """The stages of a task that are finished, and the sum of the steps that are saved."""
-    folders = [path for pattern in events(journal, "submitted")[0]["folders"] for path in Path("/").glob(pattern.lstrip("/"))]
+    folders = find(events(journal, "submitted")[0]["folders"])
     saved = [json.loads(path.read_text())["saved"] for folder in folders if (path := folder / "progress.json").exists()]
     return [sum((folder / "result.json").exists() for folder in folders), sum(saved)]
 

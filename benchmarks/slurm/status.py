@@ -59,7 +59,7 @@ def line(jobs: list[Job]) -> tuple[str, ...]:
     starts = [event for event in noted if event["event"] == "start"]
     state, why = verdict(job, noted)
     node = (job.seen.nodes if job.seen and job.live else "") or (starts[-1]["node"] if starts else "")
-    reports = [json.loads(path.read_text()) for folder in _folders(job.task) if (path := folder / "progress.json").exists()]
+    reports = [json.loads(path.read_text()) for folder in journal.find(job.task["folders"]) if (path := folder / "progress.json").exists()]
     newest = max(reports, key=lambda report: report["time"], default=None)
     step = f"{newest['step']}/{newest['total']} (epoch {newest['epoch']:.4g})" if newest else ""
     last = max([newest["time"] if newest else 0.0, noted[-1]["time"]])
@@ -103,7 +103,3 @@ def age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds // size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
-
-
-def _folders(task: dict) -> list[Path]:
-    return [path for pattern in task["folders"] for path in Path("/").glob(pattern.lstrip("/"))]
