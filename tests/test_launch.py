@@ -22,6 +22,8 @@ stop_with_parent()
 rank, here = int(os.environ["RANK"]), pathlib.Path(__file__).parent
 with stop_on_signals(exiting=True):
     (here / f"{os.getpid()}.pid").touch()
+    while len([*here.glob("*.pid")]) < 2:  # a process that fails ends the others, which may not have started yet
+        time.sleep(0.01)
     if sys.argv[1] == "fail":
         sys.exit(3 * rank)
     if sys.argv[1] == "killed" and rank == 1:

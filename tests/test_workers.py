@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import worker
 
 from common.data import Augmentation, Loader, Split, open_data
 from common.data.loaders import default_workers
@@ -55,16 +56,22 @@ def test_a_signal_to_the_workers_does_not_end_the_epoch(number):
     assert len(list(ours.epoch(1))) == 30
 
 
-def test_a_signal_during_the_start_of_workers_does_not_end_one(monkeypatch):
-    """The signal comes as soon as the process exists, before it runs the code that ignores signals."""
-    start, begun = multiprocessing.process.BaseProcess.start, []
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_during_the_start_of_workers_does_not_end_one(monkeypatch, number):
+    """One signal comes before the worker runs any code, one after torch has installed its handlers, of which SIGTERM's ends the worker."""
+    start, install, begun = multiprocessing.process.BaseProcess.start, worker.signal_handling._set_worker_signal_handlers, []
 
     def started(process):
         start(process)
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, number)
         begun.append(process.pid)
 
+    def installed():
+        install()
+        os.kill(os.getpid(), number)
+
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", started)
+    monkeypatch.setattr(worker.signal_handling, "_set_worker_signal_handlers", installed)
     assert len(list(loader().epoch(0))) == 30 and len(begun) == 2
 
 

@@ -179,8 +179,13 @@ class Loader:
     def _from_workers(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         self.schedule.epoch, self.schedule.batches = epoch, batches
         try:
-            with finish_first():  # a signal would end a worker that does not ignore it yet
-                batches_of_workers = iter(self.worker_batches)
+            # A signal would end a worker that does not ignore it yet. Workers inherit the blocked signals until `_start_worker`.
+            with finish_first():
+                blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+                try:
+                    batches_of_workers = iter(self.worker_batches)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             for images_BCHW, labels_B, draws_BK, skipped in batches_of_workers:
                 # reported here and not in the workers, so that a file is reported once even if several workers read it
                 for path in {path for paths in skipped for path in paths.splitlines()} - self.reported:
@@ -255,3 +260,4 @@ def _start_worker(ending: mmap.mmap, worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending[0] else None)
     signal.siginterrupt(signal.SIGTERM, False)  # otherwise reading a file may fail
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
