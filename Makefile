@@ -2,7 +2,7 @@
 PAPER ?= droppos
 PYTHON ?= python3
 python := .venv/bin/python
-settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ARMS),--arms $(ARMS)) \
+settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ARMS),--arms $(ARMS)) \
           $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
@@ -16,6 +16,7 @@ help:  ## show this help
 
 #:   PAPER=droppos   the paper, by its folder, or a baseline: deit, ijepa, mae
 #:   EPOCHS=800      epochs of pre-training, instead of the recipe's
+#:   EVERY=100       also evaluate the encoder after each 100 epochs, into OUT/<paper>/epochs.csv
 #:   DATA=digits     digits, cifar10, cifar100, tiny-imagenet, mini-imagenet, or a folder with train/ and val/ in ImageFolder layout
 #:   RECIPE=digits   name of a recipe of the paper; default: the recipe for the data
 #:   ARMS="vit swin" the arms to run, of a recipe with several variants; default: all

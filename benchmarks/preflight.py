@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.ledger.published import claims
 from benchmarks.ledger.rows import load
 from benchmarks.papers import ROOT, folder
-from benchmarks.stages import Stages
+from benchmarks.stages import UNTRAINED, Stages
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Split
 from common.evaluate import Classifier, LinearProbe, as_encoder, hold_out, labelled_images
@@ -70,6 +70,8 @@ def _complaints(run: Stages, prepare: bool, ledger: Path | None, read: Callable,
     yield from _settings(run, baselines)
     if not run.runs("pretrain") and not done["pretrain"]:
         yield "--stages", f"{run.root / 'pretrain'} is not finished, and the protocols need its encoder: run --stages pretrain first"
+    if fault := _not_kept(run):
+        yield "--every", fault
     protocols = [protocol for protocol in recipe.protocols if not done[f"{protocol.name}-pretrained"]]
     if done["pretrain"] and not protocols:
         return
@@ -92,13 +94,32 @@ def _complaints(run: Stages, prepare: bool, ledger: Path | None, read: Callable,
             yield f"protocol {protocol.name}", complaint
 
 
+def _not_kept(run: Stages) -> str:
+    """Why the encoder cannot be evaluated after some epochs; "" if it can."""
+    epochs = run.recipe.pretrain.epochs
+    if run.every is None:
+        return ""
+    if run.encoder_file is not None:
+        return f"{run.encoder_file} is evaluated without pre-training, so there are no epochs: leave out EVERY"
+    if not run.recipe.protocols:
+        return f"the recipe {run.name} has no protocol to evaluate an encoder: leave out EVERY, or choose another RECIPE"
+    if not run.kept_epochs:
+        return f"EVERY={run.every}, and the pre-training has {epochs} epochs: use fewer than these"
+    progress = run.root / "pretrain" / "progress.json"
+    saved = json.loads(progress.read_text()) if progress.exists() else {"saved": 0, "total": 1}
+    passed = [epoch for epoch in run.kept_epochs if epoch <= epochs * saved["saved"] / saved["total"]]
+    if lost := [epoch for epoch in passed if not run.encoder_path(f"{epoch}ep").exists()]:
+        return f"the pre-training in {run.root} was past epoch {lost[0]} when EVERY={run.every} was asked for: use another OUT"
+    return ""
+
+
 def _settings(run: Stages, baselines: bool) -> Iterator[tuple[str, str]]:
     """Directories that hold a run with other settings, which would be refused later."""
-    starts = ("pretrained", "scratch", "random", "pixels") if baselines else ("pretrained",)
+    starts = ["pretrained", *(f"{epoch}ep" for epoch in run.kept_epochs), *(UNTRAINED if baselines else ())]
     stages = [("pretrain", None, "")] + [(f"{p.name}-{start}", p, start) for p in run.recipe.protocols for start in starts]
     trained = (run.root / "pretrain" / "result.json").exists()  # otherwise the encoder that the others start from is not known yet
     for stage, protocol, start in stages:
-        if (run.root / stage).exists() and (trained or start != "pretrained"):
+        if (run.root / stage).exists() and (trained or start in ("", *UNTRAINED)):
             held = Run(run.root / stage, run.settings(protocol, start), run.fabric.device, main=False)
             yield from _said(stage, held.check_settings)
 

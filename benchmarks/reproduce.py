@@ -15,6 +15,7 @@ import torch
 import tyro
 from lightning.fabric import Fabric
 
+from benchmarks.epochs import show_by_epoch
 from benchmarks.launch import launch
 from benchmarks.ledger.rows import Row, record
 from benchmarks.ledger.tables import show
@@ -24,8 +25,8 @@ from benchmarks.stages import Stages
 from common import keep_freed_memory
 from common.data import open_data
 from common.data.loaders import default_workers
-from common.environment import device_name
-from common.processes import once
+from common.environment import code, device_name, versions
+from common.processes import once, require_same
 from common.recipe import RecipeError, base_arm, choose_arms, nearest, override
 from common.run import RunError, console
 from common.stopping import Stopped, stop_on_signals, stop_with_parent
@@ -51,6 +52,8 @@ class Options:
     """Names of the variants (arms) of the recipe to run, such as vit vit+rpl; by default all."""
     epochs: int | None = None
     """Epochs of pre-training; by default those of the recipe."""
+    every: int | None = None
+    """Also evaluate the encoder after each so many epochs of pre-training, and write all results to OUT/<paper>/epochs.csv."""
     encoder: Path | None = None
     """Evaluate the encoder in this file (names of timm, DropPos, MAE, MaPeT, I-JEPA or StoP) instead of pre-training one."""
     seeds: int = 1
@@ -85,7 +88,7 @@ class Options:
     """Replace an unreadable image by the next readable one, instead of stopping."""
 
     def __post_init__(self) -> None:
-        for name, least in {"epochs": 1, "seeds": 1, "gpus": 1, "first_seed": 0}.items():
+        for name, least in {"epochs": 1, "seeds": 1, "gpus": 1, "every": 1, "first_seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{name.upper()}={value} is less than {least}; give a whole number from {least} up")
@@ -127,6 +130,7 @@ def plan(options: Options, fabric: Fabric) -> list[Stages]:
             compile=options.compile,
             checkpoint_seconds=options.checkpoint_seconds,
             only=options.stages,
+            every=options.every,
         )
         for seed in range(options.first_seed, options.first_seed + options.seeds)
         for arm, own in arms.items()
@@ -138,6 +142,7 @@ def reproduce(options: Options) -> list[Row]:
     fabric = make_fabric(options.device, options.precision)
     fabric.launch()
     runs = plan(options, fabric)
+    require_same(fabric, {"code": code(), "versions": versions(), **{run.root.name: run.shared for run in runs}})
     once(fabric, lambda: check(runs, prepare=options.prepare, record=options.record, root=ROOT))
     rows = []
     for run in runs:
@@ -156,6 +161,8 @@ def reproduce(options: Options) -> list[Row]:
         rows += made
     if rows and fabric.is_global_zero:
         show(options.paper, rows)
+        if options.every is not None:
+            show_by_epoch(runs)
     return rows
 
 

@@ -28,6 +28,8 @@ from common.run import Run
 from common.stopping import stop_if_requested
 from common.train import device_batch, fit, make_loader
 
+UNTRAINED = ("scratch", "random", "pixels")  # the baselines
+
 
 @dataclass
 class Stages:
@@ -49,6 +51,7 @@ class Stages:
     compile: bool = False
     checkpoint_seconds: float = 20.0
     only: tuple[str, ...] = ()  # pretrain, or names of protocols: run only these
+    every: int | None = None  # also evaluate the encoder after each so many epochs
 
     @property
     def paper(self) -> str:
@@ -76,11 +79,28 @@ class Stages:
         for protocol in filter(lambda protocol: self.runs(protocol.name), self.recipe.protocols):
             for start in self.starts(protocol) if baselines else ["pretrained"]:
                 rows += self.evaluate(protocol, start)
+            for epoch in self.kept_epochs:  # not rows of the ledger: see benchmarks.epochs
+                self.evaluate(protocol, f"{epoch}ep")
         return rows
 
     def runs(self, stage: str) -> bool:
         """Whether a stage, pretrain or a protocol, is to be run."""
         return not self.only or stage in self.only
+
+    @property
+    def shared(self) -> dict:
+        """What all processes of a run must agree on."""
+        images = f"{self.data.name}, {len(self.data.train)} and {len(self.data.val)} images"
+        return {"data": images, "precision": self.precision, "compile": self.compile, "recipe": as_json(self.recipe)}
+
+    @property
+    def kept_epochs(self) -> range:
+        """The epochs after which the encoder is kept and evaluated, besides the last one."""
+        return range(self.every, self.recipe.pretrain.epochs, self.every) if self.every else range(0)
+
+    def encoder_path(self, start: str) -> Path:
+        """The file of a trained encoder: after the whole pre-training (pretrained), or after some of its epochs (100ep)."""
+        return self.root / "pretrain" / ("encoder.safetensors" if start == "pretrained" else f"encoder-{start}.safetensors")
 
     def starts(self, protocol: Protocol) -> list[str]:
         """The encoders that a protocol evaluates: the pre-trained one, then the baselines."""
@@ -106,10 +126,15 @@ class Stages:
                 method = self.build_method()
                 data = self.prepare()
                 train = self.loader(data.train, stage.augmentation)
-                method, hours = fit(run, self.fabric, method, stage, train, self.seed, **self.training)
+
+                def keep(epoch: int, method: Any) -> None:
+                    if run.main and epoch in self.kept_epochs:
+                        export_encoder(method.encoder, self.encoder_path(f"{epoch}ep"))
+
+                method, hours = fit(run, self.fabric, method, stage, train, self.seed, after_epoch=keep, **self.training)
                 found = own_metrics(self.fabric, method, self.loader(data.val), self.seed)
                 if run.main:
-                    export_encoder(method.encoder, run.directory / "encoder.safetensors")
+                    export_encoder(method.encoder, self.encoder_path("pretrained"))
                     self.illustrate(method, data.val, run.directory)
                 result = self.finish(run, found | {"hours": hours})
         protocol, start = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
@@ -126,7 +151,7 @@ class Stages:
                 if run.main:
                     encoder = self.new_encoder()
                     run.say(f"{path.name}: {load_encoder(encoder, read_checkpoint(path), allow_unused=('cls_token',))}")
-                    export_encoder(encoder, run.directory / "encoder.safetensors")
+                    export_encoder(encoder, self.encoder_path("pretrained"))
                 self.finish(run, {"hours": 0.0})
         return []
 
@@ -154,16 +179,15 @@ class Stages:
         return self.module.build(self.recipe, self.new_encoder(), self.data.classes)
 
     def start_encoder(self, start: str, protocol: Protocol) -> nn.Module:
-        """The encoder that an evaluation starts from: pretrained, or as initialised by us (scratch) or by the method (random)."""
+        """The encoder that an evaluation starts from: as initialised by us (scratch) or by the method (random), or a trained one."""
         encoder = self.new_encoder(drop_path=protocol.drop_path, **({"position": protocol.position} if protocol.position else {}))
-        if start == "pretrained":
+        if start not in UNTRAINED:
             with torch.device("meta"):  # only the names are needed; no random numbers are drawn, so every start has the same head
                 own = self.recipe.build_encoder(self.data.channels).state_dict()
             # a protocol may use other position embeddings than the pre-training
             added = [name for name in encoder.state_dict() if name not in own]
             left = [name for name in own if name not in encoder.state_dict()]
-            pretrained = load_file(self.root / "pretrain" / "encoder.safetensors")
-            load_encoder(encoder, pretrained, allow_missing=added, allow_unused=left)
+            load_encoder(encoder, load_file(self.encoder_path(start)), allow_missing=added, allow_unused=left)
         if start == "random":
             with torch.random.fork_rng(devices=[]):  # some methods initialise their encoder themselves
                 encoder = self.module.build(self.recipe, encoder, self.data.classes).encoder
@@ -210,7 +234,7 @@ class Stages:
         named: dict = {f"method.{name}": value for name, value in files.items()}
         named |= {f"targets.{name}": value for name, value in self.recipe.targets.items() if isinstance(value, str)}  # a store is a folder
         named |= {"encoder": self.encoder_file, "label_list": protocol and protocol.label_list}
-        named |= {"pretrained": self.root / "pretrain" / "encoder.safetensors"} if start == "pretrained" else {}
+        named |= {"pretrained": self.encoder_path(start)} if start and start not in UNTRAINED else {}
         paths = {name: Path(path) for name, path in named.items() if path is not None and Path(path).exists()}
         settings: dict = {name: f"{path.name}, sha256 {digest(path)}" for name, path in paths.items()}
         settings |= {"paper": self.paper, "data": {"name": self.data.name, **self.data.identity}}

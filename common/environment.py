@@ -1,5 +1,6 @@
 """The environment of a result: the commit of the code, the versions of its dependencies, and the device."""
 
+import hashlib
 import os
 import platform
 import re
@@ -32,6 +33,15 @@ def commit() -> str:
         return head + ("+dirty" if git("status", "--porcelain", "--", ".", *NOT_CODE) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def code() -> str:
+    """The commit, and a hash of all Python files of the project, which also tells edits that are not committed from each other."""
+    found = hashlib.sha256()
+    for package in sorted(path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"):
+        for path in sorted(package.rglob("*.py")):
+            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"{commit()}, files {found.hexdigest()[:12]}"
 
 
 def versions() -> str:

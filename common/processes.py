@@ -3,12 +3,15 @@
 Shapes: n images of one process, N of all of them.
 """
 
+import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
+
+from common.run import RunError, differences
 
 T = TypeVar("T")
 ROWS = 2**13  # maximum number of rows that each process sends at once; limits the memory of `gather_rows`
@@ -32,6 +35,23 @@ def once(fabric: Fabric, compute: Callable[[], T]) -> T:
     if reply[0]:
         raise SystemExit(reply[0])
     return reply[1]
+
+
+def require_same(fabric: Fabric, facts: dict[str, Any]) -> None:
+    """Raise RunError, as `once`, if the facts (JSON values) of a process differ from those of the main process."""
+    if fabric.world_size == 1:
+        return
+    node, everywhere = platform.node(), [("", facts)] * fabric.world_size
+    torch.distributed.all_gather_object(everywhere, (node, facts))
+
+    def compare() -> None:
+        for rank, (other_node, others) in enumerate(everywhere):
+            if found := differences(facts, others, "in process 0", f"in process {rank}"):
+                rest = f", and {len(found) - 5} more" if len(found) > 5 else ""
+                where = f"process {rank} on {other_node} differs from process 0 on {node}"
+                raise RunError(f"{where} ({'; '.join(found[:5])}{rest}): give all nodes the same code, command and software")
+
+    once(fabric, compare)
 
 
 def close_connections() -> None:

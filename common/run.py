@@ -114,7 +114,7 @@ class Run:
         """Raise RunError if the directory contains a run with other settings. Writes nothing."""
         recipe = self.directory / "recipe.json"
         if self._begun and recipe.exists() and (held := json.loads(recipe.read_text())) != self.settings:
-            differing = ", ".join(_differences(held, self.settings))
+            differing = ", ".join(differences(held, self.settings, "there", "requested"))
             raise RunError(f"{self.directory} holds a run with other settings ({differing}); set another folder with OUT=, or delete it")
 
     def _start(self) -> None:
@@ -140,9 +140,9 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _differences(held: Any, asked: Any, path: str = "") -> list[str]:
-    """The differences of two JSON values, as "path: old there, new requested"."""
-    if isinstance(held, dict) and isinstance(asked, dict):
-        keys = [*held, *(k for k in asked if k not in held)]
-        return [d for k in keys for d in _differences(held.get(k), asked.get(k), f"{path}.{k}" if path else k)]
-    return [] if held == asked else [f"{path}: {held} there, {asked} requested"]
+def differences(one: Any, other: Any, where: str, elsewhere: str, path: str = "") -> list[str]:
+    """The differences of two JSON values, as "path: 1 where, 2 elsewhere"."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*one, *(key for key in other if key not in one)]
+        return [d for key in keys for d in differences(one.get(key), other.get(key), where, elsewhere, f"{path}.{key}" if path else key)]
+    return [] if one == other else [f"{path}: {one} {where}, {other} {elsewhere}"]

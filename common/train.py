@@ -142,11 +142,13 @@ def fit(
     *,
     compile: bool = False,
     checkpoint_seconds: float = 20.0,
+    after_epoch: Callable[[int, M], None] | None = None,
 ) -> tuple[M, float]:
     """Train a method (see common/method.py), including the cool-down. Return the model (its EMA if the stage has `ema`) and the hours.
 
     `loader` yields micro-batches of `device_batch(stage, world size)` images. Resumes from run.checkpoint if it exists, and saves at
-    most once every `checkpoint_seconds`.
+    most once every `checkpoint_seconds`. after_epoch: called with the number of finished epochs and the model (its EMA) after each of them;
+    after a crash it may be called again for the last ones.
     Each step has one exchange between processes besides that of the gradients; its metrics are read READ_AFTER steps later.
     Raises RunError, with the step, for a loss that is not finite, and Stopped after a signal; the last checkpoint is kept for resuming.
     """
@@ -251,6 +253,9 @@ def fit(
                 run.record(step, {"epoch": step / steps_per_epoch, "lr": learning_rate, **means})
                 add_scalars(step, means)
                 sums, count = {}, 0
+            if after_epoch is not None and step % steps_per_epoch == 0:
+                read(0)  # the loss of all steps is finite
+                after_epoch(step // steps_per_epoch, model if average is None else average.module)  # type: ignore[arg-type]  # an M too
             show(step, stage.batch_size, values)
             run.report(step, total, step / steps_per_epoch, state["progress"]["step"])
             if stopping or save_due or step == total:

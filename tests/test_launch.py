@@ -122,3 +122,25 @@ def test_make_starts_one_process_per_gpu_and_a_user_error_is_printed_once(tmp_pa
     assert done.returncode == 2 and done.stdout.count("a batch of 101 cannot be divided among 2 devices") == 1 and not done.stderr
     make = subprocess.run(["make", "-n", "reproduce", "PAPER=mae", "GPUS=8"], cwd=ROOT, capture_output=True, text=True)
     assert "-m benchmarks.reproduce 'mae'" in make.stdout and "--gpus '8'" in make.stdout
+
+
+DIFFERING = """
+import os, sys
+from benchmarks import reproduce
+from common.stopping import stop_on_signals
+
+rank = int(os.environ["RANK"])
+reproduce.code = lambda: f"commit {rank}"
+with stop_on_signals(exiting=True):
+    sys.exit(reproduce.main(["droppos", "--device", "cpu", "--gpus", "2", "--set", f"pretrain.base_lr={rank + 1}", *sys.argv[1:]]))
+"""
+
+
+def test_processes_with_different_code_or_recipe_are_refused_with_the_difference(tmp_path):
+    (tmp_path / "differing.py").write_text(DIFFERING)
+    code = f"import sys; from benchmarks.launch import launch; sys.exit(launch(2, 'differing', ['--out', '{tmp_path}/out']))"
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout.count("error") == 1, done.stdout
+    assert "code: commit 0 in process 0, commit 1 in process 1" in done.stdout
+    assert "recipe.pretrain.base_lr: 1.0 in process 0, 2.0 in process 1" in done.stdout and not (tmp_path / "out").exists()
