@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.checkpoint import PlainCheckpointIO, load_checkpoint, save_checkpoint
 from common.data import Augmentation, Batches, Data, Loader, Split
+from common.files import partial
 from common.optim import Schedule, make_optimizer
 from common.processes import close_connections, on_any_process, sum_over_processes
 from common.randomness import reseed
@@ -170,7 +171,8 @@ def fit(
     if run.checkpoint.exists():
         load_checkpoint(fabric, run.checkpoint, state)
         progress = state["progress"]
-        run.say(f"resuming from step {progress['step']} of {total}")
+        interrupted = "; the last save was interrupted, so the one before it is used" if partial(run.checkpoint).exists() else ""
+        run.say(f"resuming from step {progress['step']} of {total}{interrupted}")
     run.forget_after(progress["step"])
 
     started, step, sums, count = time.perf_counter() - 3600 * progress["hours"], progress["step"], progress["sums"], progress["count"]
