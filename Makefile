@@ -70,7 +70,7 @@ test-all: .venv/installed  ## all tests, as CI runs them
 	$(python) -m pytest -n auto --dist loadgroup -m 'not faults' $(ARGS)
 
 test-slurm: .venv/installed  ## jobs and their faults on a real Slurm of two nodes on this machine; needs root and Slurm's packages
-	$(python) -m pytest -s tests/test_slurm.py tests/test_slurm_faults.py $(ARGS)
+	$(python) -m pytest -s tests/slurm $(ARGS)
 
 lint: .venv/installed  ## ruff and mypy: rules, format, types
 	$(python) -m ruff check . && $(python) -m ruff format --check .

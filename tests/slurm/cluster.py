@@ -66,18 +66,6 @@ class Cluster:
         return self.run("squeue", "-h", "-r", "-o", "%i %j %T %N %r")
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cluster")
-    script = Path(__file__).parent / "cluster.sh"
-    started = subprocess.run([script, "start", folder], env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=120)
-    if started.returncode:
-        subprocess.run([script, "stop", folder], env=os.environ | {"PATH": PATH}, capture_output=True, timeout=120)
-        pytest.skip(f"Slurm could not be started: {started.stderr}")
-    yield Cluster(folder)
-    subprocess.run([script, "stop", folder], env=os.environ | {"PATH": PATH}, capture_output=True, timeout=120)
-
-
 def wait_until(condition, seconds: float = 120.0):
     end = time.monotonic() + seconds
     while not (found := condition()):

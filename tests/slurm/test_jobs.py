@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: what is submitted, what status says, and the faults that take seconds. The others: test_slurm_faults.py."""
+"""Jobs on a real Slurm: what is submitted, what status says, and the faults that take seconds. The others: test_faults.py."""
 
 import json
 import os
@@ -18,7 +18,6 @@ from tests.slurm.cluster import (
     CPU,
     LONG,
     checkout,
-    cluster,  # noqa: F401  (a fixture)
     fault,
     job,
     log,

@@ -4,6 +4,7 @@ Each prints a line: times tried, steps lost, seconds from the fault to the next 
 undisturbed run.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,6 @@ from tests.slurm.cluster import (
     LONG,
     SMALL,
     checkout,
-    cluster,  # noqa: F401  (a fixture)
     fault,
     job,
     log,
