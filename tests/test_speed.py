@@ -4,7 +4,7 @@ import pandas
 import pytest
 import torch
 
-from benchmarks.speed import attention, measure, steps
+from benchmarks.speed import attention, loop, measure, steps
 from benchmarks.speed.steps import Step, main, make_steps
 from common.optim import make_optimizer
 from common.vit import ViT
@@ -120,3 +120,15 @@ def test_attend_uses_the_fastest_backend_for_each_shape():
     )
     chosen = attention.choose(frame, torch.device("cpu"))
     assert [(row["windowed"], row["keys"], row["backend"]) for row in chosen] == [(True, 197, "triton"), (False, 50, "sdpa")]
+
+
+def test_the_timed_loop_has_all_steps_and_the_table_its_ratios(tmp_path, monkeypatch):
+    """The bare step and the loop train the same model on the same images, in one process and in two."""
+    monkeypatch.setattr(loop, "ROOT", tmp_path)
+    monkeypatch.setattr(loop, "CASES", {"digits": loop.CASES["digits"]})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "benchmarks/speed").mkdir(parents=True)
+    assert loop.main(["--device", "cpu", "--rounds", "1", "--steps", "8"]) == 0
+    (line,) = pandas.read_csv(tmp_path / "benchmarks/speed/loop.csv").to_dict("records")
+    assert line["overhead %"] == pytest.approx(100 * (line["loop ms"] / line["bare ms"] - 1), abs=1)
+    assert line["efficiency %"] == pytest.approx(100 * line["loop ms"] / (2 * line["all processes ms"]), abs=1)

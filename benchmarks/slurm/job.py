@@ -1,5 +1,6 @@
 """What each process of a job does. srun starts one process for each GPU; submitit calls `run` in it."""
 
+import errno
 import gc
 import os
 import socket
@@ -16,6 +17,7 @@ from common import keep_freed_memory
 from common.run import RunError, console
 from common.stopping import stop_on_signals, stop_with_parent
 
+FAULTS_OF_STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
 PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections
 
 
@@ -36,7 +38,7 @@ def run(arguments: list[str], log: Path) -> None:
     except USER_ERRORS as error:
         journal.note(log, "error", rank=rank, text=str(error))
         console.print(f"error in process {rank}: {error}", style="bold red", markup=False)
-        sys.exit(journal.FOR_GOOD)
+        sys.exit(1 if may_pass(error) else journal.FOR_GOOD)
     except Exception as error:
         journal.note(log, "error", rank=rank, text=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         traceback.print_exc()
@@ -44,6 +46,13 @@ def run(arguments: list[str], log: Path) -> None:
     finally:
         gc.freeze()  # at exit Python would look for garbage for seconds, while Slurm waits to kill the job
     sys.exit(0)  # without a return value, which submitit would pickle
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is a fault of a network file system that a later start may not meet."""
+    if error is None:
+        return False
+    return (isinstance(error, OSError) and error.errno in FAULTS_OF_STORAGE) or may_pass(error.__cause__)
 
 
 def launcher_variables(slurm: Mapping[str, str]) -> dict[str, str]:

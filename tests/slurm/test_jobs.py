@@ -1,5 +1,6 @@
 """Jobs on a real Slurm: what is submitted, what status says, and the faults that take seconds. The others: test_faults.py."""
 
+import errno
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ import pytest
 from benchmarks.slurm import journal
 from benchmarks.slurm.__main__ import main
 from benchmarks.slurm.cluster import minutes
-from benchmarks.slurm.job import launcher_variables
+from benchmarks.slurm.job import launcher_variables, may_pass
 from benchmarks.slurm.snapshot import copy_code
+from common.data import DataError
+from common.recipe import RecipeError
 from tests.slurm.cluster import (
     CPU,
     LONG,
@@ -42,6 +45,17 @@ def test_launcher_variables_are_those_of_slurm():
 
 def test_time_limits_of_slurm_are_understood():
     assert [minutes(limit) for limit in ("1-00:00:00", "00:05:00", "10-12:30:00", "UNLIMITED")] == [1440, 5, 15150, None]
+
+
+def test_a_fault_of_the_storage_is_tried_again_and_other_user_errors_are_not():
+    try:
+        try:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        except OSError as error:
+            raise DataError("a.jpg cannot be opened (Stale file handle)") from error
+    except DataError as error:
+        assert may_pass(error)
+    assert may_pass(OSError(errno.EIO, "x")) and not may_pass(OSError(errno.ENOSPC, "x")) and not may_pass(RecipeError("x"))
 
 
 def test_three_starts_without_a_new_step_end_a_task_and_a_new_step_does_not(tmp_path):
