@@ -30,7 +30,11 @@ def pages(root: Path) -> dict[str, Tables]:
     found: dict[str, Tables] = {
         "README.md": {"digits": partial(digits_table, root), "speed": partial(speed_table, root)},
         "RESULTS.md": {"results": partial(results_table, root), "together": partial(together_table, root)},
-        "benchmarks/README.md": {"speed": partial(speed_table, root), "attention": partial(attention_table, root)},
+        "benchmarks/README.md": {
+            "speed": partial(speed_table, root),
+            "attention": partial(attention_table, root),
+            "loop": partial(speed_table, root, "loop"),
+        },
     }
     for name in [*papers(root), *baselines(root)]:
         tables, behind = found.setdefault(f"{folder(name, root)}/README.md", {}), f" {name}" * (folder(name, root) == BASELINES)
@@ -76,7 +80,7 @@ def update(root: Path, check: bool = False) -> tuple[list[str], list[str]]:
             if old and not check:
                 page.write_text(filled, encoding="utf-8")
             stale += old
-            optional = {"speed", "attention"}
+            optional = {"speed", "attention", "loop"}
             if any(name.startswith("measured") for name in tables):
                 ledger = load(page.parent / "results.csv")
                 lost = [log for log in ledger["log"].unique() if not (root / log).is_file()]
@@ -103,9 +107,9 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     return int(bool(faults or (check and stale)))
 
 
-def speed_table(root: Path) -> str:
-    """The committed speed measurements, in seconds a step."""
-    path = root / "benchmarks/speed/steps.csv"
+def speed_table(root: Path, name: str = "steps") -> str:
+    """The committed measurements of one file of benchmarks/speed."""
+    path = root / f"benchmarks/speed/{name}.csv"
     frame = pandas.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pandas.DataFrame()
     return markdown(frame.drop(columns=["GFLOP", "GEMM GFLOP/s"], errors="ignore").rename(columns=str.capitalize))
 

@@ -240,10 +240,10 @@ def test_a_signal_during_a_compile_resumes(cluster, tmp_path):
 def test_a_signal_during_an_evaluation_resumes(cluster, tmp_path):
     stages = ["--stages", "pretrain", "finetune", "--set", "finetune.stage.epochs=16"]
     options = [*CPU, "--epochs", "2", "--checkpoint-seconds", "1", *stages]
+    undisturbed(cluster, tmp_path / "here", *options)
     cluster.submit(tmp_path / "out", *options)
     run, task = SHORT_RUN.parents[1] / "digits-2ep-seed0" / "finetune-pretrained", "finetune-droppos-seed0"
     strike = lambda: cluster.run("scancel", "--signal=USR2", job(tmp_path / "out", task))  # noqa: E731
-    undisturbed(cluster, tmp_path / "here", *options)
     survives("signal during fine-tuning", tmp_path / "out", tmp_path / "here" / run, strike, run, task)
     one, other = ((tmp_path / where / run / "result.json").read_text().partition('"hours"')[0] for where in ("out", "here"))
     assert one == other
