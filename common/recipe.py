@@ -145,9 +145,12 @@ class Protocol:
     name: str  # the name in results.csv
     kind: Literal["finetune", "linear", "logistic", "knn", "classify"]  # see above
     stage: TrainConfig | None = None  # training settings; logistic regression and k-NN have none
-    labels_per_class: int | None = None  # train on this many labels per class, drawn with the run's seed; None = all
-    label_fraction: float | None = None  # or on this fraction of all labels, balanced over classes, drawn with the run's seed
+    labels_per_class: int | None = None  # train on this many labels per class, drawn with `label_seed`; None = all
+    label_fraction: float | None = None  # or on this fraction of all labels, balanced over classes, drawn with `label_seed`
     label_list: str | None = None  # or on the images listed in this file, one per line, by file name or class/file name
+    # seed of the draw of labels, and of the images that a linear probe holds out; None = the run's seed. If it is given, runs with
+    # different seeds train on the same images, so the spread of their results is that of the training alone
+    label_seed: int | None = None
     pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
     layers: tuple[int, ...] = (1,)  # frozen: number of last blocks to concatenate, each after the final norm; several for linear only
     # test images and images for frozen encoders, from files: resize the short side to this many pixels before the center crop;
@@ -185,6 +188,7 @@ class Protocol:
             (sum(value is not None for value in labels) <= 1, "labels_per_class label_fraction label_list", "at most one may be given"),
             (self.labels_per_class is None or self.labels_per_class > 0, "labels_per_class", "give a whole number from 1 up"),
             (self.label_fraction is None or 0 < self.label_fraction <= 1, "label_fraction", "give a fraction above 0, at most 1"),
+            (self.label_seed is None or self.label_seed >= 0, "label_seed", "give a whole number from 0 up, or null"),
             (min(self.layers, default=0) > 0, "layers", "give numbers from 1 up"),
             (self.kind == "linear" or len(self.layers) == 1, "kind layers", "give one number of layers"),
             (self.kind != "finetune" or self.layers == (1,), "kind layers", "fine-tuning reads the last layer, (1,)"),
@@ -202,6 +206,10 @@ class Protocol:
             *((sound, name, "give each once") for sound, name in once),
             (not (many and shared), "stage", "several layers, heads, lr_multipliers or decays go without clip_norm and final_weight_decay"),
         )
+
+    def draw_seed(self, seed: int) -> int:
+        """The seed with which a run with seed `seed` draws its labels and images: `label_seed`, if it is given."""
+        return seed if self.label_seed is None else self.label_seed
 
     @property
     def classifiers(self) -> int:

@@ -80,10 +80,10 @@ def evaluate(
 
     encoder: a module as in TokenEncoder; it is copied and not changed. None: raw pixels (k-NN, logistic). For "classify", a whole
     classifier that returns logits. Its device does not matter: `fabric` defines where to compute; by default on a GPU if available.
-    seed: of the choice of labels, the order of images and all random draws of training, but not of a classifier's initial weights, which
-    come from torch's global generator (torch.manual_seed). image_size: (height, width) in pixels; by default that of the encoder.
-    batch_size: images per forward pass of a frozen encoder on one device. run: the directory for logs and checkpoints of a training; by
-    default a temporary one. cache: where to cache features, as in `features`; by default they are not cached.
+    seed: of the choice of labels (unless the protocol has a `label_seed`), the order of images and all random draws of training, but not of
+    a classifier's initial weights, which come from torch's global generator (torch.manual_seed). image_size: (height, width) in pixels; by
+    default that of the encoder. batch_size: images per forward pass of a frozen encoder on one device. run: the directory for logs and
+    checkpoints of a training; by default a temporary one. cache: where to cache features, as in `features`; by default they are not cached.
     Raises ValueError for an encoder, a protocol or data that do not fit together, and RunError for features that are not finite.
     """
     if isinstance(protocol, str):
@@ -113,11 +113,14 @@ def evaluate(
 
 
 def labelled_images(protocol: Protocol, train: Split, seed: int) -> Split:
-    """The training images that a protocol uses with their labels. Raises DataError if there are too few, or if a list does not fit."""
+    """The training images that a protocol uses with their labels, drawn with its `label_seed` or else with `seed`.
+
+    Raises DataError if there are too few, or if a list does not fit.
+    """
     if protocol.labels_per_class is not None:
-        return train.per_class(protocol.labels_per_class, seed)
+        return train.per_class(protocol.labels_per_class, protocol.draw_seed(seed))
     if protocol.label_fraction is not None:
-        return train.balanced(protocol.label_fraction, seed)
+        return train.balanced(protocol.label_fraction, protocol.draw_seed(seed))
     if protocol.label_list is not None:
         return train.listed(Path(protocol.label_list))
     return train
@@ -225,12 +228,14 @@ class _Evaluation:
         return {} if encoder is None else {"layers": layers_name(self.protocol.layers[0]), "pool": self.protocol.pool}
 
     def settings(self, **facts: Any) -> str:
-        """`facts`, the resizing of the images and the number of labels, as one string."""
+        """`facts`, the resizing of the images, the number of labels and the seed of their draw, as one string."""
         if self.data.val.paths is not None:
             resize = view_name(self.data, self.image_size, self.protocol.resize)
             facts |= {"resize": resize, "interpolation": self.protocol.interpolation}
         if len(self.labelled) < len(self.data.train):
             facts["labels"] = len(self.labelled)
+        if self.protocol.label_seed is not None:
+            facts["label_seed"] = self.protocol.label_seed
         return " ".join(f"{name}={value}" for name, value in facts.items())
 
     def hours(self) -> float:
