@@ -31,7 +31,7 @@ from common.train import device_batch, fit, make_loader
 UNTRAINED = ("scratch", "random", "pixels")  # the baselines
 # Fields of Protocol that the recipe.json of earlier runs lacks. With their defaults they are left out of the settings, so that such runs
 # are still accepted.
-ADDED = ("label_seed",)
+ADDED = ("label_seed", "shuffle_test", "images")
 
 
 @dataclass
