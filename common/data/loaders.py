@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, view_name, worker_transform
 from common.data.sets import Data, DataError, Split, any_size, read_image
 from common.environment import available_cores
-from common.randomness import generator, reseed
+from common.randomness import generator, reseed_cpu
 from common.stopping import STOP_SIGNALS, finish_first
 
 # last entry of the random keys; AUGMENTATION must be the largest, because copy c of an image uses AUGMENTATION + c
@@ -229,7 +229,7 @@ class _Images(Dataset):
         if self.random:
             # Python's, NumPy's and torch's global generators, because the transforms use all three. Without workers this changes those of
             # the caller's process; they are not restored, as the training loop reseeds before each step. Evaluation does not reseed.
-            reseed(self.seed, epoch, index, AUGMENTATION + copy)
+            reseed_cpu(self.seed, epoch, index, AUGMENTATION + copy)
         with any_size():  # cropping also warns about large images
             image, index, skipped = self._read(index)
             image_CHW = self.transform(image)[: self.channels]

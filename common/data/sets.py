@@ -249,6 +249,9 @@ def read_image(path: str) -> Image.Image:
                 raise MemoryError  # before the kernel kills the process; the size may come from a broken header
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 return Image.fromarray(_to_bytes(path, numpy.asarray(image))).convert("RGB")
+            if image.mode == "RGB":
+                image.load()  # without the copy of a conversion
+                return image
             # Pillow converts a palette with transparent entries to RGB only via RGBA
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except DataError:
