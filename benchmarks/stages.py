@@ -187,7 +187,7 @@ class Stages:
 
     def view(self, split: Split) -> dict:
         """How images of a split are resized where the pre-trained model itself is evaluated."""
-        return {} if split.paths is None else {"resize": self.recipe.pretrain.augmentation.evaluation_resize}
+        return {} if split.images is not None else {"resize": self.recipe.pretrain.augmentation.evaluation_resize}
 
     @contextmanager
     def open(self, stage: str, protocol: Protocol | None = None, start: str = "") -> Iterator[tuple[Run, dict | None]]:

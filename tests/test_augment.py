@@ -26,7 +26,7 @@ from common.data.augment import (
     resized_crop,
     worker_transform,
 )
-from common.data.sets import read_image
+from common.data.images import read_image
 
 IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette"
 CPU = torch.device("cpu")

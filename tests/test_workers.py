@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -173,7 +172,7 @@ def test_images_larger_than_pillows_limit_are_cropped_without_a_warning(tmp_path
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for name in ("train/a/0", "train/a/1", "val/a/0"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(numpy.full((40, 40, 3), 90, dtype=numpy.uint8)).save(tmp_path / f"{name}.png")
+        Image.fromarray(numpy.full((80, 80, 3), 90, dtype=numpy.uint8)).save(tmp_path / f"{name}.png")
     data = open_data(str(tmp_path))
     settings = {"image_size": (16, 16), "batch_size": 2, "seed": 0, "device": torch.device("cpu"), "workers": 0}
     for augmentation in (None, Augmentation(scale=(0.9, 1.0))):

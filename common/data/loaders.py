@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, view_name, worker_transform
-from common.data.sets import Data, DataError, Split, any_size, read_image
+from common.data.images import REPLACED, any_size, read_image
+from common.data.sets import Data, DataError, Split
 from common.environment import available_cores
 from common.randomness import generator, reseed_cpu
 from common.stopping import STOP_SIGNALS, finish_first
@@ -92,11 +93,11 @@ class Loader:
                 f"{self.accumulate} accumulated x {self.world_size} devices): choose an effective batch of at most {len(self.split)}"
             )
         # the augmentation's `resize` is ignored for images in memory
-        resize = self.resize
+        resize, files = self.resize, self.split.images is None
         if self.augmentation is not None:
-            resize = self.augmentation.evaluation_resize if self.split.paths else None
-        if resize is not None and (self.split.paths is None or 0 < resize < min(self.image_size)):
-            short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but all have one size"
+            resize = self.augmentation.evaluation_resize if files else None
+        if resize is not None and (not files or 0 < resize < min(self.image_size)):
+            short = f"smaller than the {min(self.image_size)} pixels of the model" if files else "but all have one size"
             raise DataError(f"images are to be resized to {resize} pixels, {short}: choose a larger `resize`, None, or 0 to stretch images")
         if self.split.images is not None and self.split.images.shape[1] != self.data.channels:
             given = f"images of shape {tuple(self.split.images.shape)} for {self.data.name} with channels={self.data.channels}"
@@ -190,7 +191,7 @@ class Loader:
                 # reported here and not in the workers, so that a file is reported once even if several workers read it
                 for path in {path for paths in skipped for path in paths.splitlines()} - self.reported:
                     self.reported.add(path)
-                    log.warning("%s cannot be read as an image: the next readable image replaces it", path)
+                    log.warning(REPLACED, path)
                 images_BCHW = images_BCHW.to(self.device, non_blocking=True)
                 images_BCHW = normalize(images_BCHW, self.data.mean, self.data.std)
                 if self.augmentation is not None:
@@ -236,10 +237,10 @@ class _Images(Dataset):
         return image_CHW, self.split.labels[index], torch.rand(DRAWS) if self.random else torch.zeros(DRAWS), skipped
 
     def _read(self, index: int) -> tuple[Image.Image, int, str]:
-        if self.split.paths is None:
-            assert self.split.images is not None
+        if self.split.images is not None:
             pixels_HWC = self.split.images[index].permute(1, 2, 0).numpy()
             return Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC).convert("RGB"), index, ""
+        assert self.split.paths is not None
         skipped, faults = list[str](), list[DataError]()
         for candidate in itertools.chain(range(index, len(self.split)), range(index)):
             try:

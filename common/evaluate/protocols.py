@@ -226,7 +226,7 @@ class _Evaluation:
 
     def settings(self, **facts: Any) -> str:
         """`facts`, the resizing of the images and the number of labels, as one string."""
-        if self.data.val.paths is not None:
+        if self.data.val.images is None:
             resize = view_name(self.data, self.image_size, self.protocol.resize)
             facts |= {"resize": resize, "interpolation": self.protocol.interpolation}
         if len(self.labelled) < len(self.data.train):

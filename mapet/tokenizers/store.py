@@ -101,9 +101,9 @@ class TokenStore:
     def _compare(self, split: Split, names: list[str], rows: Sequence[int]) -> None:
         """Raise DataError if the image files have other contents than those that the tokens were made from."""
         held = self.manifest.get("contents")
-        if not held or split.paths is None:
+        if not held:
             return
-        pairs = zip(names, split.paths.contents, (held[row] for row in rows), strict=False)  # no contents: large set
+        pairs = zip(names, split.contents, (held[row] for row in rows), strict=False)  # no contents: in memory, or a large set
         # for large sets only file sizes are known, for the largest ones nothing: compare what both have
         other = [name for name, now, then in pairs if then and not now.startswith(then) and not then.startswith(now)]
         if other:
