@@ -23,7 +23,7 @@ from benchmarks.preflight import check
 from benchmarks.stages import Stages
 from common import keep_freed_memory
 from common.data import open_data
-from common.data.loaders import default_workers
+from common.data.workers import default_workers
 from common.environment import device_name
 from common.processes import once
 from common.recipe import RecipeError, base_arm, choose_arms, nearest, override

@@ -18,7 +18,7 @@ from benchmarks.papers import folder, paper_name
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split
-from common.data.loaders import default_workers
+from common.data.workers import default_workers
 from common.evaluate import evaluate, own_metrics
 from common.files import digest
 from common.processes import once

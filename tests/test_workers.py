@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import worker
 
 from common.data import Augmentation, Loader, Split, open_data
-from common.data.loaders import default_workers
+from common.data.workers import default_workers
 from common.stopping import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]

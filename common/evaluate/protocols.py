@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.data import Augmentation, Batches, Data, Loader, Split
 from common.data.augment import view_name
-from common.data.loaders import default_workers
+from common.data.workers import default_workers
 from common.evaluate.encoder import TokenEncoder, as_encoder, input_size
 from common.evaluate.finetune import Classifier, accuracies, accuracy
 from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
