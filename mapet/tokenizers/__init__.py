@@ -17,11 +17,12 @@ from common.data import Augmentation, Data, Loader, Split
 from common.data.augment import view_size
 from common.files import replacing
 from common.picture import draw_codewords
+from common.progress import progress_bar
 from common.recipe import RecipeError
 from common.run import console
 from mapet.tokenizers.features import Clip, Encoder, Features, Pixels
 from mapet.tokenizers.kmeans import NearestCentroid, fit_centroids, sample_features
-from mapet.tokenizers.store import SAVE_SECONDS, Tokenizer, TokenStore, image_names, making, progress_bar, unfinished, write_tokens
+from mapet.tokenizers.store import SAVE_SECONDS, Tokenizer, TokenStore, image_names, making, unfinished, write_tokens
 from mapet.tokenizers.vqkd import VQKD, load_vqkd
 
 PARTS = ("train", "val")  # splits of the data, in the row order of a store

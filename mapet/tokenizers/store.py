@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from common.data import DataError, Loader, Split
 from common.files import Locked, locked
-from common.run import RunError, console, write_text
+from common.progress import progress_bar
+from common.run import RunError, write_text
 from mapet.tokenizers.kmeans import NearestCentroid
 from mapet.tokenizers.vqkd import VQKD
 
@@ -191,24 +191,3 @@ def making(folder: Path) -> Iterator[None]:
         except Locked:
             raise RunError(f"{folder} is being made by another process; wait for it") from None
         yield
-
-
-@contextmanager
-def progress_bar(title: str, begun: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function (done, total) that updates a bar on a terminal, and prints a line at most every SAVE_SECONDS and at the end.
-
-    begun: images that were done before; they are excluded from the estimate of the remaining time.
-    """
-    start = shown = time.monotonic()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            bar.update(task, completed=done, total=total)
-            now = time.monotonic()
-            if done == total or now - shown >= SAVE_SECONDS:
-                shown, left = now, (total - done) * (now - start) / max(1, done - begun)
-                console.print(f"{title}: {done} of {total} images, {left:.0f} s left", markup=False)
-
-        yield show
