@@ -333,6 +333,11 @@ def test_normalisation_can_be_undone_exactly():
     assert torch.equal(restored.round().byte(), images)
 
 
+def test_grey_images_get_the_channels_of_the_mean():
+    grey, mean, std = pictures(2, channels=1), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    assert torch.equal(normalize(grey, mean, std), normalize(grey.expand(-1, 3, -1, -1), mean, std))
+
+
 def test_normalisation_leaves_its_input_unchanged():
     floats = pictures(2).float()
     before = floats.clone()
