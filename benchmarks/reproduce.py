@@ -74,7 +74,8 @@ class Options:
     record: bool = False
     """Add the results to <paper>/results.csv and the log to <paper>/logs."""
     set: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
-    """Override a setting, for all arms; repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50."""
+    """Override a setting, for all arms; repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50
+    --set finetune.shuffle_test=true --set finetune_5_per_class.label_seed=0."""
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     """auto is bf16-mixed if the hardware supports it, else 32-true."""
     gpus: int = 1
