@@ -37,7 +37,7 @@ from common.train import fit, make_fabric
 
 SAME = ["device", "model", "batch", "processes"]
 WARM = 5  # steps that are not timed
-CASES = {"digits": ("digits", None, 128, 1), "224 px": (".", "small", 32, 3)}  # data of DropPos' recipe, size, effective batch, channels
+CASES = {"digits": ("digits", None, 128, 1), "224 px": (".", "small", 8, 3)}  # data of DropPos' recipe, size, effective batch, channels
 
 
 @dataclass
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.device_count() > 1 else "cpu", help="cpu or cuda")
     parser.add_argument("--processes", type=int, default=2, help="number of processes beside one (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="number of starts of each (default: 3)")
-    parser.add_argument("--steps", type=int, default=60, help=f"steps of each start (default: 60); the first {WARM} do not count")
+    parser.add_argument("--steps", type=int, default=25, help=f"steps of each start (default: 25); the first {WARM} do not count")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)  # in a process of the launcher
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
