@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas
 from rich.table import Table
 
+from benchmarks.ledger.tables import counted
 from benchmarks.stages import Stages
 from common.files import replacing
 from common.run import console
@@ -37,7 +38,7 @@ def show_by_epoch(runs: Sequence[Stages]) -> None:
         return
     _write(table, path)
     means = table.pivot_table("top1", ["arm", "protocol"], "epoch", sort=False).sort_index(axis=1)
-    heading = f"top-1 in percent after some epochs, {table['seed'].nunique()} seeds"
+    heading = f"top-1 in percent after some epochs, {counted(table['seed'].nunique(), 'seed')}"
     screen = Table(title=heading, caption="the learning rate decays until the last one", min_width=len(heading))
     for column in ("Protocol", *map(str, means.columns)):
         screen.add_column(column, justify="left" if column == "Protocol" else "right")
