@@ -10,11 +10,10 @@ from types import ModuleType
 
 from benchmarks.papers import baselines, choose_recipe, paper_module, papers
 from common.data import Augmentation, Data
-from common.recipe import DEIT_CROPS, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest, override
+from common.recipe import DEIT_CROPS, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
 
 REFERENCES = ("from scratch", "mae")  # what the differences are from
 GAP = "mae, half the lr"  # a second recipe of one method: how much of a difference between methods a recipe can make
-FEW = (5, 20)  # labels per class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +26,13 @@ class Arena:
     patch_size: int  # pixels
     images: int  # images that a pre-training sees, by default
     finetune: TrainConfig  # with all labels
-    few: TrainConfig  # with FEW labels per class
+    few: TrainConfig  # with few labels
     linear: TrainConfig  # linear probe
     encoder: dict = field(default_factory=dict)  # options of the encoder
-    draws: int = 2  # of the labels of `few`, each with all seeds
-    limit: int | None = None  # use only this many images of the training and the test set
+    labels: tuple[int, ...] = (5, 20)  # labels per class of `few`
+    draws: int = 2  # of these labels; each is used with all seeds of the training
+    batch_size: int | None = None  # the largest of a pre-training; learning rates follow it
+    limit: int | None = None  # at most this many training and test images
 
     @property
     def hash(self) -> str:
@@ -43,7 +44,7 @@ class Arena:
         tune: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1, "pool": pool, "position": position}
         few = [
             Protocol(name=f"finetune_{count}_per_class_draw{draw}", stage=self.few, labels_per_class=count, label_seed=draw, **tune)
-            for count in FEW
+            for count in self.labels
             for draw in range(self.draws)
         ]
         return (
@@ -57,31 +58,84 @@ class Arena:
 
 _SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
 _TUNE = TrainConfig(epochs=20, batch_size=128, base_lr=2e-3, warmup_epochs=2, augmentation=_SHIFTS)
-_PROBE = replace(_TUNE, epochs=20, optimizer="lars", base_lr=10.0, weight_decay=0.0)
-_CROPS = replace(DEIT_CROPS, crop="padding", padding=4)
-_CIFAR = TrainConfig(
-    epochs=100,
-    batch_size=512,
-    base_lr=1e-3,
-    warmup_epochs=5,
-    min_lr=1e-6,
-    layer_decay=0.75,
-    augmentation=Augmentation(crop="padding", padding=4),
-)
+_PROBE: dict = {"optimizer": "lars", "weight_decay": 0.0}
+_PADDED = Augmentation(crop="padding", padding=4)
+_MAE = replace(MAE_FINETUNE, batch_size=512, device_batch=512, augmentation=replace(DEIT_CROPS, crop="padding", padding=4))
+_CROPPED = Augmentation(scale=(0.2, 1.0))
 ARENAS = {
-    # 12 px in patches of 2: the smallest grid on which I-JEPA's and StoP's blocks exist.
-    "digits": Arena(
-        name="digits",
-        size="micro",
-        encoder={"depth": 4},
-        image_size=12,
-        patch_size=2,
-        images=43_000,
-        finetune=_TUNE,
-        few=replace(_TUNE, epochs=60, batch_size=50),
-        linear=_PROBE,
-    ),
+    arena.name: arena
+    for arena in (
+        # 12 px in patches of 2: the smallest grid on which I-JEPA's and StoP's blocks exist.
+        Arena(
+            name="digits",
+            size="micro",
+            encoder={"depth": 4},
+            image_size=12,
+            patch_size=2,
+            images=43_000,
+            finetune=_TUNE,
+            few=replace(_TUNE, epochs=60, batch_size=50),
+            linear=replace(_TUNE, **_PROBE, base_lr=10.0),
+        ),
+        # Two CPU cores: a method and seed in about ten minutes.
+        Arena(
+            name="cifar10",
+            size="micro",
+            encoder={"depth": 4},
+            image_size=32,
+            patch_size=4,
+            images=100_000,
+            finetune=replace(_TUNE, epochs=5, warmup_epochs=1, augmentation=_PADDED),
+            few=replace(_TUNE, epochs=60, batch_size=50, augmentation=_PADDED),
+            linear=replace(_TUNE, **_PROBE, base_lr=10.0, epochs=5, augmentation=_PADDED),
+            batch_size=128,
+            limit=10_000,
+        ),
+        # One GPU. The time of a method and seed is not measured yet.
+        Arena(
+            name="cifar10_gpu",
+            size="tiny",
+            image_size=32,
+            patch_size=4,
+            images=10_000_000,
+            finetune=_MAE,
+            few=replace(_MAE, epochs=200, batch_size=50),
+            linear=replace(_MAE, **_PROBE, base_lr=1.0, epochs=50, layer_decay=None, augmentation=_PADDED),
+        ),
+        # A folder of photographs, on two CPU cores.
+        Arena(
+            name="folder",
+            size="micro",
+            encoder={"depth": 4},
+            image_size=64,
+            patch_size=8,
+            images=20_000,
+            finetune=replace(_TUNE, epochs=10, batch_size=64, augmentation=_CROPPED),
+            few=replace(_TUNE, epochs=40, batch_size=50, augmentation=_CROPPED),
+            linear=replace(_TUNE, **_PROBE, base_lr=10.0, epochs=10, batch_size=64, augmentation=_CROPPED),
+            batch_size=64,
+        ),
+        # The same on one GPU. Not measured yet.
+        Arena(
+            name="folder_gpu",
+            size="small",
+            image_size=224,
+            patch_size=16,
+            images=5_000_000,
+            finetune=replace(MAE_FINETUNE, batch_size=512, epochs=50),
+            few=replace(MAE_FINETUNE, batch_size=50, epochs=100),
+            linear=replace(_TUNE, **_PROBE, base_lr=1.0, epochs=30, batch_size=512, augmentation=_CROPPED),
+            batch_size=1024,
+        ),
+    )
 }
+
+
+def choose_arena(data: str, device: str, limit: int | None = None) -> Arena:
+    """The arena of a data set or folder on cpu or cuda; `limit` lowers its limit."""
+    name = data if data in ARENAS else "folder"
+    arena = ARENAS.get(f"{name}_gpu" if device == "cuda" else name, ARENAS[name])
+    return arena if limit is None else replace(arena, limit=min(limit, arena.limit or limit))
 
 
 @dataclass(frozen=True)
@@ -95,54 +149,58 @@ class Entry:
     start: str = "pretrained"  # or "scratch": nothing is pre-trained
     encoder_file: Path | None = None
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is pre-trained in the arena."""
+        return self.start == "pretrained" and self.encoder_file is None
 
-def entries(data: str, names: tuple[str, ...] = (), encoder_file: Path | None = None) -> list[Entry]:
-    """The methods that take part, references first. A paper enters with the recipe for the data: as it is, or with each arm that adds
-    something; or with what its COMPARED says, {data: [(recipe, arm), ...]}.
+
+def entries(data: str, names: tuple[str, ...] = (), encoder_file: Path | None = None) -> dict[str, Entry]:
+    """The methods that take part, by name, the references first. A paper enters with its recipe for the data: as it is, or with each arm
+    that adds something; or with the recipes and arms that its COMPARED lists for the data, {data: [(recipe, arm), ...]}.
 
     Raises RecipeError for an unknown name.
     """
-    known = [name for name in (*baselines(), *papers())]
+    known = [*baselines(), *papers()]
     for name in names:
         if name not in known:
             raise RecipeError(f"PAPERS={name!r} is not known; {nearest(name, known)}")
-    mae = paper_module("mae")
-    _, own = choose_recipe(mae, data, None)
-    found = [Entry("from scratch", mae, own, start="scratch")]
-    for paper in ["mae", *(name for name in known if name != "mae" and (not names or name in names))]:
+    module = paper_module("mae")
+    mae = choose_recipe(module, data, None)[1]
+    found = [Entry("from scratch", module, mae, start="scratch"), Entry("mae", module, mae)]
+    for paper in (name for name in known if name != "mae" and name in (names or known)):
         module = paper_module(paper)
-        for name, arm in getattr(module, "COMPARED", {}).get(data if data in module.DEFAULTS else "folder", [(None, "")]):
-            _, recipe = choose_recipe(module, data, name)
-            arms = choose_arms(recipe, (arm,) if arm else ())
+        key = data if data in module.DEFAULTS else "folder"
+        for name, arm in getattr(module, "COMPARED", {}).get(key, [(None, None)]):
+            arms = choose_arms(choose_recipe(module, data, name)[1], (arm,) if arm else ())
             added = {arm: own for arm, own in arms.items() if "+" in arm} or arms
-            for arm, own in added.items():
-                plain = len(added) == 1 and name is None
-                found.append(Entry(paper if plain else f"{paper} {arm}", module, own, arm))
+            found += [Entry(f"{paper}, {arm}" if name else paper, module, own, arm) for arm, own in added.items()]
     if not names:
-        found.append(
-            Entry(GAP, mae, override(own_of(found, "mae"), [f"pretrain.base_lr={own_of(found, 'mae').pretrain.base_lr / 2}"]), "half_lr")
-        )
+        halved = replace(mae, pretrain=replace(mae.pretrain, base_lr=mae.pretrain.base_lr / 2))
+        found.append(Entry(GAP, found[0].module, halved, "half_lr"))
     if encoder_file is not None:
-        found.append(Entry(encoder_file.stem, mae, own, encoder_file=encoder_file))
-    return found
-
-
-def own_of(found: list[Entry], name: str) -> Recipe:
-    """The recipe of an entry."""
-    return next(entry.recipe for entry in found if entry.name == name)
+        found.append(Entry(encoder_file.stem, found[0].module, mae, encoder_file=encoder_file))
+    return {entry.name: entry for entry in found}
 
 
 def enter(arena: Arena, entry: Entry, epochs: int) -> Recipe:
-    """The recipe of an entry in the arena. Warm-up and freezing keep their share of the epochs."""
+    """The recipe of an entry in the arena. Warm-up and freezing keep their share of the epochs, and the learning rate follows the batch."""
     own, share = entry.recipe, epochs / entry.recipe.pretrain.epochs
     freeze = None if own.pretrain.freeze_epoch is None else own.pretrain.freeze_epoch * share
-    pretrain = replace(
-        own.pretrain, epochs=epochs, warmup_epochs=own.pretrain.warmup_epochs * share, freeze_epoch=freeze, cooldown_epochs=0
-    )
+    batch = min(own.pretrain.batch_size, arena.batch_size or own.pretrain.batch_size)
+    length: dict = {"epochs": epochs, "warmup_epochs": own.pretrain.warmup_epochs * share, "freeze_epoch": freeze, "cooldown_epochs": 0}
     pool = next((protocol.pool for protocol in own.protocols if protocol.kind == "knn"), "mean")
     position = "learned" if own.encoder.get("position") == "none" else None
-    shape: dict = {"size": arena.size, "image_size": arena.image_size, "patch_size": arena.patch_size}
-    return replace(own, **shape, encoder=own.encoder | arena.encoder, pretrain=pretrain, protocols=arena.protocols(pool, position), arms={})
+    return replace(
+        own,
+        size=arena.size,
+        image_size=arena.image_size,
+        patch_size=arena.patch_size,
+        encoder=own.encoder | arena.encoder,
+        pretrain=replace(own.pretrain, batch_size=batch, **length),
+        protocols=arena.protocols(pool, position),
+        arms={},
+    )
 
 
 def limited(arena: Arena, data: Data) -> Data:
