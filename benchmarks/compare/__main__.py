@@ -180,7 +180,7 @@ def run_units(folder: Path, units: list[tuple[str, int]], parallel: int | None, 
 def compare(options: Options) -> None:
     """Train and evaluate what is missing, add the scores to the ledger, and print the table."""
     folder, plan = prepare(options)
-    methods = plan.open()[2]
+    arena, _, methods = plan.open()
     units = [(name, seed) for seed in range(options.seeds) for name in methods]
     ledger = folder / "scores.csv"
     with locked(folder / ".lock"):
@@ -200,7 +200,7 @@ def compare(options: Options) -> None:
     scores = load(ledger)
     if scores.empty:
         raise RunError(f"{ledger} has no scores yet: run the comparison without TABLE=1")
-    table.show(scores, f"{plan.data}, {plan.budget}, arena {plan.arena} {plan.hash}")
+    table.show(scores, arena, methods, f"{plan.data}, {plan.budget}, arena {plan.arena} {plan.hash}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ class Arena:
     patch_size: int  # pixels
     images: int  # images that a pre-training sees, by default
     finetune: TrainConfig  # with all labels
-    few: TrainConfig  # with few labels
+    few: TrainConfig  # with the most of `labels`; with fewer labels, more epochs
     linear: TrainConfig  # linear probe
     encoder: dict = field(default_factory=dict)  # options of the encoder
     labels: tuple[int, ...] = (5, 20)  # labels per class of `few`
@@ -42,9 +42,11 @@ class Arena:
     def protocols(self, pool: str, position: str | None) -> tuple[Protocol, ...]:
         """The evaluations. pool: of the method's own k-NN. position: for fine-tuning, if the encoder has none from its pre-training."""
         tune: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1, "pool": pool, "position": position}
+        # the same number of steps for any number of labels
+        stages = {count: replace(self.few, epochs=self.few.epochs * max(self.labels) // count) for count in self.labels}
         few = [
-            Protocol(name=f"finetune_{count}_per_class_draw{draw}", stage=self.few, labels_per_class=count, label_seed=draw, **tune)
-            for count in self.labels
+            Protocol(name=f"finetune_{count}_per_class_draw{draw}", stage=stage, labels_per_class=count, label_seed=draw, **tune)
+            for count, stage in stages.items()
             for draw in range(self.draws)
         ]
         return (
@@ -74,7 +76,7 @@ ARENAS = {
             patch_size=2,
             images=43_000,
             finetune=_TUNE,
-            few=replace(_TUNE, epochs=60, batch_size=50),
+            few=replace(_TUNE, epochs=50, batch_size=50),
             linear=replace(_TUNE, **_PROBE, base_lr=10.0),
         ),
         # Two CPU cores: a method and seed in about ten minutes.
@@ -86,7 +88,7 @@ ARENAS = {
             patch_size=4,
             images=100_000,
             finetune=replace(_TUNE, epochs=5, warmup_epochs=1, augmentation=_PADDED),
-            few=replace(_TUNE, epochs=60, batch_size=50, augmentation=_PADDED),
+            few=replace(_TUNE, epochs=50, batch_size=50, augmentation=_PADDED),
             linear=replace(_TUNE, **_PROBE, base_lr=10.0, epochs=5, augmentation=_PADDED),
             batch_size=128,
             limit=10_000,
