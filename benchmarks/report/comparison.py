@@ -114,7 +114,7 @@ def _curves(folder: Path, plan: Plan) -> Section:
 def _costs(scores: pandas.DataFrame, methods: list[str]) -> Section:
     costs = scores[scores["evaluation"].str.startswith("cost_")].assign(cost=lambda rows: rows["evaluation"].str.removeprefix("cost_"))
     table = costs.pivot_table("value", "method", "cost", aggfunc="median").reindex(index=methods, columns=[*COSTS]).rename(columns=COSTS)
-    table = table.map(lambda value: "-" if pandas.isna(value) else f"{value:.3g}").reset_index(names="Method")
+    table = table.map(lambda value: "-" if pandas.isna(value) else f"{value:.3g}" if value < 100 else f"{value:,.0f}").reset_index(names="Method")
     return Section(heading="Costs", about="Medians over seeds.", table=table)
 
 

@@ -71,9 +71,9 @@ def feature_colours(encoder: ViT, images_BCHW: Tensor) -> Tensor:
     centred = (feature_BND - feature_BND.mean((0, 1))).flatten(0, 1)
     component_D3 = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
     component_D3 = component_D3 * component_D3.sum(0).sign()  # the sign of a component is arbitrary
-    value_B3 = centred @ component_D3
-    low, high = value_B3.quantile(torch.tensor([[0.01], [0.99]]), dim=0)
-    return ((value_B3 - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(len(images_BCHW), *encoder.grid, -1)
+    value_P3 = centred @ component_D3
+    low, high = value_P3.quantile(torch.tensor([0.01, 0.99]), dim=0)
+    return ((value_P3 - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(len(images_BCHW), *encoder.grid, -1)
 
 
 @torch.no_grad()

@@ -42,15 +42,18 @@ def _figure(height: float, columns: int = 1, width: float = WIDTH) -> tuple[Figu
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
+    """Several names in a legend below the axes; the figure grows by it."""
     names = axes.get_legend_handles_labels()[1]
     if len(names) > 1:
-        figure.legend(loc="outside lower center", ncols=2 if max(map(len, names)) < 25 else 1)
+        columns = 3 if max(map(len, names)) < 10 else 2
+        figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(names) // columns))
+        figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 
 @rc_context(STYLE)
 def learning_curves(curves: Mapping[str, pandas.DataFrame], metric: str, title: str) -> Figure:
     """A metric over epochs. curves: by name, frames with the columns epoch and `metric`."""
-    figure, (axes,) = _figure(2.9)
+    figure, (axes,) = _figure(2.6)
     for name, curve in curves.items():
         axes.plot(curve["epoch"], curve[metric], label=name, marker="." if len(curve) < 10 else None, linewidth=1.3)
     axes.set(title=title, xlabel="epoch", ylabel=metric.replace("_", " "))
@@ -61,7 +64,7 @@ def learning_curves(curves: Mapping[str, pandas.DataFrame], metric: str, title: 
 @rc_context(STYLE)
 def accuracy_lines(means: pandas.DataFrame, halves: pandas.DataFrame, title: str, xlabel: str, chance: float | None = None) -> Figure:
     """Accuracies in percent with intervals, over the index of the frames; a line per column. NaN is not drawn. chance: in percent."""
-    figure, (axes,) = _figure(3.2 + 0.09 * len(means.columns))
+    figure, (axes,) = _figure(3.0)
     places = numpy.arange(len(means))
     for number, (name, style) in enumerate(zip(means.columns, cycle(rcParams["axes.prop_cycle"]), strict=False)):
         if means[name].notna().any():
@@ -93,16 +96,17 @@ def interval_plot(means: pandas.DataFrame, titles: Mapping[str, str]) -> Figure:
 @rc_context(STYLE)
 def difference_plot(against: Mapping[str, pandas.DataFrame], methods: Sequence[str], title: str) -> Figure:
     """Paired differences with intervals, a row per method. against: for each reference, rows of compare.statistics of one evaluation."""
-    figure, (axes,) = _figure(1.5 + 0.3 * len(methods))
+    figure, (axes,) = _figure(1.2 + 0.3 * len(methods))
     axes.axvline(0, color=GREY, linewidth=1)
     for number, (reference, table) in enumerate(against.items()):
         own = table.set_index("method").reindex(methods)
         rows = numpy.arange(len(methods)) + 0.24 * (number - (len(against) - 1) / 2)
         axes.errorbar(own["difference"], rows, xerr=own["half"], fmt="none", ecolor=COLOURS[number], elinewidth=1.4)
         fill = [COLOURS[number] if decided is True else "none" for decided in own["decided"]]
-        axes.scatter(own["difference"], rows, c=fill, edgecolors=COLOURS[number], s=24, zorder=3, label=f"from {reference}".replace("from from", "from"))
+        axes.scatter(own["difference"], rows, c=fill, edgecolors=COLOURS[number], s=24, zorder=3)
+        axes.scatter([], [], color=COLOURS[number], s=24, label=reference)
     _rows(axes, methods)
-    axes.set(title=title, xlabel="difference in points")
+    axes.set(title=title, xlabel="difference from the reference, in points")
     _legend(figure, axes)
     return figure
 
@@ -131,12 +135,11 @@ def cell_map(values_RC: numpy.ndarray, title: str) -> Figure:
 def encoder_views(images_BHWC: numpy.ndarray, attention_BRC: numpy.ndarray, colours_BRC3: numpy.ndarray, attending: str) -> Figure:
     """A row per image: the image (0 .. 1), the attention of each of its R x C patches, and colours from the features of each patch."""
     figure = Figure(figsize=(WIDTH, WIDTH / 3 * len(images_BHWC) + 0.3), layout="constrained")
-    for row, parts in zip(
-        figure.subplots(len(images_BHWC), 3, squeeze=False), zip(images_BHWC, attention_BRC, colours_BRC3, strict=True), strict=True
-    ):
-        for axes, part, title in zip(row, parts, ("image", f"attention of\nthe {attending}", "patch features,\nPCA"), strict=True):
-            axes.imshow(part, cmap="viridis" if part is parts[1] else "gray", interpolation="nearest", vmin=0)
+    columns = {"image": images_BHWC, f"attention of\nthe {attending}": attention_BRC, "patch features,\nthree colours": colours_BRC3}
+    grid = figure.subplots(len(images_BHWC), 3, squeeze=False)
+    for place, (title, shown) in enumerate(columns.items()):
+        for axes, part in zip(grid[:, place], shown, strict=True):
+            axes.imshow(part, cmap="gray" if title == "image" else "viridis", interpolation="nearest")
             axes.set_axis_off()
-            if parts[0] is images_BHWC[0] or row is None:
-                axes.set_title(title, fontsize=9)
+        grid[0, place].set_title(title, fontsize=9)
     return figure
