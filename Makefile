@@ -7,7 +7,7 @@ settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)'
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
-.PHONY: help setup tokens reproduce compare submit status cancel test test-all test-slurm lint table speed
+.PHONY: help setup tokens reproduce compare report submit status cancel test test-all test-slurm lint table speed
 
 help:  ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,10 @@ help:  ## show this help
 #:   EVALUATIONS="knn location" default: all
 #:   ENCODER=file.safetensors   an encoder of your own, which takes part without pre-training
 #:   TABLE=1                    only print the table of the scores that there are
+#:
+#: Variables of make report:
+#:   RUN=runs/droppos/digits-200ep-seed0   a run, or a comparison such as runs/compare/digits
+#:   DATA=/datasets/photographs            the images of the run, if they are in a folder
 #:
 #: make submit takes the variables of make reproduce and, for the jobs:
 #:   PAPER="droppos mp3"        one or several papers
@@ -65,6 +69,9 @@ compare: .venv/installed  ## all methods with one encoder, budget and set of eva
 	@$(python) -m benchmarks.compare $(if $(DATA),--data '$(DATA)') $(if $(PAPERS),--papers $(PAPERS)) $(if $(SEEDS),--seeds '$(SEEDS)') \
 	  $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EVALUATIONS),--evaluations $(EVALUATIONS)) $(if $(ENCODER),--encoder '$(ENCODER)') \
 	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(TABLE),--table) $(ARGS)
+
+report: .venv/installed  ## write RUN/report.html, one page with the figures of a run or a comparison
+	@$(python) -m benchmarks.report '$(RUN)' $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 submit: .venv/installed  ## submit the same to a Slurm cluster, as jobs: benchmarks/slurm/README.md
 	@$(python) -m benchmarks.slurm submit $(PAPER) $(resources) -- $(settings)
