@@ -28,7 +28,13 @@ from common.vit import ViT
 from droppos.recipe import digits
 
 METHODS = ("from scratch", "mae", "droppos", "stop, <b>bold</b> & $x$")
-ACCURACIES = {"finetune": 95, "finetune_5_per_class": 60, "finetune_20_per_class": 80, "knn": 85, **{f"location_{n}": 20 * n for n in (1, 2, 3, 4)}}
+ACCURACIES = {
+    "finetune": 95,
+    "finetune_5_per_class": 60,
+    "finetune_20_per_class": 80,
+    "knn": 85,
+    **{f"location_{n}": 20 * n for n in (1, 2, 3, 4)},
+}
 SCRIPT = "<script>alert('loss is nan')</script>"
 WIDTHS = (360, 1280)  # pixels, of a phone and of a desktop
 
@@ -56,7 +62,15 @@ def comparison(tmp_path_factory) -> Path:
     """The folder of a comparison, with a report."""
     folder = tmp_path_factory.mktemp("compare") / "digits"
     add(folder / "scores.csv", made_up_scores())
-    plan = {"arena": "digits", "hash": "0123", "limit": None, "data": "digits", "budget": "images:43000", "device": "cpu", "data_root": "data"}
+    plan = {
+        "arena": "digits",
+        "hash": "0123",
+        "limit": None,
+        "data": "digits",
+        "budget": "images:43000",
+        "device": "cpu",
+        "data_root": "data",
+    }
     epochs = dict.fromkeys(METHODS, 30)
     plan = Plan(**plan, papers=(), encoder_file=None, epochs=epochs, evaluations=())  # type: ignore[arg-type]
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
@@ -270,7 +284,7 @@ def test_positions_are_counted_only_where_they_were_dropped():
 
 
 MEASURE = """<script>addEventListener("load", () => parent.postMessage({width: innerWidth, scroll: document.scrollingElement.scrollWidth,
-figures: [...document.querySelectorAll("figure svg, figure img")].map(one => one.getBoundingClientRect()).map(one => [one.width, one.height]),
+figures: [...document.querySelectorAll("figure svg, figure img")].map(one => [one.clientWidth, one.clientHeight]),
 broken: [...document.images].filter(one => !one.naturalWidth).length}, "*"))</script>"""
 # Chromium's windows have a least width, frames have not
 FRAMES = "<pre></pre><script>onmessage = event => document.querySelector('pre').append(JSON.stringify(event.data) + '\\n')</script>"

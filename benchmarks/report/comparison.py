@@ -1,4 +1,4 @@
-"""The page of a comparison: tables, intervals, paired differences, accuracy against labels, location by depth, learning curves, failures."""
+"""The page of a comparison: table, intervals, paired differences, labels, location by depth, learning curves, costs, failures."""
 
 import re
 from pathlib import Path
@@ -114,7 +114,9 @@ def _curves(folder: Path, plan: Plan) -> Section:
 def _costs(scores: pandas.DataFrame, methods: list[str]) -> Section:
     costs = scores[scores["evaluation"].str.startswith("cost_")].assign(cost=lambda rows: rows["evaluation"].str.removeprefix("cost_"))
     table = costs.pivot_table("value", "method", "cost", aggfunc="median").reindex(index=methods, columns=[*COSTS]).rename(columns=COSTS)
-    table = table.map(lambda value: "-" if pandas.isna(value) else f"{value:.3g}" if value < 100 else f"{value:,.0f}").reset_index(names="Method")
+    table = table.map(lambda value: "-" if pandas.isna(value) else f"{value:.3g}" if value < 100 else f"{value:,.0f}").reset_index(
+        names="Method"
+    )
     return Section(heading="Costs", about="Medians over seeds.", table=table)
 
 

@@ -5,6 +5,7 @@ Each is narrow enough for a phone. Colours are the same in all figures that show
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy
 import pandas
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 WIDTH = 4.0  # inches
 GREY = "#808080"
 COLOURS = ("#2f7fd0", "#e07b1f", "#2a9d6f", "#c2478f", "#8a6fd1", "#a8862a")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": GREY,
     "axes.grid": True,
     "axes.labelcolor": GREY,
@@ -86,7 +87,7 @@ def interval_plot(means: pandas.DataFrame, titles: Mapping[str, str]) -> Figure:
     for place, (axes, (evaluation, title)) in enumerate(zip(panels, titles.items(), strict=True)):
         own = means[means["evaluation"] == evaluation].set_index("method").reindex(methods)
         colours = [COLOURS[index % len(COLOURS)] for index in range(len(methods))]
-        axes.errorbar(own["mean"], range(len(methods)), xerr=own["half"], fmt="none", ecolor=colours, elinewidth=1.6)
+        axes.errorbar(own["mean"], range(len(methods)), xerr=own["half"], fmt="none", elinewidth=1.6, ecolor=colours)  # type: ignore[arg-type]  # a colour for each
         axes.scatter(own["mean"], range(len(methods)), c=colours, s=22, zorder=3)
         _rows(axes, methods if place == 0 else [""] * len(methods))
         axes.set(title=title, xlabel="top-1 in percent" if len(titles) == 1 else "%")

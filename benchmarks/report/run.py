@@ -59,7 +59,7 @@ def read_metrics(path: Path) -> pandas.DataFrame:
 def run_page(folder: Path, data: str | None, data_root: Path) -> Path:
     """Write the report of a run, and return its path. `data` and `data_root` say where its images are.
 
-    Raises RunError for a run without a finished stage. Where something cannot be drawn, such as attention without the images, the page says why.
+    Raises RunError for a run without a finished stage. What cannot be drawn, such as attention without the images, the page says.
     """
     stages = [Stage(path.parent) for path in sorted(folder.glob("*/recipe.json"))]
     stages.sort(key=lambda stage: (stage.start != "", stage.protocol, stage.start != "pretrained"))
@@ -68,8 +68,8 @@ def run_page(folder: Path, data: str | None, data_root: Path) -> Path:
         names = ", ".join(stage.folder.name for stage in stages)
         raise RunError(f"{folder} has no finished stage yet (begun: {names}): run the same make reproduce again until one is done")
     settings, environment = stages[0].settings, finished[0]["environment"]
-    about = f"{settings['data']['name']}, seed {settings['seed']}, {settings['precision']}; {environment['device']}; {environment['versions']}; "
-    about += f"commit {environment['commit']}, {finished[0]['date']}"
+    what = f"{settings['data']['name']}, seed {settings['seed']}, {settings['precision']}"
+    about = f"{what}; {environment['device']}; {environment['versions']}; commit {environment['commit']}, {finished[0]['date']}"
     sections = [_results(stages), _labels(stages), _curves(stages), *_pictures(stages, data, data_root), _settings(stages), _log(stages)]
     return write_page(folder, f"{settings['paper']}, {folder.resolve().name}", about, sections)
 
@@ -78,12 +78,14 @@ def _results(stages: list[Stage]) -> Section:
     rows, own = [], ""
     for stage in stages:
         if not stage.start:
-            numbers = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in (stage.result or {}).items() if isinstance(value, float)]
-            own = f"Pre-training, on the test images: {', '.join(numbers) or 'not finished'}."
+            texts = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in (stage.result or {}).items() if isinstance(value, float)]
+            own = f"Pre-training, on the test images: {', '.join(texts) or 'not finished'}."
             continue
         for one in (stage.result or {"results": [{"protocol": stage.protocol, "settings": "not finished"}]})["results"]:
             numbers = {name: one.get(name) for name in ("top1", "top5", "hours")}
-            cells = {name: "-" if value is None else f"{value:.3g}" if name == "hours" else f"{value:.2f}" for name, value in numbers.items()}
+            cells = {
+                name: "-" if value is None else f"{value:.3g}" if name == "hours" else f"{value:.2f}" for name, value in numbers.items()
+            }
             rows.append({"Evaluation": one["protocol"], "Encoder": stage.start, **cells, "Settings": one["settings"]})
     table = pandas.DataFrame(rows).rename(columns={"top1": "Top-1", "top5": "Top-5", "hours": "Hours"})
     return Section(heading="Results", about=own, table=table)
@@ -140,7 +142,9 @@ def _pictures(stages: list[Stage], data_name: str | None, data_root: Path) -> It
         right_HW = position_accuracy(method, test_images(recipe, data, IMAGES), settings["seed"])
         if right_HW is not None:
             figures = {"positions": cell_map(right_HW.numpy(), "Positions right, by true cell")}
-            yield Section(heading="Positions", about=f"Of at most {IMAGES} test images. Chance: {100 / right_HW.numel():.2g} %.", figures=figures)
+            yield Section(
+                heading="Positions", about=f"Of at most {IMAGES} test images. Chance: {100 / right_HW.numel():.2g} %.", figures=figures
+            )
     encoder = recipe.build_encoder(data.channels)
     if not isinstance(encoder, ViT):
         yield Section(heading="Encoder", about=f"Attention is only drawn for the ViT of this project, not for {recipe.backbone} of timm.")
