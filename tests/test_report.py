@@ -20,7 +20,7 @@ from benchmarks.compare.units import Plan
 from benchmarks.report.__main__ import main
 from benchmarks.report.encoder import attention_maps, feature_colours, position_accuracy, read_recipe
 from benchmarks.report.figures import GREY, interval_plot
-from benchmarks.report.page import Section, write_page, write_svg
+from benchmarks.report.page import write_svg
 from benchmarks.report.run import read_metrics
 from common.method import Output
 from common.recipe import Recipe, as_json
@@ -119,10 +119,10 @@ class Page(HTMLParser):
 def test_the_page_of_a_comparison_has_all_parts(comparison):
     page = Page(comparison / "report.html")
     parts = ["Results", "Means with 95 % intervals", "Differences from the references", "Accuracy against labels", "Location by depth"]
-    assert page.headings == [*parts, "Learning curves of the pre-trainings", "Costs", "Failures"]
+    assert page.headings == [*parts, "Learning curves", "Costs", "Failures"]
     shown = ["finetune", "finetune_20_per_class", "finetune_5_per_class", "knn", "location_4"]
-    curves = ["loss_mae", "loss_mae, half_lr"]
-    assert page.figures == [*(f"{kind}_{name}" for kind in ("interval", "difference") for name in shown), "labels", "location", *curves]
+    curves = ["loss, mae", "loss, mae, half_lr"]
+    assert page.figures == [*(f"{kind}_{name}" for kind in ("mean", "difference") for name in shown), "labels", "location", *curves]
     assert {path.stem for path in (comparison / "figures").glob("*.svg")} == {*page.figures, "intervals"}
     assert "seed 4" not in page.text and "undecided" in page.text and "chance" in page.text
 
@@ -130,7 +130,7 @@ def test_the_page_of_a_comparison_has_all_parts(comparison):
 @pytest.mark.slow
 def test_the_page_of_a_run_has_all_parts(run):
     page = Page(run / "report.html")
-    parts = ["Results", "Accuracy against labels", "Learning curves", "Pictures", "Positions", "Encoder", "Settings", "Environment and log"]
+    parts = ["Results", "Accuracy against labels", "Learning curves", "Pictures", "Positions", "Encoder", "Settings", "Environment", "Log"]
     assert page.headings == parts
     losses = ["pretrain_loss", "pretrain_position_top1", "finetune_20_per_class_loss", "finetune_5_per_class_loss"]
     assert page.figures == ["labels", *losses, "positions", "encoder"]
@@ -181,8 +181,9 @@ def test_figures_have_no_background_and_their_text_is_legible_on_white_and_black
 
 
 def test_an_interval_that_is_not_known_is_drawn_as_a_point(tmp_path):
-    means = pandas.DataFrame({"method": ["a", "b"], "evaluation": "knn", "mean": [50.0, 60.0], "half": [float("nan"), 2.0]})
-    assert "nan" not in write_svg(interval_plot(means, {"knn": "k-NN"}), tmp_path / "a.svg").lower()
+    means = pandas.DataFrame({"value": [50.0, float("nan")], "half": [float("nan"), 2.0], "full": True}, index=["a", "b"])
+    drawn = write_svg(interval_plot({"k-NN": {"": means}}, "percent"), tmp_path / "a.svg")
+    assert "nan" not in drawn.lower() and all(f">{text}</text>" in drawn for text in ("a", "b", "k-NN", "percent"))
 
 
 def test_a_comparison_in_which_all_has_failed_shows_why(tmp_path, comparison):
@@ -202,6 +203,7 @@ def test_other_folders_are_refused_with_what_to_give(tmp_path, comparison, capsy
     stage = tmp_path / "run" / "pretrain"
     stage.mkdir(parents=True)
     (stage / "recipe.json").write_text("{}")
+    (stage / "environment.json").write_text("[]")
     assert "has no finished stage yet (begun: pretrain)" in refused(stage.parent)
     assert f"is one stage of a run: give the run, {stage.parent}" in refused(stage)
     (tmp_path / "compare").mkdir()
@@ -321,11 +323,10 @@ def test_a_page_fits_phones_and_desktops_without_errors(kind, request, tmp_path)
 
 @needs_chromium
 @pytest.mark.slow
-def test_the_check_in_chromium_sees_a_wide_page_an_error_and_a_broken_picture(tmp_path):
-    page = write_page(tmp_path, "title", "about", [Section(heading="A", about="text")])
+def test_the_check_in_chromium_sees_a_wide_page_an_error_and_a_broken_picture(comparison, tmp_path):
     faults = '<div style="width: 900px">wide</div><img src="data:image/png;base64,AAAA"><script>console.error("a fault")</script>'
-    page.write_text(page.read_text().replace("</body>", f"{faults}</body>"))
-    sizes, console = measured(page, tmp_path)
+    (tmp_path / "faulty.html").write_text((comparison / "report.html").read_text().replace("</body>", f"{faults}</body>"))
+    sizes, console = measured(tmp_path / "faulty.html", tmp_path)
     assert "a fault" in console
     assert {one["width"]: one["scroll"] > one["width"] for one in sizes} == {360: True, 1280: False}
     assert all(one["broken"] == 1 for one in sizes)

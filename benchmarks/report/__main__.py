@@ -36,12 +36,12 @@ def report(options: Options) -> Path:
     if (folder / "recipe.json").exists():
         raise RunError(f"{folder} is one stage of a run: give the run, {folder.parent}")
     if not any(folder.glob("*/recipe.json")):
-        what = (
+        fault = (
             "has neither the stages of a run (pretrain/recipe.json) nor the plan.json of a comparison"
             if folder.is_dir()
             else "is no folder"
         )
-        raise RunError(f"{folder} {what}: give a folder such as runs/droppos/digits-200ep-seed0 or runs/compare/digits")
+        raise RunError(f"{folder} {fault}: give a folder such as runs/droppos/digits-200ep-seed0 or runs/compare/digits")
     return run_page(folder, options.data, options.data_root)
 
 

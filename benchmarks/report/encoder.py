@@ -3,19 +3,52 @@
 Shapes: B images, C channels, H x W pixels (of an image) or patches (of its grid), N patches, T tokens, D width, Z heads.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.papers import paper_module
-from common.data import Augmentation, Data, Loader
+from benchmarks.report.figures import cell_map, image_rows
+from common.convert import load_encoder
+from common.data import Augmentation, Data, Loader, open_data
+from common.picture import as_pixels
 from common.randomness import reseed
 from common.recipe import Recipe, TrainConfig
 from common.vit import ViT
 
 IMAGES = 1000  # test images on which positions are counted; all of ImageNet would take hours on CPU cores
+
+
+def draw_encoder(folder: Path, data_name: str | None, data_root: Path) -> dict[str, dict[str, Figure]]:
+    """The figures of a pre-training in its folder, by heading: Positions, if the method predicts them, and Encoder.
+
+    Raises ValueError where there is no ViT of ours yet, or not its test images.
+    """
+    if not (folder / "result.json").exists():
+        raise ValueError("the pre-training is not finished")
+    settings, result = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "result"))
+    recipe, data = read_recipe(settings["recipe"]), open_data(data_name or settings["data"]["name"], data_root)
+    if differing := [name for name, value in data.identity.items() if value != settings["data"][name]]:
+        raise ValueError(f"{', '.join(differing)} of {data.name} are not the images of the run; set DATA= to their folder")
+    encoder = recipe.build_encoder(data.channels)
+    if not isinstance(encoder, ViT):
+        raise ValueError(f"{recipe.backbone} is a model of timm; attention is drawn for the ViT of this project")
+    load_encoder(encoder, load_file(folder / "encoder.safetensors"))
+    figures: dict[str, dict[str, Figure]] = {}
+    if "position_top1" in result and (folder / "checkpoint.pt").exists():
+        method = load_method(folder / "checkpoint.pt", settings["paper"], recipe, data)
+        right_HW = position_accuracy(method, test_images(recipe, data, IMAGES), settings["seed"])
+        figures |= {} if right_HW is None else {"Positions": {"positions": cell_map(right_HW.numpy(), "Positions right, by true cell")}}
+    images = next(test_images(recipe, data, 6).epoch(0))[0]
+    attention = f"attention of\nthe {'class token' if encoder.prefix_tokens else 'mean patch'}"
+    shown = {"image": as_pixels(images, data).permute(0, 2, 3, 1), attention: attention_maps(encoder, images)}
+    shown |= {"patch features,\nthree colours": feature_colours(encoder, images)}
+    return figures | {"Encoder": {"encoder": image_rows({title: part.numpy() for title, part in shown.items()})}}
 
 
 def read_recipe(held: dict[str, Any]) -> Recipe:
