@@ -36,7 +36,7 @@ def comparison_page(folder: Path) -> Path:
     against = {reference: differences(measured, reference) for reference in REFERENCES if reference in methods}
     titles = columns(measured["evaluation"].unique())
     panels, paired = _panels({"": averages}, "mean", titles, methods), _panels(against, "difference", titles, methods)
-    percent, points = "top-1 in percent", "difference from the reference, in points"
+    percent, points = "top-1 in percent", "difference in points"
     figures = {
         "Means with 95 % intervals": {f"mean_{name}": interval_plot({one: panels[one]}, percent) for name, one in titles.items()},
         "Differences from the references": {
@@ -47,7 +47,7 @@ def comparison_page(folder: Path) -> Path:
         "Learning curves": draw_curves(folder, plan),
     }
     table = accuracies(scores).drop(columns="failed", errors="ignore") if panels else pandas.DataFrame()
-    failed = scores.loc[scores["evaluation"] == "failed", ["method", "seed", "note"]]
+    failed = scores.loc[scores["evaluation"] == "failed", ["method", "seed", "note"]].rename(columns=str.capitalize)
     content = {"scores": scores, "caption": caption(scores), "costs": costs(scores, methods), "failed": failed}
     page = write_page("comparison.html", folder, plan=plan, figures=figures, table=table, **content)
     if panels:
@@ -106,7 +106,6 @@ def draw_curves(folder: Path, plan: Plan) -> dict[str, Figure]:
 def costs(scores: pandas.DataFrame, methods: list[str]) -> pandas.DataFrame:
     """A row per method with the medians of its costs over seeds, as text."""
     known = scores.assign(evaluation=scores["evaluation"].str.removeprefix("cost_")).query("evaluation in @COSTS")
-    table = (
-        known.pivot_table("value", "method", "evaluation", aggfunc="median").reindex(index=methods, columns=[*COSTS]).rename(columns=COSTS)
-    )
-    return table.map(lambda value: "-" if pandas.isna(value) else f"{value:.3g}" if value < 100 else f"{value:,.0f}").reset_index()
+    table = known.pivot_table("value", "method", "evaluation", aggfunc="median").reindex(index=methods, columns=[*COSTS])
+    text = table.rename(columns=COSTS).map(lambda value: "-" if pandas.isna(value) else f"{value:.3g}" if value < 100 else f"{value:,.0f}")
+    return text.reset_index(names="Method")

@@ -53,7 +53,8 @@ def run_page(folder: Path, data: str | None, data_root: Path) -> Path:
 
     Raises RunError for a run without a finished stage. What cannot be drawn, such as attention without the images, the page says.
     """
-    stages = sorted((read_stage(path.parent) for path in folder.glob("*/environment.json")), key=lambda one: (one.start != "", one.name))
+    stages = [read_stage(path.parent) for path in folder.glob("*/environment.json")]
+    stages.sort(key=lambda stage: (stage.start != "", stage.protocol, stage.start != "pretrained", stage.start))
     if not any(stage.result for stage in stages):
         begun = ", ".join(stage.name for stage in stages)
         raise RunError(f"{folder} has no finished stage yet (begun: {begun}): run the same make reproduce again until one is done")
