@@ -1,4 +1,4 @@
-"""Arenas: what all methods of a comparison share. A paper's own recipe for the data gives its method options, optimizer and augmentation."""
+"""Arenas: what all methods of a comparison share. The rest comes from a paper's own recipe: method options, optimizer, augmentation."""
 
 import dataclasses
 import hashlib
