@@ -29,6 +29,9 @@ from common.stopping import stop_if_requested
 from common.train import device_batch, fit, make_loader
 
 UNTRAINED = ("scratch", "random", "pixels")  # the baselines
+# Fields of Protocol that the recipe.json of earlier runs lacks. With their defaults they are left out of the settings, so that such runs
+# are still accepted.
+ADDED = ("label_seed", "shuffle_test", "images")
 
 
 @dataclass
@@ -240,7 +243,10 @@ class Stages:
         settings |= {"paper": self.paper, "data": {"name": self.data.name, **self.data.identity}}
         settings |= {"seed": self.seed, "precision": self.precision, "recipe": asked}
         settings |= {"split": self.data.split} if self.data.split else {}
-        return settings | ({"protocol": as_json(protocol)} if protocol else {})
+        if protocol is not None:
+            chosen = as_json(protocol).items()
+            settings["protocol"] = {name: value for name, value in chosen if name not in ADDED or value != getattr(Protocol, name)}
+        return settings
 
     def row(self, result: dict, protocol: str, start: str, hours: float, value: float, metric: str, settings: str = "") -> Row:
         """A row of the ledger, with the commit, date and device of the time when the stage ran, possibly before this call."""
