@@ -1,5 +1,6 @@
 """Tests of the shuffle test: a fine-tuned classifier on images whose patches have changed places."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,11 @@ from common.data import Augmentation, Data, Loader, Split, open_data
 from common.evaluate import TokenEncoder, as_encoder, evaluate, patch_size
 from common.evaluate.shuffle import ShuffledPatches, move_patches
 from common.recipe import Protocol, RecipeError, TrainConfig
+from common.run import Run
+from common.stopping import Stopped
 from common.train import make_fabric
 from common.vit import ViT
+from tests.test_processes import finish, launch, script
 
 STAGE = TrainConfig(epochs=15, batch_size=50, base_lr=0.01, lr_batch=50, augmentation=Augmentation(crop="none", flip=0.0))
 TUNED = Protocol(name="tuned", kind="finetune", stage=STAGE, shuffle_test=True)
@@ -140,6 +144,56 @@ def test_the_shuffle_test_changes_no_other_result(data):
 def test_the_settings_of_both_results_are_equal_and_the_last_is_that_of_unchanged_images(data):
     found = evaluate(encoder(), data, TUNED, fabric=make_fabric("cpu", "32-true"))
     assert [(one.protocol, one.settings) for one in found] == [("tuned_shuffled", "pool=mean"), ("tuned", "pool=mean")]
+
+
+def test_a_run_stopped_in_training_resumes_to_the_same_results(data, tmp_path, monkeypatch):
+    def once_more(name: str) -> dict[str, float]:
+        with Run(tmp_path / name, {}, torch.device("cpu")) as run:
+            return results(encoder(), data, run=run)
+
+    whole = once_more("whole")
+    asked = iter([False] * 40 + [True] * 3)
+    monkeypatch.setattr("common.train.stop_requested", lambda: next(asked))
+    with pytest.raises(Stopped):
+        once_more("stopped")
+    monkeypatch.undo()
+    assert once_more("stopped") == whole == once_more("whole") and whole["tuned"] != whole["tuned_shuffled"]
+
+
+PROGRAM = """
+import json, sys, torch, common
+from dataclasses import replace
+from common.data import open_data
+from common.evaluate import evaluate
+from common.recipe import LOCATION
+from common.run import Run
+from common.train import make_fabric
+from tests.test_shuffle import TUNED, encoder
+
+fabric = make_fabric("cpu", "32-true")
+fabric.launch()
+whole = open_data("digits")
+data = replace(whole, train=whole.train.subset(range(400)), val=whole.val.subset(range(101)))
+torch.manual_seed(0)
+protocols = TUNED, replace(LOCATION, images=51)
+found = []
+for number, protocol in enumerate(protocols):
+    with Run(f"{sys.argv[1]}/{number}", {}, fabric.device, main=fabric.is_global_zero) as run:
+        found += evaluate(encoder(position="none"), data, protocol, fabric=fabric, run=run)
+print("found", json.dumps({one.protocol: [one.top1, one.settings] for one in found}), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_results_of_one_in_the_shuffle_test_and_the_location_probe(tmp_path):
+    """101 and 51 test images do not divide by two."""
+    said = [finish(launch(processes, script(tmp_path, PROGRAM), str(tmp_path / f"{processes}"))) for processes in (1, 2)]
+    alone, *both = [json.loads(line.partition("found ")[2]) for text in said for line in text.splitlines() if "found {" in line]
+    assert len(both) == 2 and both[0] == both[1] and [*alone] == ["tuned_shuffled", "tuned", "location_1", "location_2"]
+    for name, (top1, settings) in alone.items():
+        near = 1e-3 if name.startswith("location") else 5  # training with another order of summation changes some predictions
+        assert both[0][name] == [pytest.approx(top1, abs=near), settings]
+    assert both[0]["tuned"][0] == both[0]["tuned_shuffled"][0] > 30
 
 
 # ---- encoders

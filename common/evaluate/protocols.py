@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.data import Augmentation, Batches, Data, Loader, Split
 from common.data.augment import view_name
-from common.data.loaders import default_workers
+from common.data.workers import default_workers
 from common.evaluate.encoder import TokenEncoder, as_encoder, input_size, patch_size
 from common.evaluate.finetune import Classifier, accuracies, accuracy
 from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
@@ -262,7 +262,7 @@ class _Evaluation:
 
     def settings(self, **facts: Any) -> str:
         """`facts`, the resizing of the images, the number of labels and the seed of their draw, as one string."""
-        if self.data.val.paths is not None:
+        if self.data.val.images is None:
             resize = view_name(self.data, self.image_size, self.protocol.resize)
             facts |= {"resize": resize, "interpolation": self.protocol.interpolation}
         if len(self.labelled) < len(self.data.train):
