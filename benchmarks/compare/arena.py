@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from benchmarks.papers import baselines, choose_recipe, paper_module, papers
 from common.data import Augmentation, Data
-from common.recipe import DEIT_CROPS, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
+from common.recipe import DEIT_CROPS, LOCATION, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
 
 REFERENCES = ("from scratch", "mae")  # what the differences are from
 GAP = "mae, half the lr"  # a second recipe of one method: how much of a difference between methods a recipe can make
@@ -38,8 +39,8 @@ class Arena:
         """Identifies the arena in its ledger."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
-    def protocols(self, pool: str, position: str | None) -> tuple[Protocol, ...]:
-        """The evaluations. pool: of the method's own k-NN. position: for fine-tuning, if the encoder has none from its pre-training."""
+    def protocols(self, pool: Any, position: Any) -> tuple[Protocol, ...]:
+        """The evaluations. pool: mean or class, as in the method's own k-NN. position: for fine-tuning, None as in the pre-training."""
         tune: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1, "pool": pool, "position": position}
         # the same number of steps for any number of labels
         stages = {count: replace(self.few, epochs=self.few.epochs * max(self.labels) // count) for count in self.labels}
@@ -53,7 +54,7 @@ class Arena:
             *few,
             Protocol(name="linear", kind="logistic", pool=pool),
             Protocol(name="knn", kind="knn", pool=pool),
-            Protocol(name="location", kind="location"),
+            LOCATION,
         )
 
 
