@@ -3,7 +3,7 @@ PAPER ?= droppos
 PYTHON ?= python3
 python := .venv/bin/python
 settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)') $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ARMS),--arms $(ARMS)) \
-          $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
+          $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(CACHE),--cache '$(CACHE)') $(if $(RECORD),--record) $(ARGS)
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
@@ -24,6 +24,7 @@ help:  ## show this help
 #:   DEVICE=cuda     auto, cpu or cuda
 #:   GPUS=8          number of GPUs of this machine, one process each
 #:   OUT=runs        where runs are stored; a second call resumes them
+#:   CACHE=256       read a copy of the images of a folder whose short side has 256 pixels; it is made first, below data/cache
 #:   RECORD=1        add the numbers to <paper>/results.csv and the log to <paper>/logs
 #:   ARGS="--help"   any other option of python -m benchmarks.reproduce
 #:
@@ -62,7 +63,7 @@ setup: .venv/installed  ## make .venv; the other targets do this automatically
 reproduce: .venv/installed  ## pre-train, evaluate, and show the results beside the published numbers
 	@$(python) -m benchmarks.reproduce '$(PAPER)' $(settings) $(if $(GPUS),--gpus '$(GPUS)')
 
-tokens: .venv/installed  ## make the tokens of PAPER=mapet, without training; make reproduce also makes them if they are missing
+tokens: .venv/installed  ## make the tokens of PAPER=mapet, and the copy of CACHE, without training; make reproduce also makes them if they are missing
 	@$(python) -m benchmarks.reproduce '$(PAPER)' --prepare $(settings)
 
 compare: .venv/installed  ## all methods with one encoder, budget and set of evaluations: benchmarks/compare/README.md

@@ -25,7 +25,7 @@ from benchmarks.papers import ROOT, folder
 from benchmarks.stages import UNTRAINED, Stages
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Split
-from common.evaluate import Classifier, LinearProbe, as_encoder, hold_out, labelled_images
+from common.evaluate import Classifier, LinearProbe, LocationProbe, as_encoder, hold_out, labelled_images, patch_size
 from common.evaluate.finetune import pool_tokens, tokens
 from common.optim import make_optimizer
 from common.recipe import Protocol, RecipeError, TrainConfig
@@ -178,12 +178,25 @@ def _protocol(run: Stages, protocol: Protocol) -> Iterator[str]:
         protocol = replace(protocol, pool="mean")
     yield from _images(run, f"{name}.resize=null", run.data.val, None, protocol)
 
+    def start() -> Any:
+        return as_encoder(_encoder(run, **changes), run.data.channels, run.image_size)
+
+    def with_patches() -> nn.Module:
+        patch_size(own := start())
+        return own
+
+    if protocol.shuffle_test and (fault := _trial(with_patches)[1]):
+        yield f"{fault}: --set {name}.shuffle_test=false"
+
     def build() -> nn.Module:
+        if protocol.kind == "location":
+            return LocationProbe(start())
         kinds = {"finetune": Classifier, "linear": LinearProbe}
-        own = as_encoder(_encoder(run, **changes), run.data.channels, run.image_size)
-        return kinds[protocol.kind](own, run.data.classes, protocol) if protocol.kind in kinds else own
+        return kinds[protocol.kind](start(), run.data.classes, protocol) if protocol.kind in kinds else start()
 
     def step(model: Any, images: Tensor) -> object:
+        if protocol.kind == "location":
+            return model(images)
         if protocol.kind in ("finetune", "linear"):
             return model(images, _classes(images))
         return pool_tokens(tokens(model, images, max(protocol.layers)), model, protocol.pool)

@@ -23,10 +23,11 @@ from benchmarks.papers import ROOT, choose_recipe, paper_module
 from benchmarks.preflight import check
 from benchmarks.stages import Stages
 from common import keep_freed_memory
-from common.data import open_data
-from common.data.loaders import default_workers
+from common.data import SmallCopy, open_data
+from common.data.workers import default_workers
 from common.environment import code, device_name, versions
 from common.processes import once, require_same
+from common.progress import progress_bar
 from common.recipe import RecipeError, base_arm, choose_arms, nearest, override
 from common.run import RunError, console
 from common.stopping import Stopped, stop_on_signals, stop_with_parent
@@ -66,12 +67,15 @@ class Options:
     """Device; auto uses a GPU if available."""
     out: Path = Path("runs")
     """Directory of the runs."""
+    cache: int | None = None
+    """Read a copy of the images whose short side has this many pixels, such as 256; it is made first, below data_root/cache. For files."""
     prepare: bool = False
-    """Only compute the targets of the pre-training (MaPeT's tokens), then exit."""
+    """Only make what the pre-training reads (MaPeT's tokens, the copy of --cache), then exit."""
     record: bool = False
     """Add the results to <paper>/results.csv and the log to <paper>/logs."""
     set: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
-    """Override a setting, for all arms; repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50."""
+    """Override a setting, for all arms; repeatable: --set pretrain.base_lr=1e-3 --set method.sigma=2 --set finetune.stage.epochs=50
+    --set finetune.shuffle_test=true --set finetune_5_per_class.label_seed=0."""
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     """auto is bf16-mixed if the hardware supports it, else 32-true."""
     gpus: int = 1
@@ -88,7 +92,7 @@ class Options:
     """Replace an unreadable image by the next readable one, instead of stopping."""
 
     def __post_init__(self) -> None:
-        for name, least in {"epochs": 1, "seeds": 1, "gpus": 1, "every": 1, "first_seed": 0}.items():
+        for name, least in {"epochs": 1, "cache": 1, "seeds": 1, "gpus": 1, "every": 1, "first_seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{name.upper()}={value} is less than {least}; give a whole number from {least} up")
@@ -101,23 +105,24 @@ def plan(options: Options, fabric: Fabric) -> list[Stages]:
     module = paper_module(options.paper)
     data = open_data(options.data, options.data_root, options.skip_corrupt)
     data.name = options.data_name or data.name
+    copy = SmallCopy(data, options.cache, options.data_root) if options.cache is not None else None
     name, recipe = choose_recipe(module, options.data, options.recipe)
     if options.encoder is not None and not recipe.protocols:
         raise RecipeError(f"the recipe {name} of {options.paper} has no protocol to evaluate an encoder; choose another RECIPE")
-    if options.prepare and not hasattr(module, "prepare"):
-        raise RecipeError(f"{options.paper} has no targets to compute before training; PAPER=mapet has")
+    if options.prepare and copy is None and not hasattr(module, "prepare"):
+        raise RecipeError(f"{options.paper} has nothing to make before training; PAPER=mapet has tokens, CACHE=256 a copy of the images")
     changes = [*options.set, *([f"pretrain.epochs={options.epochs}"] if options.epochs is not None else [])]
     arms = {arm: override(own, changes) for arm, own in choose_arms(recipe, options.arms).items()}
     stages = list(dict.fromkeys(["pretrain", *(protocol.name for own in arms.values() for protocol in own.protocols)]))
     for stage in options.stages:
         if stage not in stages:
             raise RecipeError(f"--stages {stage} is not known for the recipe {name} of {options.paper}; {nearest(stage, stages)}")
-    return [
+    runs = [
         Stages(
             module=module,
             name=name,
             recipe=own,
-            data=data,
+            data=copy.data if copy else data,
             fabric=fabric,
             seed=seed,
             out=options.out,
@@ -131,10 +136,16 @@ def plan(options: Options, fabric: Fabric) -> list[Stages]:
             checkpoint_seconds=options.checkpoint_seconds,
             only=options.stages,
             every=options.every,
+            copy=copy,
         )
         for seed in range(options.first_seed, options.first_seed + options.seeds)
         for arm, own in arms.items()
     ]
+    least = max(run.short_side for run in runs)
+    if options.cache is not None and options.cache < least:
+        read = f"the {least} pixels of the short side to which the recipe {name} resizes images"
+        raise RecipeError(f"CACHE={options.cache} is less than {read}; use CACHE={least} or more")
+    return runs
 
 
 def reproduce(options: Options) -> list[Row]:
@@ -144,6 +155,7 @@ def reproduce(options: Options) -> list[Row]:
     runs = plan(options, fabric)
     require_same(fabric, {"code": code(), "versions": versions(), **{run.root.name: run.shared for run in runs}})
     once(fabric, lambda: check(runs, prepare=options.prepare, record=options.record, root=ROOT))
+    once(fabric, lambda: make_copy(runs[0].copy, options.workers))
     rows = []
     for run in runs:
         if fabric.is_global_zero:
@@ -164,6 +176,13 @@ def reproduce(options: Options) -> list[Row]:
         if options.every is not None:
             show_by_epoch(runs)
     return rows
+
+
+def make_copy(copy: SmallCopy | None, workers: int) -> None:
+    """Make the copy of the images, if there is one and it is not complete. `workers` is per process of this machine; the others wait."""
+    if copy is not None:
+        with progress_bar(str(copy.folder)) as show:
+            copy.make(workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), show)
 
 
 def parse(arguments: list[str] | None = None) -> Options:

@@ -17,8 +17,9 @@ from benchmarks.ledger.rows import Row
 from benchmarks.papers import folder, paper_name
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
-from common.data import Augmentation, Data, Loader, Split
-from common.data.loaders import default_workers
+from common.data import Augmentation, Data, Loader, SmallCopy, Split
+from common.data.augment import view_size
+from common.data.workers import default_workers
 from common.evaluate import evaluate, own_metrics
 from common.files import digest
 from common.processes import once
@@ -29,6 +30,9 @@ from common.stopping import stop_if_requested
 from common.train import device_batch, fit, make_loader
 
 UNTRAINED = ("scratch", "random", "pixels")  # the baselines
+# Fields of Protocol that the recipe.json of earlier runs lacks. With their defaults they are left out of the settings, so that such runs
+# are still accepted.
+ADDED = ("label_seed", "shuffle_test", "images")
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Stages:
     checkpoint_seconds: float = 20.0
     only: tuple[str, ...] = ()  # pretrain, or names of protocols: run only these
     every: int | None = None  # also evaluate the encoder after each so many epochs
+    copy: SmallCopy | None = None  # of the images, to which `data` belongs
 
     @property
     def paper(self) -> str:
@@ -169,6 +174,13 @@ class Stages:
     def image_size(self) -> tuple[int, int]:
         return (self.recipe.image_size, self.recipe.image_size)
 
+    @property
+    def short_side(self) -> int:
+        """The largest short side, in pixels, to which a stage resizes whole images from files."""
+        stages = [self.recipe.pretrain, *(protocol.stage for protocol in self.recipe.protocols if protocol.stage)]
+        resizes = {stage.augmentation.evaluation_resize for stage in stages} | {protocol.resize for protocol in self.recipe.protocols}
+        return max(min(view_size(self.data, self.image_size, resize)) for resize in resizes)
+
     def new_encoder(self, **changes: Any) -> nn.Module:
         """Build an encoder with initial weights that depend only on the seed."""
         reseed(self.seed)
@@ -211,7 +223,7 @@ class Stages:
 
     def view(self, split: Split) -> dict:
         """How images of a split are resized where the pre-trained model itself is evaluated."""
-        return {} if split.paths is None else {"resize": self.recipe.pretrain.augmentation.evaluation_resize}
+        return {} if split.images is not None else {"resize": self.recipe.pretrain.augmentation.evaluation_resize}
 
     @contextmanager
     def open(self, stage: str, protocol: Protocol | None = None, start: str = "") -> Iterator[tuple[Run, dict | None]]:
@@ -240,7 +252,10 @@ class Stages:
         settings |= {"paper": self.paper, "data": {"name": self.data.name, **self.data.identity}}
         settings |= {"seed": self.seed, "precision": self.precision, "recipe": asked}
         settings |= {"split": self.data.split} if self.data.split else {}
-        return settings | ({"protocol": as_json(protocol)} if protocol else {})
+        if protocol is not None:
+            chosen = as_json(protocol).items()
+            settings["protocol"] = {name: value for name, value in chosen if name not in ADDED or value != getattr(Protocol, name)}
+        return settings
 
     def row(self, result: dict, protocol: str, start: str, hours: float, value: float, metric: str, settings: str = "") -> Row:
         """A row of the ledger, with the commit, date and device of the time when the stage ran, possibly before this call."""

@@ -18,10 +18,16 @@ def mix(*key: int) -> int:
 
 def reseed(*key: int) -> None:
     """Set Python's, NumPy's and torch's global generators (all devices) from a key."""
+    reseed_cpu(*key)
+    torch.manual_seed(mix(*key))
+
+
+def reseed_cpu(*key: int) -> None:
+    """`reseed` without the generators of GPUs, for the images of data loaders: asking for GPUs takes longer than to flip an image."""
     number = mix(*key)
     random.seed(number)
     numpy.random.seed(number & 0xFFFFFFFF)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -138,16 +138,20 @@ class Protocol:
     """The settings of one evaluation of an encoder. Raises RecipeError for values that make no sense, alone or together.
 
     Kinds: "finetune" trains all weights; "linear" trains linear layers on frozen features, by SGD or LARS; "logistic" fits one linear
-    layer to the optimum of a penalised likelihood; "knn" trains nothing; "classify" measures the accuracy of a trained classifier.
+    layer to the optimum of a penalised likelihood; "knn" trains nothing; "classify" measures the accuracy of a trained classifier;
+    "location" fits, for each block, one linear layer on the tokens that tells the cell of the patch grid (see LOCATION).
     "linear" trains one layer for each of layers x heads x lr_multipliers x decays at once; `choose_on` says how the best is chosen.
     """
 
     name: str  # the name in results.csv
-    kind: Literal["finetune", "linear", "logistic", "knn", "classify"]  # see above
+    kind: Literal["finetune", "linear", "logistic", "knn", "classify", "location"]  # see above
     stage: TrainConfig | None = None  # training settings; logistic regression and k-NN have none
-    labels_per_class: int | None = None  # train on this many labels per class, drawn with the run's seed; None = all
-    label_fraction: float | None = None  # or on this fraction of all labels, balanced over classes, drawn with the run's seed
+    labels_per_class: int | None = None  # train on this many labels per class, drawn with `label_seed`; None = all
+    label_fraction: float | None = None  # or on this fraction of all labels, balanced over classes, drawn with `label_seed`
     label_list: str | None = None  # or on the images listed in this file, one per line, by file name or class/file name
+    # seed of the draw of labels, and of the images that a linear probe holds out; None = the run's seed. If it is given, runs with
+    # different seeds train on the same images, so the spread of their results is that of the training alone
+    label_seed: int | None = None
     pool: Literal["mean", "class"] = "mean"  # feature: mean of the patch tokens, or the class token
     layers: tuple[int, ...] = (1,)  # frozen: number of last blocks to concatenate, each after the final norm; several for linear only
     # test images and images for frozen encoders, from files: resize the short side to this many pixels before the center crop;
@@ -159,10 +163,14 @@ class Protocol:
     mixup: float = 0.0  # fine-tuning: mixup alpha
     cutmix: float = 0.0  # fine-tuning: cutmix alpha
     smoothing: float = 0.0  # fine-tuning: label smoothing
+    # fine-tuning: also test on images whose patches have changed places, at random for each image; this result is named ..._shuffled
+    shuffle_test: bool = False
     neighbours: int = 20  # k-NN: number of neighbours
     temperature: float = 0.07  # k-NN: temperature of the similarity weights
     statistics: Literal["train", "own"] = "train"  # logistic: standardise the test features by mean and std of train or test features
-    l2: float = 0.0025  # logistic: weight of half the squared norm, added to the summed loss; 1 / C in scikit-learn
+    # logistic, location: weight of half the squared norm, added to the summed loss; 1 / C in scikit-learn. Use 1 for location, as LOCATION
+    l2: float = 0.0025
+    images: int | None = 256  # location: at most this many training and this many test images, drawn with `label_seed`; None = all
     # linear: before the layer, MAE's batch norm without parameters, VISSL's batch norm with parameters, nothing, or attention pooling
     heads: tuple[Literal["norm", "norm_affine", "linear", "attentive"], ...] = ("norm",)
     lr_multipliers: tuple[float, ...] = (1.0,)  # linear: multiples of the stage's learning rate
@@ -185,6 +193,7 @@ class Protocol:
             (sum(value is not None for value in labels) <= 1, "labels_per_class label_fraction label_list", "at most one may be given"),
             (self.labels_per_class is None or self.labels_per_class > 0, "labels_per_class", "give a whole number from 1 up"),
             (self.label_fraction is None or 0 < self.label_fraction <= 1, "label_fraction", "give a fraction above 0, at most 1"),
+            (self.label_seed is None or self.label_seed >= 0, "label_seed", "give a whole number from 0 up, or null"),
             (min(self.layers, default=0) > 0, "layers", "give numbers from 1 up"),
             (self.kind == "linear" or len(self.layers) == 1, "kind layers", "give one number of layers"),
             (self.kind != "finetune" or self.layers == (1,), "kind layers", "fine-tuning reads the last layer, (1,)"),
@@ -195,6 +204,8 @@ class Protocol:
             (0 <= self.smoothing < 1, "smoothing", "give a fraction from 0 up, below 1"),
             (self.neighbours > 0, "neighbours", "give a whole number from 1 up"),
             (self.temperature > 0, "temperature", "give a number above 0"),
+            (not self.shuffle_test or self.kind == "finetune", "kind shuffle_test", "only a fine-tuned classifier has a shuffle test"),
+            (self.images is None or self.images > 0, "images", "give a whole number from 1 up, or null"),
             (self.l2 > 0, "l2", "give a number above 0"),
             (len(self.heads) > 0, "heads", "name at least one"),
             (min(self.lr_multipliers, default=0) > 0, "lr_multipliers", "give numbers above 0"),
@@ -202,6 +213,10 @@ class Protocol:
             *((sound, name, "give each once") for sound, name in once),
             (not (many and shared), "stage", "several layers, heads, lr_multipliers or decays go without clip_norm and final_weight_decay"),
         )
+
+    def draw_seed(self, seed: int) -> int:
+        """The seed with which a run with seed `seed` draws its labels and images: `label_seed`, if it is given."""
+        return seed if self.label_seed is None else self.label_seed
 
     @property
     def classifiers(self) -> int:
@@ -214,6 +229,10 @@ class Protocol:
         if self.stage is None:
             raise AttributeError(f"protocol {self.name} has no stage")
         return self.stage
+
+
+# How much of the patches' location is in the tokens of each block. A weaker penalty fits the training images better and others worse.
+LOCATION = Protocol(name="location", kind="location", l2=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

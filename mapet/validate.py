@@ -22,8 +22,8 @@ from torch import nn
 from common import keep_freed_memory
 from common.convert import ConversionError, Coverage, State, load_method, read_checkpoint
 from common.data import Data, DataError
-from common.data.loaders import default_workers
 from common.data.sets import IMAGENET_MEAN, IMAGENET_STD, scan_folder
+from common.data.workers import default_workers
 from common.environment import device_name
 from common.evaluate import Classifier, evaluate
 from common.recipe import Protocol

@@ -1,11 +1,13 @@
 """Tests of the processing of an image between the data set and the model."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.data import Augmentation, Data, Loader, Split, open_data
@@ -24,7 +26,9 @@ from common.data.augment import (
     resized_crop,
     worker_transform,
 )
+from common.data.images import read_image
 
+IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette"
 CPU = torch.device("cpu")
 
 
@@ -121,6 +125,52 @@ def test_box_areas_have_torchvisions_distribution():
     _, _, h, w = random_boxes(uniforms(3000, BOX), (0.2, 1.0), (3 / 4, 4 / 3), 64, 64).unbind(1)
     quantiles = torch.tensor([0.1, 0.5, 0.9])
     torch.testing.assert_close((h * w / 64**2).quantile(quantiles), their_area.quantile(quantiles), atol=0.03, rtol=0)
+
+
+def levels_from_pillow(image: Image.Image, augmentation: Augmentation, size: tuple[int, int], seed: int) -> torch.Tensor:
+    """Absolute differences (3, H, W) between the crop of a worker and Pillow's, from the same random numbers."""
+    torch.manual_seed(seed)
+    ours = worker_transform(augmentation, replace(in_memory(pictures(1)), image_size=None), size)(image)
+    ours_next = torch.rand(1)
+    torch.manual_seed(seed)
+    top, left, height, width = transforms.RandomResizedCrop.get_params(image, augmentation.scale, augmentation.ratio)
+    mode = Image.Resampling[augmentation.interpolation.upper()]
+    theirs = image.crop((left, top, left + width, top + height)).resize((size[1], height), mode).resize((size[1], size[0]), mode)
+    theirs = transforms.RandomHorizontalFlip(augmentation.flip)(theirs)
+    assert torch.equal(ours_next, torch.rand(1))  # later random numbers are the same too
+    return (ours.int() - pil_to_tensor(theirs).int()).abs()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 64), (224, 224)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("kind", ["noise", "black and white", "smooth"])
+def test_training_crops_are_within_four_levels_of_pillows(kind, interpolation, size):
+    noise = torch.randint(0, 256, (3, 150, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    waves = torch.sin(torch.arange(150)[:, None] / 9) * torch.cos(torch.arange(200) / 14)
+    smooth = (127 + 120 * waves).round().byte().expand(3, -1, -1)
+    image = photo({"noise": noise, "black and white": (noise > 127).byte() * 255, "smooth": smooth}[kind])
+    found = [levels_from_pillow(image, Augmentation(scale=(0.05, 1.0), interpolation=interpolation), size, seed) for seed in range(20)]
+    assert max(levels.max() for levels in found) <= 4
+    assert torch.stack(found).float().mean() < 0.1
+
+
+@pytest.mark.skipif(not IMAGENETTE.is_dir(), reason="needs the photos of shared/data/imagenette beside the repository")
+def test_training_crops_of_photographs_are_within_four_levels_of_pillows():
+    paths = open_data(str(IMAGENETTE)).train.paths[::20]
+    found = [levels_from_pillow(read_image(path), Augmentation(), (size, size), size) for path in paths for size in (96, 224)]
+    assert max(levels.max() for levels in found) <= 4
+    assert max(levels.float().mean() for levels in found) < 0.1
+
+
+@pytest.mark.parametrize("options", [{"randaugment": "rand-m9-n1-p0"}, {"color_jitter": 1e-9}, {"grey": 1e-9}, {"blur": 1e-9}])
+def test_steps_that_need_pillow_follow_the_same_crop(options):
+    """The options add a step without effect."""
+    for seed in range(5):
+        crops = []
+        for augmentation in (Augmentation(), Augmentation(**options)):
+            torch.manual_seed(seed)
+            crops.append(worker_transform(augmentation, in_memory(pictures(1)), (24, 24))(photo(pictures(1, 40)[0])))
+        assert torch.equal(*crops)
 
 
 def test_impossible_boxes_are_clipped_to_the_image():
@@ -238,7 +288,7 @@ def test_the_blur_radius_is_the_standard_deviation_of_a_blurred_dot():
 def test_grey_and_blur_come_after_jitter_in_both_paths():
     asked = Augmentation(color_jitter=0.4, grey=0.2, blur=0.5)
     worker = [type(step).__name__ for step in worker_transform(asked, in_memory(pictures(1)), (12, 12)).transforms]
-    assert worker[1:-1] == ["RandomHorizontalFlip", "ColorJitter", "RandomGrayscale", "RandomApply"]
+    assert worker[1:-1] == ["RandomHorizontalFlip", "ToPILImage", "ColorJitter", "RandomGrayscale", "RandomApply"]
     images, draws = pictures(8), uniforms(8)
     before = augment(images, draws, Augmentation(color_jitter=0.4), (12, 12))
     after = augment(images, draws, replace(asked, grey=1.0, blur=1.0), (12, 12))
@@ -281,6 +331,18 @@ def test_normalisation_can_be_undone_exactly():
     assert normal.dtype == torch.float32
     restored = (normal * torch.tensor([0.2, 0.3, 0.4])[:, None, None] + torch.tensor([0.4, 0.5, 0.6])[:, None, None]) * 255
     assert torch.equal(restored.round().byte(), images)
+
+
+def test_grey_images_get_the_channels_of_the_mean():
+    grey, mean, std = pictures(2, channels=1), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    assert torch.equal(normalize(grey, mean, std), normalize(grey.expand(-1, 3, -1, -1), mean, std))
+
+
+def test_normalisation_leaves_its_input_unchanged():
+    floats = pictures(2).float()
+    before = floats.clone()
+    normalize(floats, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    assert torch.equal(floats, before)
 
 
 def test_resizing_to_the_same_size_changes_nothing():

@@ -44,7 +44,7 @@ def test_epochs_below_1_or_not_a_number_are_refused_with_their_value(capsys, epo
         (["linear.label_fraction=2"], "label_fraction=2.0 makes no sense: give a fraction above 0, at most 1"),
         (["linear.label_fraction=0.005"], "fraction of 0.005 is 7 of 1437 labels, for 10 classes"),
         (["finetune_5_per_class.labels_per_class=500"], "use at most"),
-        (["knn.label_list={}"], "list.txt lists images by name, but images in memory have no names"),
+        (["knn.label_list={}"], "list.txt lists images by name, but the images of this data set have no names"),
         (["knn.resize=16"], "resized to 16 pixels, but all have one size"),
         (["linear.layers=[1, 7]"], "protocol linear: layers=(1, 7), and the encoder has 6"),
     ],

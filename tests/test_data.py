@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from common.data import Augmentation, Data, DataError, Loader, Split, open_data
 from common.data.augment import DRAWS, augment, erase, normalize, worker_transform
-from common.data.sets import read_image
+from common.data.images import read_image
 from common.randomness import generator, reseed
 
 IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette"
@@ -33,11 +33,11 @@ def draw(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes with four training and two validation images each, 20 x 16 pixels."""
+    """Three classes with four training and two validation images each, of several sizes from 20 x 16 pixels on."""
     for part, count in (("train", 4), ("val", 2)):
         for number, name in enumerate(("ant", "bee", "cat")):
             for i in range(count):
-                draw(tmp_path / part / name / f"{i}.png", seed=10 * number + i)
+                draw(tmp_path / part / name / f"{i}.png", (20 + i, 16), seed=10 * number + i)
     return tmp_path
 
 

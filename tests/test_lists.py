@@ -96,8 +96,8 @@ def test_a_file_name_in_two_classes_must_be_listed_with_its_class(listing):
         both.listed(listing("1.png"))
 
 
-def test_a_list_is_refused_for_images_in_memory(listing):
-    with pytest.raises(DataError, match="images in memory have no names: use data in files, or no list"):
+def test_a_list_is_refused_for_images_without_names(listing):
+    with pytest.raises(DataError, match="images of this data set have no names: use data in files, or no list"):
         open_data("digits").train.listed(listing("0.png"))
 
 
@@ -117,12 +117,13 @@ def test_a_digest_depends_on_labels_images_and_names_and_not_on_the_location():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two classes with three training files and one validation file each; opening a data set does not decode them."""
+    """Two classes with three training files and one validation file each; opening a data set decodes only the first one."""
     for part, count in (("train", 3), ("val", 1)):
         for name in ("ant", "bee"):
             (tmp_path / "one" / part / name).mkdir(parents=True)
             for i in range(count):
                 (tmp_path / "one" / part / name / f"{i}.png").write_bytes(f"{part} {name} {i}".encode() * 10)
+    Image.new("RGB", (65, 65)).save(tmp_path / "one" / "train" / "ant" / "0.png")
     return tmp_path / "one"
 
 

@@ -19,7 +19,7 @@ from benchmarks.speed.measure import check_kept
 from benchmarks.stages import Stages
 from common.data import open_data
 from common.evaluate import Supervision
-from common.recipe import Protocol, RecipeError, override
+from common.recipe import LOCATION, Protocol, RecipeError, choose_arms, override
 from common.run import Run
 from common.train import device_batch, make_fabric
 
@@ -97,6 +97,37 @@ def test_logistic_regression_needs_a_label_of_every_class(tmp_path):
     run.recipe = replace(run.recipe, protocols=(Protocol(name="logistic", kind="logistic"),))
     run.data = replace(run.data, train=run.data.train.subset((run.data.train.labels != 3).nonzero()[:, 0]))
     assert any("1 of 10 classes have no label" in line for line in refused(run))
+
+
+@pytest.fixture
+def swin(monkeypatch, tmp_path):
+    """Return a function that gives the lines of the error for a protocol and timm's Swin, which has no stochastic depth here."""
+    monkeypatch.setattr(preflight, "_encoder", lambda run, **_: run.recipe.build_encoder(run.data.channels))
+
+    def lines(protocol: Protocol) -> list[str]:
+        run = run_of(tmp_path, paper="positional_label")
+        run.recipe = replace(choose_arms(run.recipe, ["swin"])["swin"], protocols=(protocol,))
+        return refused(run)
+
+    return lines
+
+
+def test_a_shuffle_test_of_an_encoder_without_patches_is_refused_before_training(swin, tmp_path):
+    tuned = next(protocol for protocol in run_of(tmp_path).recipe.protocols if protocol.name == "finetune")
+    shuffled = replace(tuned, shuffle_test=True)
+    run = run_of(tmp_path)
+    run.recipe = replace(run.recipe, protocols=(shuffled,))
+    preflight.check([run])
+    (line,) = swin(shuffled)
+    assert "SwinTransformer returns 16 tokens for images of 8 x 8 pixels" in line and settings(line) == ["finetune.shuffle_test=false"]
+
+
+def test_a_location_probe_of_an_encoder_without_blocks_is_refused_before_training(swin, tmp_path):
+    run = run_of(tmp_path)
+    run.recipe = replace(run.recipe, protocols=(LOCATION,))
+    preflight.check([run])
+    (line,) = swin(LOCATION)
+    assert line.startswith("protocol location: SwinTransformer has no `blocks`, so only its last layer can be read")
 
 
 def test_an_arm_that_cannot_be_built_is_refused_before_the_first_arm_trains(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """Tests of counter-based randomness."""
 
 import itertools
+import random
 
 import numpy
 import torch
 
-from common.randomness import generator, mix, reseed
+from common.randomness import generator, mix, reseed, reseed_cpu
 
 
 def test_keys_of_any_length_give_distinct_numbers():
@@ -20,3 +21,11 @@ def test_a_key_seeds_the_global_generators_and_a_new_one():
         reseed(*key)
         draws.append((numpy.random.rand(), torch.rand(1).item(), torch.rand(1, generator=generator(*key)).item()))
     assert draws[0] == draws[2] and all(one != other for one, other in zip(draws[0], draws[1], strict=True))
+
+
+def test_reseeding_without_gpus_gives_the_same_numbers_on_the_cpu():
+    drawn = []
+    for seed in (reseed, reseed_cpu):
+        seed(1, 2, 3)
+        drawn.append((random.random(), numpy.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]

@@ -460,12 +460,14 @@ def test_runs_on_two_devices_have_separate_rows_and_devices_are_above_the_table(
 
 def test_a_run_has_one_line_and_similar_protocols_have_one_cell(root: Path) -> None:
     values = {"knn": 70, "linear_last": 71, "linear": 72, "linear_last4": 73, "finetune_5_per_class": 74, "finetune": 75, "rotation_2x": 76}
+    values |= {"finetune_shuffled": 77, "location_1": 78, "location_2": 79}
     record(root, *(replace(ROW, protocol=name, value=value, seed=seed) for name, value in values.items() for seed in (0, 1)))
     record(root, replace(ROW, protocol="knn", value=70, seed=2), replace(ROW, metric="top5", value=99.0))
     (line,) = lines_of(root, "together")
-    headings = ["All labels", "5 per class", "Linear", "k-NN", "rotation 2x", "Logs"]
+    headings = ["All labels", "5 per class", "Linear", "k-NN", "Location", "rotation 2x", "Logs"]
     assert list(line) == ["Data", "Method", "Backbone", "Epochs", "Seeds", *headings]
-    assert list(line.values())[:6] == ["digits", "droppos", "vit_micro", "100", "2 to 3", "75.00 ± 0.00"]
+    assert list(line.values())[:6] == ["digits", "droppos", "vit_micro", "100", "2 to 3", "75.00 ± 0.00<br>shuffled: 77.00 ± 0.00"]
+    assert line["Location"] == "1: 78.00 ± 0.00<br>2: 79.00 ± 0.00"
     assert line["Linear"] == "72.00 ± 0.00<br>last: 71.00 ± 0.00<br>last4: 73.00 ± 0.00" and line["rotation 2x"] == "76.00 ± 0.00"
 
 

@@ -36,9 +36,9 @@ CPU = torch.device("cpu")
 NO_AUG = Augmentation(crop="none", flip=0.0)
 
 
-def draw(path: Path, size: tuple[int, int] = (24, 18), seed: int = 0) -> None:
+def draw(path: Path, size: tuple[int, int] = (96, 72), seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = numpy.random.default_rng(seed).integers(0, 256, (size[1] // 3, size[0] // 3, 3), dtype=numpy.uint8)
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (size[1] // 12, size[0] // 12, 3), dtype=numpy.uint8)
     Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)
 
 
@@ -510,7 +510,7 @@ def test_prepare_only_makes_the_store_and_a_second_call_prints_its_path(tmp_path
     said = capsys.readouterr().out
     assert f"tokens: {place}" in said and "of 1797 images" not in said and contents(place) == before
     assert main(["droppos", *arguments[1:], "--prepare"]) == 2
-    assert "droppos has no targets to compute before training" in capsys.readouterr().out
+    assert "droppos has nothing to make before training" in capsys.readouterr().out
 
 
 def test_a_run_that_may_not_make_tokens_fails_with_the_command_that_makes_them(tmp_path):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import worker
 
 from common.data import Augmentation, Loader, Split, open_data
-from common.data.loaders import default_workers
+from common.data.workers import default_workers
 from common.stopping import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def test_images_larger_than_pillows_limit_are_cropped_without_a_warning(tmp_path
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for name in ("train/a/0", "train/a/1", "val/a/0"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(numpy.full((40, 40, 3), 90, dtype=numpy.uint8)).save(tmp_path / f"{name}.png")
+        Image.fromarray(numpy.full((80, 80, 3), 90, dtype=numpy.uint8)).save(tmp_path / f"{name}.png")
     data = open_data(str(tmp_path))
     settings = {"image_size": (16, 16), "batch_size": 2, "seed": 0, "device": torch.device("cpu"), "workers": 0}
     for augmentation in (None, Augmentation(scale=(0.9, 1.0))):

@@ -68,7 +68,7 @@ def imagenet_vith16_448() -> Recipe:
 
 
 def cifar10() -> Recipe:
-    """CIFAR-10 (or 100): `make reproduce PAPER=ijepa DATA=cifar10`, one GPU. Ours: StoP's recipe without noise. Expected: not measured yet."""
+    """CIFAR-10 (or 100): `make reproduce PAPER=ijepa DATA=cifar10`, one GPU. Ours: StoP's without noise. Not measured yet."""
     recipe = _stop.cifar10()
     return replace(recipe, method=recipe.method | {"noise": "none"}, arms={})
 

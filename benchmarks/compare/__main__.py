@@ -120,7 +120,14 @@ def prepare(options: Options) -> tuple[Path, Plan]:
             f"a class of {data.name} has {least} training images, but {max(arena.labels)} labels per class are used: add images"
         )
     folder, budget = options.out.absolute() / "compare" / arena.name, options.budget or f"images:{arena.images}"
-    own = {"arena": arena.name, "hash": arena.hash, "limit": arena.limit, "data": options.data, "budget": budget, "device": device.type}
+    own: dict = {
+        "arena": arena.name,
+        "hash": arena.hash,
+        "limit": arena.limit,
+        "data": options.data,
+        "budget": budget,
+        "device": device.type,
+    }
     held = read_plan(folder) if (folder / "plan.json").exists() else None
     if held is not None and (old := [f"{name}: {getattr(held, name)} there" for name in own if getattr(held, name) != own[name]]):
         raise RunError(f"{folder} holds another comparison ({', '.join(old)}): use another OUT")

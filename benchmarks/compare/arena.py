@@ -1,4 +1,4 @@
-"""Arenas: what all methods of a comparison share. A paper's own recipe for the data gives its method options, optimizer and augmentation."""
+"""Arenas: what all methods of a comparison share. The rest comes from a paper's own recipe: method options, optimizer, augmentation."""
 
 import dataclasses
 import hashlib
@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from benchmarks.papers import baselines, choose_recipe, paper_module, papers
 from common.data import Augmentation, Data
-from common.recipe import DEIT_CROPS, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
+from common.recipe import DEIT_CROPS, LOCATION, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
 
 REFERENCES = ("from scratch", "mae")  # what the differences are from
 GAP = "mae, half the lr"  # a second recipe of one method: how much of a difference between methods a recipe can make
@@ -27,7 +28,6 @@ class Arena:
     images: int  # images that a pre-training sees, by default
     finetune: TrainConfig  # with all labels
     few: TrainConfig  # with the most of `labels`; with fewer labels, more epochs
-    linear: TrainConfig  # linear probe
     encoder: dict = field(default_factory=dict)  # options of the encoder
     labels: tuple[int, ...] = (5, 20)  # labels per class of `few`
     draws: int = 2  # of these labels; each is used with all seeds of the training
@@ -39,8 +39,8 @@ class Arena:
         """Identifies the arena in its ledger."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
-    def protocols(self, pool: str, position: str | None) -> tuple[Protocol, ...]:
-        """The evaluations. pool: of the method's own k-NN. position: for fine-tuning, if the encoder has none from its pre-training."""
+    def protocols(self, pool: Any, position: Any) -> tuple[Protocol, ...]:
+        """The evaluations. pool: mean or class, as in the method's own k-NN. position: for fine-tuning, None as in the pre-training."""
         tune: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1, "pool": pool, "position": position}
         # the same number of steps for any number of labels
         stages = {count: replace(self.few, epochs=self.few.epochs * max(self.labels) // count) for count in self.labels}
@@ -52,15 +52,14 @@ class Arena:
         return (
             Protocol(name="finetune", stage=self.finetune, shuffle_test=True, **tune),
             *few,
-            Protocol(name="linear", kind="linear", stage=self.linear, pool=pool),
+            Protocol(name="linear", kind="logistic", pool=pool),
             Protocol(name="knn", kind="knn", pool=pool),
-            Protocol(name="location", kind="location"),
+            LOCATION,
         )
 
 
 _SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
-_TUNE = TrainConfig(epochs=20, batch_size=128, base_lr=2e-3, warmup_epochs=2, augmentation=_SHIFTS)
-_PROBE: dict = {"optimizer": "lars", "weight_decay": 0.0}
+_TUNE = TrainConfig(epochs=20, batch_size=64, base_lr=6e-3, warmup_epochs=3, augmentation=_SHIFTS)
 _PADDED = Augmentation(crop="padding", padding=4)
 _MAE = replace(MAE_FINETUNE, batch_size=512, device_batch=512, augmentation=replace(DEIT_CROPS, crop="padding", padding=4))
 _CROPPED = Augmentation(scale=(0.2, 1.0))
@@ -76,8 +75,7 @@ ARENAS = {
             patch_size=2,
             images=43_000,
             finetune=_TUNE,
-            few=replace(_TUNE, epochs=50, batch_size=50),
-            linear=replace(_TUNE, **_PROBE, base_lr=10.0),
+            few=replace(_TUNE, epochs=50, batch_size=25, base_lr=1.2e-2),
         ),
         # Two CPU cores: a method and seed in about ten minutes.
         Arena(
@@ -88,8 +86,7 @@ ARENAS = {
             patch_size=4,
             images=100_000,
             finetune=replace(_TUNE, epochs=5, warmup_epochs=1, augmentation=_PADDED),
-            few=replace(_TUNE, epochs=50, batch_size=50, augmentation=_PADDED),
-            linear=replace(_TUNE, **_PROBE, base_lr=10.0, epochs=5, augmentation=_PADDED),
+            few=replace(_TUNE, epochs=50, batch_size=25, base_lr=1.2e-2, augmentation=_PADDED),
             batch_size=128,
             limit=10_000,
         ),
@@ -102,7 +99,6 @@ ARENAS = {
             images=10_000_000,
             finetune=_MAE,
             few=replace(_MAE, epochs=200, batch_size=50),
-            linear=replace(_MAE, **_PROBE, base_lr=1.0, epochs=50, layer_decay=None, augmentation=_PADDED),
         ),
         # A folder of photographs, on two CPU cores.
         Arena(
@@ -112,9 +108,8 @@ ARENAS = {
             image_size=64,
             patch_size=8,
             images=20_000,
-            finetune=replace(_TUNE, epochs=10, batch_size=64, augmentation=_CROPPED),
-            few=replace(_TUNE, epochs=40, batch_size=50, augmentation=_CROPPED),
-            linear=replace(_TUNE, **_PROBE, base_lr=10.0, epochs=10, batch_size=64, augmentation=_CROPPED),
+            finetune=replace(_TUNE, epochs=10, augmentation=_CROPPED),
+            few=replace(_TUNE, epochs=40, batch_size=25, base_lr=1.2e-2, augmentation=_CROPPED),
             batch_size=64,
         ),
         # The same on one GPU. Not measured yet.
@@ -126,7 +121,6 @@ ARENAS = {
             images=5_000_000,
             finetune=replace(MAE_FINETUNE, batch_size=512, epochs=50),
             few=replace(MAE_FINETUNE, batch_size=50, epochs=100),
-            linear=replace(_TUNE, **_PROBE, base_lr=1.0, epochs=30, batch_size=512, augmentation=_CROPPED),
             batch_size=1024,
         ),
     )
@@ -215,4 +209,4 @@ def limited(arena: Arena, data: Data) -> Data:
         split = getattr(data, name)
         chosen = [index for label in range(data.classes) for index in (split.labels == label).nonzero()[:each, 0].tolist()]
         parts[name] = split.subset(sorted(chosen))
-    return replace(data, **parts)
+    return replace(data, name=f"{data.name}-{arena.limit}", **parts)  # MaPeT's tokens are kept by this name

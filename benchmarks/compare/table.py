@@ -84,9 +84,10 @@ def caption(scores: pandas.DataFrame) -> str:
     seeds = scores["seed"].nunique()
     few = f" {seeds} seeds decide nothing: use {LEAST} or more." if seeds < LEAST else ""
     return (
-        f"Percent of the test images, mean over {seeds} seeds ± half of the 95 % t interval; with few labels over draws of the labels too. Second and "
-        f"third line: difference from {' and '.join(REFERENCES)}, paired over seeds; decided at 5 % after Holm's correction over the methods of a "
-        f"column, else `undecided ±` the smallest difference that could have been shown.{few}"
+        f"Percent of the test images: mean over {seeds} seeds (and draws of few labels) ± half of the 95 % t interval. "
+        f"Second and third line: difference from {' and from '.join(map(repr, REFERENCES))}, paired over seeds, if it is decided at 5 % "
+        "after Holm's correction over the methods of a column; else `undecided ±` the smallest difference that these seeds could have "
+        f"shown.{few}"
     )
 
 

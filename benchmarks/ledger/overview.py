@@ -19,6 +19,7 @@ HEADINGS = {  # of protocols, in order; scratch is supervised training
     "linear": "Linear",
     "logistic": "Logistic",
     "knn": "k-NN",
+    "location": "Location",
 }
 DIGITS = {"5 per class": "5 per class (scratch)", "20 per class": "20 per class (scratch)", "k-NN": "k-NN (random)"}
 PIXELS = "raw pixels"

@@ -29,24 +29,28 @@ class Group:
 
 
 def groups(calls: Sequence[tuple[Options, list[str]]], processes: int) -> list[Group]:
-    """The groups of several papers, in order: tokens (MaPeT), all pre-trainings, then the evaluations and the table of each paper.
+    """The groups of several papers, in order: what trainings read (MaPeT's tokens, and one copy of the images for all papers), all
+    pre-trainings, then the evaluations and the table of each paper.
 
     calls: the options of each paper and the arguments of its tasks. Raises RecipeError for options that a job would refuse.
     """
-    tokens, pretrainings, rest = list[Task](), list[Task](), list[Group]()
+    prepared, pretrainings, rest = list[Task](), list[Task](), list[Group]()
     for options, arguments in calls:
         runs = plan(options, make_fabric("cpu", "32-true"))
         for own in runs:
             device_batch(own.recipe.pretrain, processes)
         if hasattr(runs[0].module, "prepare") and options.encoder is None:
-            tokens.append(Task(f"tokens-{options.paper}", f"{options.paper} tokens", [*arguments, "--prepare"], []))
+            prepared.append(Task(f"tokens-{options.paper}", f"{options.paper} tokens", [*arguments, "--prepare"], []))
         first = list(_pretrainings(runs, arguments))
         then = list(_evaluations(runs, arguments))
         rest += [Group(then, first)] if then else []
         rest.append(Group([Task(f"table-{options.paper}", f"{options.paper} table", arguments, [])], then or first, alone=True))
         pretrainings += first
-    first_of_all = [Group(tokens, [], alone=True)] if tokens else []
-    return [*first_of_all, *([Group(pretrainings, tokens)] if pretrainings else []), *rest]
+    if calls[0][0].cache is not None and not prepared:  # the job of the tokens makes it too
+        options, arguments = calls[0]
+        prepared = [Task(f"copy-{options.paper}", f"{options.paper} copy of the images", [*arguments, "--prepare"], [])]
+    first_of_all = [Group(prepared, [], alone=True)] if prepared else []
+    return [*first_of_all, *([Group(pretrainings, prepared)] if pretrainings else []), *rest]
 
 
 def _pretrainings(runs: Sequence[Stages], arguments: Sequence[str]) -> Iterable[Task]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
@@ -203,9 +204,10 @@ def _grey(images_BCHW: Tensor) -> Tensor:
 
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalise images of 0..255 (any dtype) by the mean and std of the data set per channel; float32."""
+    """Normalise images of 0..255 (any dtype) by the mean and std of the data set per channel; float32. Grey images get all its channels."""
     mean_C11, std_C11 = (images_BCHW.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
-    return (images_BCHW.float() / 255 - mean_C11) / std_C11
+    copied_BCHW = images_BCHW.expand(-1, len(mean), -1, -1).to(torch.float32, copy=True)  # one copy, as new memory takes time
+    return copied_BCHW.div_(255).sub_(mean_C11).div_(std_C11)
 
 
 def erase(images_BCHW: Tensor, draws_BK: Tensor, probability: float) -> Tensor:
@@ -251,6 +253,7 @@ def worker_transform(
     """`augment` for one RGB image in a worker, with random numbers from the global generators; None is the evaluation transform.
 
     The result is uint8 (3, H, W). Evaluation resizes by `resize` (see view_size) and `interpolation` and takes the center crop.
+    Only random resized crops are resized by torch (see ResizedCrop). All else is Pillow's, so evaluation is as in timm and DeiT.
     """
     interpolation = augmentation.interpolation if augmentation else interpolation
     mode = transforms.InterpolationMode(interpolation)
@@ -264,10 +267,14 @@ def worker_transform(
     steps: list[Callable] = whole
     if augmentation is not None:
         if augmentation.crop == "resized":
-            steps = [transforms.RandomResizedCrop(image_size, augmentation.scale, augmentation.ratio, mode)]
+            steps = [ResizedCrop(image_size, augmentation.scale, augmentation.ratio, mode)]
         elif augmentation.crop == "padding":
             steps = [*whole, transforms.RandomCrop(image_size, padding=augmentation.padding)]
         steps.append(transforms.RandomHorizontalFlip(augmentation.flip))
+        if augmentation.crop == "resized":
+            if not (augmentation.randaugment or augmentation.color_jitter or augmentation.grey or augmentation.blur):
+                return transforms.Compose(steps)
+            steps.append(transforms.ToPILImage())  # the other steps need Pillow
         if augmentation.randaugment is not None:
             background = tuple(round(255 * mean) for mean in data.mean) * (3 // len(data.mean))
             options = {"translate_const": int(min(image_size) * 0.45), "img_mean": background}
@@ -283,6 +290,22 @@ def worker_transform(
         if augmentation.blur:
             steps.append(transforms.RandomApply([random_blur], augmentation.blur))
     return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+class ResizedCrop(transforms.RandomResizedCrop):
+    """torchvision's random resized crop with the same random box, but resized by torch; takes an RGB image, returns uint8 (3, H, W).
+
+    On a CPU with AVX2 torch resizes bytes in a fourth of Pillow's time. It has the same filters, with weights of fewer digits: a pixel
+    differs by at most 4 of 255 levels from Pillow's (measured: 2), and by less than 0.1 on average. This holds for the same order: first
+    the width, then the height. Pillow 13 has the other order if the width grows and the height shrinks (photographs: up to 7 levels).
+    """
+
+    def forward(self, image: Image.Image) -> Tensor:
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        pixels_HWC = torch.from_numpy(numpy.array(image.crop((left, top, left + width, top + height))))
+        pixels_1CHW = pixels_HWC.permute(2, 0, 1)[None]
+        pixels_1CHW = F.interpolate(pixels_1CHW, tuple(self.size), mode=self.interpolation.value, antialias=True)
+        return pixels_1CHW[0]
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:

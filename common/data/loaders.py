@@ -9,40 +9,27 @@ image r % N, so the rows of copy 0 are the images themselves.
 Shapes: N images of the split, R rows, E rows of an epoch, B rows of a micro-batch, C channels, H x W pixels, K uniform numbers.
 """
 
-import functools
 import itertools
 import logging
-import mmap
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from multiprocessing.util import Finalize
 from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from common.data.augment import DRAWS, Augmentation, augment, erase, normalize, resize, view_name, worker_transform
-from common.data.sets import Data, DataError, Split, any_size, read_image
-from common.environment import available_cores
-from common.randomness import generator, reseed
-from common.stopping import STOP_SIGNALS, finish_first
+from common.data.images import REPLACED, any_size, read_image
+from common.data.sets import Data, DataError, Split
+from common.data.workers import make_workers, worker_batches
+from common.randomness import generator, reseed_cpu
 
 # last entry of the random keys; AUGMENTATION must be the largest, because copy c of an image uses AUGMENTATION + c
 ORDER, AUGMENTATION = 1, 2
 
 log = logging.getLogger(__name__)
-
-
-def default_workers(processes: int | None = None) -> int:
-    """Number of loader workers for each of `processes` on this machine: available cores / processes, at least 1 and at most 8.
-
-    By default, `processes` is torchrun's LOCAL_WORLD_SIZE, or 1 without torchrun.
-    """
-    return max(1, min(8, available_cores() // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
 
 
 class Batches(Protocol):
@@ -92,11 +79,11 @@ class Loader:
                 f"{self.accumulate} accumulated x {self.world_size} devices): choose an effective batch of at most {len(self.split)}"
             )
         # the augmentation's `resize` is ignored for images in memory
-        resize = self.resize
+        resize, files = self.resize, self.split.images is None
         if self.augmentation is not None:
-            resize = self.augmentation.evaluation_resize if self.split.paths else None
-        if resize is not None and (self.split.paths is None or 0 < resize < min(self.image_size)):
-            short = f"smaller than the {min(self.image_size)} pixels of the model" if self.split.paths else "but all have one size"
+            resize = self.augmentation.evaluation_resize if files else None
+        if resize is not None and (not files or 0 < resize < min(self.image_size)):
+            short = f"smaller than the {min(self.image_size)} pixels of the model" if files else "but all have one size"
             raise DataError(f"images are to be resized to {resize} pixels, {short}: choose a larger `resize`, None, or 0 to stretch images")
         if self.split.images is not None and self.split.images.shape[1] != self.data.channels:
             given = f"images of shape {tuple(self.split.images.shape)} for {self.data.name} with channels={self.data.channels}"
@@ -106,21 +93,13 @@ class Loader:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
             return
         self.schedule, self.reported = _Schedule(), set[str]()
-        ending = mmap.mmap(-1, 1)  # shared with the workers: nonzero if SIGTERM comes from this process, to end them
-        self.worker_batches = DataLoader(
+        self.worker_batches = make_workers(
             _Images(self),
+            self.workers,
             batch_sampler=self.schedule,
-            num_workers=self.workers,
-            worker_init_fn=functools.partial(_start_worker, ending),
-            # the split, which may have a million paths, is shared and not copied
-            multiprocessing_context="fork" if self.workers else None,
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
-            # torch seeds its workers from this; by default it would draw from the caller's global generator
-            generator=torch.Generator(),
         )
-        # runs before multiprocessing ends its children and waits for them, or when the workers are no longer used
-        Finalize(self.worker_batches, ending.write, (b"1",), exitpriority=100)
 
     @property
     def view(self) -> dict[str, str]:
@@ -178,27 +157,16 @@ class Loader:
 
     def _from_workers(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         self.schedule.epoch, self.schedule.batches = epoch, batches
-        try:
-            # A signal would end a worker that does not ignore it yet. Workers inherit the blocked signals until `_start_worker`.
-            with finish_first():
-                blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-                try:
-                    batches_of_workers = iter(self.worker_batches)
-                finally:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            for images_BCHW, labels_B, draws_BK, skipped in batches_of_workers:
-                # reported here and not in the workers, so that a file is reported once even if several workers read it
-                for path in {path for paths in skipped for path in paths.splitlines()} - self.reported:
-                    self.reported.add(path)
-                    log.warning("%s cannot be read as an image: the next readable image replaces it", path)
-                images_BCHW = images_BCHW.to(self.device, non_blocking=True)
-                images_BCHW = normalize(images_BCHW, self.data.mean, self.data.std)
-                if self.augmentation is not None:
-                    images_BCHW = erase(images_BCHW, draws_BK, self.augmentation.erase)
-                yield images_BCHW, labels_B.to(self.device, non_blocking=True)
-        except DataError as error:
-            # torch uses the whole traceback of the worker as the message: its last sentence is ours
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+        for images_BCHW, labels_B, draws_BK, skipped in worker_batches(self.worker_batches):
+            # reported here and not in the workers, so that a file is reported once even if several workers read it
+            for path in {path for paths in skipped for path in paths.splitlines()} - self.reported:
+                self.reported.add(path)
+                log.warning(REPLACED, path)
+            images_BCHW = images_BCHW.to(self.device, non_blocking=True)
+            images_BCHW = normalize(images_BCHW, self.data.mean, self.data.std)
+            if self.augmentation is not None:
+                images_BCHW = erase(images_BCHW, draws_BK, self.augmentation.erase)
+            yield images_BCHW, labels_B.to(self.device, non_blocking=True)
 
 
 class _Schedule:
@@ -229,17 +197,17 @@ class _Images(Dataset):
         if self.random:
             # Python's, NumPy's and torch's global generators, because the transforms use all three. Without workers this changes those of
             # the caller's process; they are not restored, as the training loop reseeds before each step. Evaluation does not reseed.
-            reseed(self.seed, epoch, index, AUGMENTATION + copy)
+            reseed_cpu(self.seed, epoch, index, AUGMENTATION + copy)
         with any_size():  # cropping also warns about large images
             image, index, skipped = self._read(index)
             image_CHW = self.transform(image)[: self.channels]
         return image_CHW, self.split.labels[index], torch.rand(DRAWS) if self.random else torch.zeros(DRAWS), skipped
 
     def _read(self, index: int) -> tuple[Image.Image, int, str]:
-        if self.split.paths is None:
-            assert self.split.images is not None
+        if self.split.images is not None:
             pixels_HWC = self.split.images[index].permute(1, 2, 0).numpy()
             return Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC).convert("RGB"), index, ""
+        assert self.split.paths is not None
         skipped, faults = list[str](), list[DataError]()
         for candidate in itertools.chain(range(index, len(self.split)), range(index)):
             try:
@@ -250,14 +218,3 @@ class _Images(Dataset):
                 skipped.append(self.split.paths[candidate])
                 faults = faults or [error]
         raise DataError(f"none of {len(skipped)} images can be read, and --skip-corrupt does not help; the first: {faults[0]}")
-
-
-def _start_worker(ending: mmap.mmap, worker: int) -> None:
-    """Make a worker ignore stop signals. Terminals, torchrun, Slurm and `timeout` send them to all processes of a run. Only the training
-    process can save, and it needs its workers for that; the workers end when it ends."""
-    os.setpgrp()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending[0] else None)
-    signal.siginterrupt(signal.SIGTERM, False)  # otherwise reading a file may fail
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

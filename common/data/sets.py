@@ -8,22 +8,20 @@ import difflib
 import hashlib
 import itertools
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, extract_archive
 
+from common.data.images import load_images, read_image
 from common.data.paths import DataError, Paths
 from common.files import locked, replacing
 from common.randomness import generator
@@ -31,15 +29,16 @@ from common.randomness import generator
 NAMES = ("digits", "cifar10", "cifar100", "tiny-imagenet", "mini-imagenet")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MINI_CLASSES, MINI_IMAGES, MINI_TRAIN = 100, 600, 500  # Mini-ImageNet: classes, images per class, training images per class
+SMALL_SIDE, SMALL_BYTES = 64, 2**30  # images of a folder are loaded into memory up to this many pixels a side and bytes in total
 # folders made by operating systems, to be ignored like those whose names begin with a dot
 FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 @dataclass(eq=False)
 class Split:
-    """Labelled images, either in memory or as files.
+    """Labelled images, in memory or as files. Images in memory that were read from files have both: `paths` are then only their names.
 
-    Raises DataError unless exactly one of `images` and `paths` is given, with one label per image, and images are uint8 (N, C, H, W).
+    Raises DataError unless `images` or `paths` are given, with one label per image, and images are uint8 (N, C, H, W).
     """
 
     labels: Tensor  # (N,) int64
@@ -49,8 +48,8 @@ class Split:
     skip_corrupt: bool = False  # an unreadable file is replaced by the next readable one instead of ending the run
 
     def __post_init__(self) -> None:
-        if (self.images is None) == (self.paths is None):
-            raise DataError("a split holds either images or paths")
+        if self.images is None and self.paths is None:
+            raise DataError("a split holds images or paths")
         if self.paths is not None and type(self.paths) is not Paths:
             self.paths = Paths(self.paths)
         if self.images is not None and (self.images.dtype != torch.uint8 or self.images.ndim != 4):
@@ -95,10 +94,10 @@ class Split:
     def listed(self, path: Path) -> "Split":
         """Return the images listed in a file, one per line, by file name or class/file name: n01440764_10026.JPEG or cat/1.png.
 
-        Raises DataError if the images are not files, and for names that are absent, ambiguous or repeated.
+        Raises DataError if the images have no names, and for names that are absent, ambiguous or repeated.
         """
         if self.paths is None:
-            raise DataError(f"{path} lists images by name, but images in memory have no names: use data in files, or no list")
+            raise DataError(f"{path} lists images by name, but the images of this data set have no names: use data in files, or no list")
         text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as file names are decoded
         names = [line.strip() for line in text.splitlines() if line.strip()]
         known: dict[str, list[int]] = {name: [] for name in names}
@@ -124,13 +123,18 @@ class Split:
     def classes(self) -> int:
         return max(len(self.class_names), int(self.labels.max()) + 1 if len(self) else 0)
 
+    @property
+    def contents(self) -> list[str]:
+        """The content of each file, as Paths.contents; empty for images in memory."""
+        return self.paths.contents if self.images is None and self.paths is not None else []
+
     def digest(self) -> str:
         """A hash that identifies this split, in hexadecimal, computed once: from labels, class names, and pixels or files.
 
-        Files are identified by their names below their common folder, not by the place of this folder or by file times. Up to 20,000
-        files, the hash includes their contents, or above 512 MiB in total, their sizes. So some changes are not detected: with more files,
-        the replacement of a file under the same name; with sizes, the replacement by a file of the same size; and any change after the
-        first call.
+        Images in memory are identified by their pixels. Files are identified by their names below their common folder, not by the place of
+        this folder or by file times. Up to 20,000 files, the hash includes their contents, or above 512 MiB in total, their sizes. So some
+        changes are not detected: with more files, the replacement of a file under the same name; with sizes, the replacement by a file of
+        the same size; and any change after the first call.
         """
         return self._digest
 
@@ -141,7 +145,7 @@ class Split:
             if tensor is not None:
                 found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                 found.update(tensor.cpu().contiguous().numpy().reshape(-1).view(numpy.uint8).data)  # without a copy, for any size
-        if self.paths is not None:
+        if self.images is None and self.paths is not None:
             found.update(self.paths.digest().encode())
         return found.hexdigest()
 
@@ -165,7 +169,7 @@ class Data:
     name: str
     classes: int
     channels: int
-    image_size: tuple[int, int] | None  # (height, width) in pixels; None if images differ in size
+    image_size: tuple[int, int] | None  # (height, width) in pixels of every image; None if they differ, or were not all read
     mean: tuple[float, ...]  # per channel, of pixels scaled to 0..1
     std: tuple[float, ...]
     train: Split
@@ -190,7 +194,9 @@ class Data:
 def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) -> Data:
     """Open `digits`, `cifar10`, `cifar100`, `tiny-imagenet` or `mini-imagenet` (stored under `root`), or a folder if `name` is its path.
 
-    A folder contains train/ and val/ (or test/ if there is no val/), each with one folder per class. mini-imagenet-split.csv under
+    A folder contains train/ and val/ (or test/ if there is no val/), each with one folder per class. If all its images have one size of at
+    most SMALL_SIDE pixels a side, and SMALL_BYTES of memory hold them, they are loaded into memory, as RGB: then the data set has this
+    `image_size` and the mean and std of its own training images, as cifar10 has, instead of ImageNet's. mini-imagenet-split.csv under
     `root` defines the splits of `mini-imagenet`; if it is missing, the split is drawn and written. With `skip_corrupt` an unreadable
     image file is replaced by the next readable one. Raises DataError that says what is missing and how to fix it.
     """
@@ -209,72 +215,6 @@ def open_data(name: str, root: Path = Path("data"), skip_corrupt: bool = False) 
     raise DataError(
         f"{name!r} is neither a data set nor a folder: {guess}use one of {', '.join(NAMES)}, or the path of a folder with train/ and val/"
     )
-
-
-_limits = threading.Lock()
-_unlimited = 0  # number of open any_size blocks
-_guards: tuple[int | None, int, int]  # Pillow's own
-
-
-@contextmanager
-def any_size() -> Iterator[None]:
-    """Within the block Pillow opens and crops images of any size, and reads any text in them, without a warning.
-
-    Pillow's limits protect against untrusted files, but these are the user's own. They are global: the last thread to exit restores them.
-    """
-    global _unlimited, _guards
-    with _limits:
-        if _unlimited == 0:
-            _guards = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = None, 2**31 - 1, 2**31 - 1
-        _unlimited += 1
-    try:
-        yield
-    finally:
-        with _limits:
-            _unlimited -= 1
-            if _unlimited == 0:
-                Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = _guards
-
-
-def read_image(path: str) -> Image.Image:
-    """Decode a file of any format and size that Pillow supports to 8-bit RGB. Raises DataError, with the file name, if this fails.
-
-    Transparency is dropped, as in ImageNet pipelines. Grey values of 16 bits (0 to 65535) and floats (0 to 1) are scaled to 8 bits;
-    others raise an error with their range, because clipping would make them black or white.
-    """
-    try:
-        with any_size(), Image.open(path) as image:
-            if 4 * image.width * image.height > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-                raise MemoryError  # before the kernel kills the process; the size may come from a broken header
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                return Image.fromarray(_to_bytes(path, numpy.asarray(image))).convert("RGB")
-            # Pillow converts a palette with transparent entries to RGB only via RGBA
-            return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-    except DataError:
-        raise
-    except MemoryError as error:
-        raise DataError(f"{path} has more pixels than fit into memory: use a smaller copy, or pass --skip-corrupt") from error
-    except Exception as error:  # decoders raise a dozen kinds of exceptions on broken files
-        if isinstance(error, OSError) and error.errno is not None:  # from the file system, not from a decoder
-            raise DataError(f"{path} cannot be opened ({error.strerror}): make it readable, or pass --skip-corrupt") from error
-        fix = "if other programs can open it, save it again as PNG or JPEG; otherwise delete it, or pass --skip-corrupt"
-        raise DataError(f"{path} cannot be read as an image ({error}): {fix}") from error
-
-
-def _to_bytes(path: str, values: numpy.ndarray) -> numpy.ndarray:
-    """Convert grey pixels of 16 or 32 bits, integers or floats, to uint8. Raises DataError for an unusual range."""
-    low, high = values.min().item(), values.max().item()
-    if values.dtype.kind == "f":
-        if low >= 0 and high <= 1:
-            return (values * 255).round().astype(numpy.uint8)
-        what, wanted = "float pixels", "the supported range is 0 to 1"
-    elif 0 <= low and high <= 65535 and not 0 < high < 257:
-        return (values.astype(numpy.int64) // 257).astype(numpy.uint8)
-    else:
-        what, wanted = "pixels of more than 8 bits", "the supported range is 0 to 65535"
-        wanted += ", in which they would all be black" if 0 <= low and high <= 65535 else ""
-    raise DataError(f"{path} has {what} from {low} to {high}, and {wanted}: save it with 8 bits, or pass --skip-corrupt")
 
 
 def _digits() -> Data:
@@ -323,7 +263,8 @@ def _in_memory(name: str, train: Split, val: Split) -> Data:
     # counting grey levels is exact and needs no float copy of the images
     frequencies = [torch.bincount(channel.flatten(), minlength=256) / channel.numel() for channel in images.unbind(1)]
     mean = [float((frequency * levels).sum()) for frequency in frequencies]
-    std = [float((frequency * (levels - m) ** 2).sum().sqrt()) for frequency, m in zip(frequencies, mean, strict=True)]
+    deviations = [float((frequency * (levels - m) ** 2).sum().sqrt()) for frequency, m in zip(frequencies, mean, strict=True)]
+    std = [deviation if deviation > 1e-6 else 1.0 for deviation in deviations]  # a channel of one value has none
     size = (images.shape[2], images.shape[3])
     return Data(name, len(train.class_names), images.shape[1], size, tuple(mean), tuple(std), train, val)
 
@@ -425,7 +366,36 @@ def _folder(folder: Path, skip_corrupt: bool) -> Data:
             f"{folder / 'train'} has {len(train.class_names)} classes and {held_out} has {len(val.class_names)}: "
             f"{', '.join(odd[:5])} is in one only; give both the same class folders"
         )
-    return Data(folder.resolve().name, len(train.class_names), 3, None, IMAGENET_MEAN, IMAGENET_STD, train, val)
+    name = folder.resolve().name
+    return _small(name, train, val) or Data(name, len(train.class_names), 3, None, IMAGENET_MEAN, IMAGENET_STD, train, val)
+
+
+def _small(name: str, *splits: Split) -> Data | None:
+    """The data set of a folder with its images in memory; None if they are not small, or differ in size."""
+    size = _first_size(splits[0])  # one image tells apart most data sets, such as ImageNet
+    if size is None or max(size) > SMALL_SIDE or 3 * size[0] * size[1] * sum(map(len, splits)) > SMALL_BYTES:
+        return None
+    loaded = []
+    for split in splits:
+        assert split.paths is not None
+        found = load_images(split.paths, size, split.skip_corrupt)
+        if found is None:
+            return None
+        images, rows = found
+        loaded.append(replace(split, images=images, labels=split.labels[rows]))
+    return _in_memory(name, *loaded)
+
+
+def _first_size(split: Split) -> tuple[int, int] | None:
+    """(height, width) of the first image; with skip_corrupt, of the first that can be read, or None. Raises DataError with the file."""
+    for path in split.paths or ():
+        try:
+            image = read_image(path)
+            return image.height, image.width
+        except DataError:
+            if not split.skip_corrupt:
+                raise
+    return None
 
 
 def scan_folder(folder: Path, skip_corrupt: bool) -> Split:

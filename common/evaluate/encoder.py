@@ -39,6 +39,7 @@ class TokenEncoder(nn.Module):
         self.train(training)
         self.width = found.shape[2]
         self.prefix_tokens = getattr(module, "num_prefix_tokens", 0) if found.shape[1] > 1 else 0
+        self.patch_tokens = found.shape[1] - self.prefix_tokens
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to tokens (B, T, D); features (B, D) become one token."""
@@ -66,6 +67,25 @@ class TokenEncoder(nn.Module):
 def as_encoder(module: nn.Module, channels: int, image_size: tuple[int, int]) -> ViT | TokenEncoder:
     """Return our ViT unchanged, and any other module in a TokenEncoder. Raises ValueError as TokenEncoder does."""
     return module if isinstance(module, ViT | TokenEncoder) else TokenEncoder(module, channels, image_size)
+
+
+def patch_size(encoder: ViT | TokenEncoder) -> tuple[int, int]:
+    """(height, width) in pixels of the patches of an encoder: of a ViT, or as timm's models have it in `patch_embed.patch_size`.
+
+    Raises ValueError if the encoder does not have it, or does not return one token for each patch, as Swin.
+    """
+    if isinstance(encoder, ViT):
+        return (encoder.patch_size, encoder.patch_size)
+    name, need = type(encoder.module).__name__, "a shuffle test needs an encoder with one token for each patch, such as a ViT"
+    size = getattr(getattr(encoder.module, "patch_embed", None), "patch_size", None)
+    if size is None:
+        raise ValueError(f"{name} has no `patch_embed.patch_size`: {need}")
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    tall, wide = encoder.image_size
+    if tall % height or wide % width or encoder.patch_tokens != tall // height * (wide // width):
+        what = f"{encoder.patch_tokens} tokens for images of {tall} x {wide} pixels, and its first patches have {height} x {width}"
+        raise ValueError(f"{name} returns {what}: {need}")
+    return (height, width)
 
 
 def input_size(module: nn.Module | None, data: Data) -> tuple[int, int]:

@@ -124,14 +124,15 @@ def _head(kind: str, width: int, attention_heads: int, classes: int) -> nn.Seque
 def hold_out(protocol: Protocol, label_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Split labelled images for training and for choosing the best classifier of the grid: sorted indices (N - H,) and (H,).
 
-    A tenth of each class is held out, at least one image, and never the only image of a class. The draw depends only on the seed, so a
-    resumed run and all processes use the same images. H is 0 for a single classifier, and if the protocol chooses on the test images.
+    A tenth of each class is held out, at least one image, and never the only image of a class. The draw depends only on the protocol's
+    `label_seed`, or else on `seed`, so a resumed run and all processes use the same images. H is 0 for a single classifier, and if the
+    protocol chooses on the test images.
     Raises RecipeError if no class has a second image.
     """
     every_N = torch.arange(len(label_N))
     if protocol.kind != "linear" or protocol.classifiers == 1 or protocol.choose_on == "test":
         return every_N, every_N[:0]
-    drawn_N = torch.randperm(len(label_N), generator=generator(seed, HELD_OUT))
+    drawn_N = torch.randperm(len(label_N), generator=generator(protocol.draw_seed(seed), HELD_OUT))
     drawn_N = drawn_N[label_N[drawn_N].argsort(stable=True)]  # class by class
     count_K = torch.bincount(label_N)
     held_K = ((count_K + 5) // 10).clamp(min=1).minimum(count_K - 1)

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from common.data import Augmentation, Batches, Data, Loader, Split
 from common.data.augment import view_name
-from common.data.loaders import default_workers
-from common.evaluate.encoder import TokenEncoder, as_encoder, input_size
+from common.data.workers import default_workers
+from common.evaluate.encoder import TokenEncoder, as_encoder, input_size, patch_size
 from common.evaluate.finetune import Classifier, accuracies, accuracy
 from common.evaluate.frozen import features, knn_accuracy, layers_name, logistic_accuracy
+from common.evaluate.location import CellLoader, LocationProbe, drawn
 from common.evaluate.probe import FeatureLoader, LinearProbe, can_cache, hold_out
+from common.evaluate.shuffle import ShuffledPatches
 from common.method import Output
 from common.processes import once
-from common.recipe import DEIT_DROP_PATH, DEIT_LABELS, MAE_FINETUNE, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
+from common.recipe import DEIT_DROP_PATH, DEIT_LABELS, LOCATION, MAE_FINETUNE, VISSL_SGD, Protocol, RecipeError, TrainConfig, nearest
 from common.run import Run
 from common.train import fit, make_fabric, make_loader
 from common.vit import ViT
@@ -42,6 +44,7 @@ PROTOCOLS = {
         # VISSL's linear probe, on the last layer, with a single classifier
         Protocol(name="linear", kind="linear", stage=VISSL_SGD, heads=("norm_affine",)),
         Protocol(name="finetune", kind="finetune", stage=_VIT_B, drop_path=DEIT_DROP_PATH, **DEIT_LABELS),
+        LOCATION,
         Protocol(name="classify", kind="classify"),
     )
 }
@@ -76,14 +79,17 @@ def evaluate(
     compile: bool = False,
     checkpoint_seconds: float = 20.0,
 ) -> list[Result]:
-    """Return the results of a protocol, or of one of PROTOCOLS by name; several results for several layers, the best last.
+    """Return the results of a protocol, or of one of PROTOCOLS by name.
+
+    There are several for several layers (the best last), for a location probe (one per block, the last block last) and with a shuffle
+    test (that of the unchanged images last).
 
     encoder: a module as in TokenEncoder; it is copied and not changed. None: raw pixels (k-NN, logistic). For "classify", a whole
     classifier that returns logits. Its device does not matter: `fabric` defines where to compute; by default on a GPU if available.
-    seed: of the choice of labels, the order of images and all random draws of training, but not of a classifier's initial weights, which
-    come from torch's global generator (torch.manual_seed). image_size: (height, width) in pixels; by default that of the encoder.
-    batch_size: images per forward pass of a frozen encoder on one device. run: the directory for logs and checkpoints of a training; by
-    default a temporary one. cache: where to cache features, as in `features`; by default they are not cached.
+    seed: of the choice of labels (unless the protocol has a `label_seed`), the order of images and all random draws of training, but not of
+    a classifier's initial weights, which come from torch's global generator (torch.manual_seed). image_size: (height, width) in pixels; by
+    default that of the encoder. batch_size: images per forward pass of a frozen encoder on one device. run: the directory for logs and
+    checkpoints of a training; by default a temporary one. cache: where to cache features, as in `features`; by default they are not cached.
     Raises ValueError for an encoder, a protocol or data that do not fit together, and RunError for features that are not finite.
     """
     if isinstance(protocol, str):
@@ -113,11 +119,14 @@ def evaluate(
 
 
 def labelled_images(protocol: Protocol, train: Split, seed: int) -> Split:
-    """The training images that a protocol uses with their labels. Raises DataError if there are too few, or if a list does not fit."""
+    """The training images that a protocol uses with their labels, drawn with its `label_seed` or else with `seed`.
+
+    Raises DataError if there are too few, or if a list does not fit.
+    """
     if protocol.labels_per_class is not None:
-        return train.per_class(protocol.labels_per_class, seed)
+        return train.per_class(protocol.labels_per_class, protocol.draw_seed(seed))
     if protocol.label_fraction is not None:
-        return train.balanced(protocol.label_fraction, seed)
+        return train.balanced(protocol.label_fraction, protocol.draw_seed(seed))
     if protocol.label_list is not None:
         return train.listed(Path(protocol.label_list))
     return train
@@ -146,9 +155,15 @@ class _Evaluation:
         protocol = self.protocol
         model = Classifier(encoder, self.data.classes, protocol)
         train = self.loader(self.labelled, protocol.stage, protocol.training.augmentation)
+        patch = patch_size(encoder) if protocol.shuffle_test else None  # some encoders are refused, before they are trained
         model, hours = fit(self.run, self.fabric, model, protocol.training, train, self.seed, **self.training)
-        found: dict = accuracy(self.fabric, model, self.loader(self.data.val, protocol.stage))
-        return [Result(protocol.name, settings=self.settings(pool=protocol.pool), hours=hours, **found)]
+        test = self.loader(self.data.val, protocol.stage)
+        tests: dict[str, Batches] = {} if patch is None else {"_shuffled": ShuffledPatches(test, patch)}
+        results, settings = [], self.settings(pool=protocol.pool)
+        for part, images in (tests | {"": test}).items():
+            found: dict = accuracy(self.fabric, model, images)
+            results.append(Result(protocol.name + part, settings=settings, hours=hours, **found))
+        return results
 
     def linear(self, encoder: ViT | TokenEncoder) -> list[Result]:
         """Train the whole grid at once, on cached features if every epoch has the same images.
@@ -198,6 +213,22 @@ class _Evaluation:
         top1 = once(self.fabric, lambda: knn_accuracy(*train, *test, classes=self.data.classes, **options))
         return [Result(self.protocol.name, top1, self.settings(**self.frozen(encoder), **options), self.hours())]
 
+    def location(self, encoder: ViT | TokenEncoder) -> list[Result]:
+        """Fit a classifier of cells for each block on all tokens of some training images; test it on those of some test images."""
+        protocol, probe = self.protocol, LocationProbe(encoder)
+        key = protocol.draw_seed(self.seed)
+        train, test = (drawn(split, protocol.images, key, part) for part, split in enumerate((self.labelled, self.data.val)))
+        converged_L = probe.fit(self.fabric, lambda: self.loader(train, alone=True), protocol.l2)
+        found = accuracies(self.fabric, probe, CellLoader(self.loader(test), probe.cells), (probe.depth,)).T.tolist()
+        facts = {"images": len(train), "tokens": len(train) * probe.cells, "test_tokens": len(test) * probe.cells}
+        settings = self.settings(**facts, l2=protocol.l2, chance=f"{100 / probe.cells:.4g}")
+        hours, results = self.hours(), []
+        for block, ((top1, top5), converged) in enumerate(zip(found, converged_L, strict=True), 1):
+            results.append(Result(f"{protocol.name}_{block}", top1, settings, hours, top5, converged=converged))
+            doubt = "" if converged else "; the solver has not converged"
+            self.run.say(f"{self.run.directory.name} block {block} of {probe.depth}: top1 {top1:.6g} of the cells{doubt}")
+        return results
+
     def classify(self, classifier: nn.Module) -> list[Result]:
         model = _Logits(classifier.to(self.fabric.device), self.data.classes)
         found: dict = accuracy(self.fabric, model, self.loader(self.data.val))
@@ -211,26 +242,33 @@ class _Evaluation:
             found.append(features(self.fabric, encoder, self.loader(split), self.protocol.pool, max(self.protocol.layers), cache))
         return found
 
-    def loader(self, split: Split, stage: TrainConfig | None = None, augmentation: Augmentation | None = None) -> Loader:
-        """Create a Loader for this process, with the micro-batches of a training stage or with batches of `batch_size` images."""
+    def loader(
+        self, split: Split, stage: TrainConfig | None = None, augmentation: Augmentation | None = None, alone: bool = False
+    ) -> Loader:
+        """Create a Loader for this process, with the micro-batches of a training stage or with batches of `batch_size` images.
+
+        With `alone` it loads all images, else this process's share of them.
+        """
         stage = stage or TrainConfig(
             epochs=1, batch_size=self.batch_size * self.fabric.world_size, base_lr=0.0, device_batch=self.batch_size
         )
         view: dict = {"resize": self.protocol.resize, "interpolation": self.protocol.interpolation}
         options: dict = {"data": self.data, "image_size": self.image_size, "seed": self.seed, "workers": self.workers}
-        return make_loader(self.fabric, split, stage, augmentation, **options, **view)
+        return make_loader(self.fabric, split, stage, augmentation, alone=alone, **options, **view)
 
     def frozen(self, encoder: nn.Module | None) -> dict[str, str]:
         """Settings for reading a frozen encoder."""
         return {} if encoder is None else {"layers": layers_name(self.protocol.layers[0]), "pool": self.protocol.pool}
 
     def settings(self, **facts: Any) -> str:
-        """`facts`, the resizing of the images and the number of labels, as one string."""
-        if self.data.val.paths is not None:
+        """`facts`, the resizing of the images, the number of labels and the seed of their draw, as one string."""
+        if self.data.val.images is None:
             resize = view_name(self.data, self.image_size, self.protocol.resize)
             facts |= {"resize": resize, "interpolation": self.protocol.interpolation}
         if len(self.labelled) < len(self.data.train):
             facts["labels"] = len(self.labelled)
+        if self.protocol.label_seed is not None:
+            facts["label_seed"] = self.protocol.label_seed
         return " ".join(f"{name}={value}" for name, value in facts.items())
 
     def hours(self) -> float:

@@ -17,11 +17,12 @@ from common.data import Augmentation, Data, Loader, Split
 from common.data.augment import view_size
 from common.files import replacing
 from common.picture import draw_codewords
+from common.progress import progress_bar
 from common.recipe import RecipeError
 from common.run import console
 from mapet.tokenizers.features import Clip, Encoder, Features, Pixels
 from mapet.tokenizers.kmeans import NearestCentroid, fit_centroids, sample_features
-from mapet.tokenizers.store import SAVE_SECONDS, Tokenizer, TokenStore, image_names, making, progress_bar, unfinished, write_tokens
+from mapet.tokenizers.store import SAVE_SECONDS, Tokenizer, TokenStore, image_names, making, unfinished, write_tokens
 from mapet.tokenizers.vqkd import VQKD, load_vqkd
 
 PARTS = ("train", "val")  # splits of the data, in the row order of a store
@@ -145,7 +146,7 @@ def _short_side(data: Data, augmentation: Augmentation, image_size: int) -> floa
                 f"pretrain.augmentation.{name}={getattr(augmentation, name)}: tokens are made once, without augmentation, and would "
                 f"not belong to the patches that the model sees; set it to {fit}"
             )
-    if data.train.paths is None or augmentation.crop == "squash":
+    if data.train.images is not None or augmentation.crop == "squash":
         return 0.0
     return view_size(data, (image_size, image_size), augmentation.resize)[0] / image_size
 
@@ -158,7 +159,7 @@ def _make(
     loaders = {part: _loader(data, getattr(data, part), seeing, manifest["short_side"], workers) for part in PARTS}
     train = loaders["train"]
     splits = {part: loaders[part].split for part in PARTS}
-    contents = [held for split in splits.values() for held in (split.paths.contents if split.paths else []) or [""] * len(split)]
+    contents = [held for split in splits.values() for held in split.contents or [""] * len(split)]
     manifest = manifest | ({"contents": contents} if any(contents) else {})
     partial = unfinished(place, [name for part in PARTS for name in image_names(splits[part], part)], manifest)
     tokenizer: Tokenizer
@@ -225,7 +226,7 @@ def _loader(data: Data, split: Split, tokenizer: VQKD | Features, short_side: fl
         seed=0,
         device=torch.device("cpu"),
         workers=workers,
-        resize=None if split.paths is None else round(short_side * min(tokenizer.size)),
+        resize=None if split.images is not None else round(short_side * min(tokenizer.size)),
     )
 
 

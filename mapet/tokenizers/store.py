@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from common.data import DataError, Loader, Split
 from common.files import Locked, locked
-from common.run import RunError, console, write_text
+from common.progress import progress_bar
+from common.run import RunError, write_text
 from mapet.tokenizers.kmeans import NearestCentroid
 from mapet.tokenizers.vqkd import VQKD
 
@@ -101,9 +101,9 @@ class TokenStore:
     def _compare(self, split: Split, names: list[str], rows: Sequence[int]) -> None:
         """Raise DataError if the image files have other contents than those that the tokens were made from."""
         held = self.manifest.get("contents")
-        if not held or split.paths is None:
+        if not held:
             return
-        pairs = zip(names, split.paths.contents, (held[row] for row in rows), strict=False)  # no contents: large set
+        pairs = zip(names, split.contents, (held[row] for row in rows), strict=False)  # no contents: in memory, or a large set
         # for large sets only file sizes are known, for the largest ones nothing: compare what both have
         other = [name for name, now, then in pairs if then and not now.startswith(then) and not then.startswith(now)]
         if other:
@@ -191,24 +191,3 @@ def making(folder: Path) -> Iterator[None]:
         except Locked:
             raise RunError(f"{folder} is being made by another process; wait for it") from None
         yield
-
-
-@contextmanager
-def progress_bar(title: str, begun: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function (done, total) that updates a bar on a terminal, and prints a line at most every SAVE_SECONDS and at the end.
-
-    begun: images that were done before; they are excluded from the estimate of the remaining time.
-    """
-    start = shown = time.monotonic()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            bar.update(task, completed=done, total=total)
-            now = time.monotonic()
-            if done == total or now - shown >= SAVE_SECONDS:
-                shown, left = now, (total - done) * (now - start) / max(1, done - begun)
-                console.print(f"{title}: {done} of {total} images, {left:.0f} s left", markup=False)
-
-        yield show
