@@ -7,7 +7,7 @@ settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)'
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
-.PHONY: help setup tokens reproduce submit status cancel test test-all test-slurm lint table speed
+.PHONY: help setup tokens reproduce compare report submit status cancel test test-all test-slurm lint table speed
 
 help:  ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -28,7 +28,18 @@ help:  ## show this help
 #:   RECORD=1        add the numbers to <paper>/results.csv and the log to <paper>/logs
 #:   ARGS="--help"   any other option of python -m benchmarks.reproduce
 #:
-#: make submit takes these and, for the jobs:
+#: Variables of make compare: DATA, SEEDS, DEVICE, OUT as above, and
+#:   PAPERS="mae stop"          methods besides the references; default: all
+#:   BUDGET=images:500000       of each pre-training: images seen, flops:1e15, or minutes:8
+#:   EVALUATIONS="knn location" default: all
+#:   ENCODER=file.safetensors   an encoder of your own, which takes part without pre-training
+#:   TABLE=1                    only print the table of the scores that there are
+#:
+#: Variables of make report:
+#:   RUN=runs/droppos/digits-200ep-seed0   a run, or a comparison such as runs/compare/digits
+#:   DATA=/datasets/photographs            the images of the run, if they are in a folder
+#:
+#: make submit takes the variables of make reproduce and, for the jobs:
 #:   PAPER="droppos mp3"        one or several papers
 #:   PARTITION=gpu              partition of the cluster
 #:   ACCOUNT=vision             account that pays
@@ -54,6 +65,14 @@ reproduce: .venv/installed  ## pre-train, evaluate, and show the results beside 
 
 tokens: .venv/installed  ## make the tokens of PAPER=mapet, and the copy of CACHE, without training; make reproduce also makes them if they are missing
 	@$(python) -m benchmarks.reproduce '$(PAPER)' --prepare $(settings)
+
+compare: .venv/installed  ## all methods with one encoder, budget and set of evaluations: benchmarks/compare/README.md
+	@$(python) -m benchmarks.compare $(if $(DATA),--data '$(DATA)') $(if $(PAPERS),--papers $(PAPERS)) $(if $(SEEDS),--seeds '$(SEEDS)') \
+	  $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EVALUATIONS),--evaluations $(EVALUATIONS)) $(if $(ENCODER),--encoder '$(ENCODER)') \
+	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(TABLE),--table) $(ARGS)
+
+report: .venv/installed  ## write RUN/report.html, one page with the figures of a run or a comparison
+	@$(python) -m benchmarks.report '$(RUN)' $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 submit: .venv/installed  ## submit the same to a Slurm cluster, as jobs: benchmarks/slurm/README.md
 	@$(python) -m benchmarks.slurm submit $(PAPER) $(resources) -- $(settings)

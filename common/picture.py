@@ -32,7 +32,7 @@ def draw_positions(
     dropped, framed (B, V) if a patch has a golden frame in the middle column, under the caption. Correct predictions have green frames,
     wrong ones red frames; if several patches have the same predicted cell, the last is drawn.
     """
-    pixels_BCHW = _as_pixels(images_BCHW, data)
+    pixels_BCHW = as_pixels(images_BCHW, data)
     patches_BNP = patchify(pixels_BCHW, patch)
     columns = images_BCHW.shape[-1] // patch
     figure = Figure(figsize=(8.4, 2.6 * len(images_BCHW)), layout="constrained")
@@ -67,7 +67,7 @@ def draw_blocks(
     context (B, M) and cell (G, B, T) are the cells of contexts and blocks; similarity (G, B, T) is the cosine similarity of the predicted
     and the target features of each target patch, from -1 to 1.
     """
-    pixels_BCHW, columns = _as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
+    pixels_BCHW, columns = as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
     patches_BNP = patchify(pixels_BCHW, patch)
     figure = Figure(figsize=(1.9 * (2 + len(cell_GBT)), 2.1 * len(images_BCHW)), layout="constrained")
     axes = figure.subplots(len(images_BCHW), 2 + len(cell_GBT), squeeze=False)
@@ -93,7 +93,7 @@ def draw_tokens(images_BCHW: Tensor, patch: int, context_BM: Tensor, cell_BQ: Te
     context (B, M) and cell (B, Q) are the visible cells and the predicted cells, in the order of prediction; right (B, Q) is true if the
     token is predicted correctly: a green frame, else a red one.
     """
-    pixels_BCHW, columns = _as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
+    pixels_BCHW, columns = as_pixels(images_BCHW, data), images_BCHW.shape[-1] // patch
     patches_BNP = patchify(pixels_BCHW, patch)
     figure = Figure(figsize=(8.4, 2.8 * len(images_BCHW)), layout="constrained")
     axes = figure.subplots(len(images_BCHW), 3, squeeze=False)
@@ -123,7 +123,7 @@ def draw_codewords(patches: dict[str, list[Tensor]], most: int, data: Data, path
     axes = figure.subplots(rows, 2, squeeze=False).T.ravel()
     for axis, (name, shown) in zip(axes, itertools.chain(patches.items(), itertools.repeat(("", []))), strict=False):
         for place, patch in enumerate(shown):
-            pixels, extent = _as_pixels(patch[None], data)[0], (place, place + 0.92, 0, 0.92)
+            pixels, extent = as_pixels(patch[None], data)[0], (place, place + 0.92, 0, 0.92)
             axis.imshow(_channels_last(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
         axis.set(xlim=(0, most), ylim=(0, 0.92), aspect="equal")
         axis.set_title(name, loc="left", fontsize=9, pad=2)
@@ -132,7 +132,8 @@ def draw_codewords(patches: dict[str, list[Tensor]], most: int, data: Data, path
     figure.savefig(path, dpi=100)
 
 
-def _as_pixels(images_BCHW: Tensor, data: Data) -> Tensor:
+def as_pixels(images_BCHW: Tensor, data: Data) -> Tensor:
+    """Normalised images (B, C, H, W) as pixels from 0 to 1."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     return (images_BCHW.float().cpu() * std + mean).clamp(0, 1)
 

@@ -205,4 +205,18 @@ def imagenet_mae() -> Recipe:
     return Recipe(size="base", image_size=224, patch_size=16, pretrain=pretrain, protocols=(finetune,), arms=_arms("mae"))
 
 
+def cifar10_mae() -> Recipe:
+    """MAE with and without positional labels on CIFAR-10 with a ViT-S/4, RECIPE=cifar10_mae: settings of the baseline's cifar10 recipe.
+
+    Ours. Hardware: one GPU. Expected: not measured yet.
+    """
+    base, crops = imagenet_mae(), replace(DEIT_CROPS, crop="padding", padding=4)
+    pretrain = replace(base.pretrain, epochs=400, batch_size=512, base_lr=7.5e-4, warmup_epochs=20, device_batch=512)
+    finetune = replace(base.protocols[0], stage=replace(MAE_FINETUNE, batch_size=512, device_batch=512, augmentation=crops))
+    protocols = (finetune, Protocol(name="knn", kind="knn"))
+    return replace(base, size="small", image_size=32, patch_size=4, pretrain=pretrain, protocols=protocols)
+
+
+# What takes part in comparisons: the labels added to MAE. The supervised arms have encoders of their own.
+COMPARED = {data: [(f"{name}_mae", "mae+rpl")] for data, name in {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}.items()}
 DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "mini-imagenet": mini_imagenet_vit, "folder": imagenet_vit}

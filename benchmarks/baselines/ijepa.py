@@ -67,4 +67,10 @@ def imagenet_vith16_448() -> Recipe:
     return replace(huge, image_size=448, patch_size=16, pretrain=replace(huge.pretrain, device_batch=16))
 
 
-DEFAULTS = {"digits": digits, "folder": imagenet_vitb16}
+def cifar10() -> Recipe:
+    """CIFAR-10 (or 100): `make reproduce PAPER=ijepa DATA=cifar10`, one GPU. Ours: StoP's without noise. Not measured yet."""
+    recipe = _stop.cifar10()
+    return replace(recipe, method=recipe.method | {"noise": "none"}, arms={})
+
+
+DEFAULTS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar10, "folder": imagenet_vitb16}

@@ -1,0 +1,212 @@
+"""Arenas: what all methods of a comparison share. The rest comes from a paper's own recipe: method options, optimizer, augmentation."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks.papers import baselines, choose_recipe, paper_module, papers
+from common.data import Augmentation, Data
+from common.recipe import DEIT_CROPS, LOCATION, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
+
+REFERENCES = ("from scratch", "mae")  # what the differences are from
+GAP = "mae, half the lr"  # a second recipe of one method: how much of a difference between methods a recipe can make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arena:
+    """What all methods share: the encoder, the budget, and the evaluations with their trainings."""
+
+    name: str
+    size: str  # of the encoder, as in Recipe
+    image_size: int  # pixels
+    patch_size: int  # pixels
+    images: int  # images that a pre-training sees, by default
+    finetune: TrainConfig  # with all labels
+    few: TrainConfig  # with the most of `labels`; with fewer labels, more epochs
+    encoder: dict = field(default_factory=dict)  # options of the encoder
+    labels: tuple[int, ...] = (5, 20)  # labels per class of `few`
+    draws: int = 2  # of these labels; each is used with all seeds of the training
+    batch_size: int | None = None  # the largest of a pre-training; learning rates follow it
+    limit: int | None = None  # at most this many training and test images
+
+    @property
+    def hash(self) -> str:
+        """Identifies the arena in its ledger."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def protocols(self, pool: Any, position: Any) -> tuple[Protocol, ...]:
+        """The evaluations. pool: mean or class, as in the method's own k-NN. position: for fine-tuning, None as in the pre-training."""
+        tune: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1, "pool": pool, "position": position}
+        # the same number of steps for any number of labels
+        stages = {count: replace(self.few, epochs=self.few.epochs * max(self.labels) // count) for count in self.labels}
+        few = [
+            Protocol(name=f"finetune_{count}_per_class_draw{draw}", stage=stage, labels_per_class=count, label_seed=draw, **tune)
+            for count, stage in stages.items()
+            for draw in range(self.draws)
+        ]
+        return (
+            Protocol(name="finetune", stage=self.finetune, shuffle_test=True, **tune),
+            *few,
+            Protocol(name="linear", kind="logistic", pool=pool),
+            Protocol(name="knn", kind="knn", pool=pool),
+            LOCATION,
+        )
+
+
+_SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
+_TUNE = TrainConfig(epochs=20, batch_size=64, base_lr=6e-3, warmup_epochs=3, augmentation=_SHIFTS)
+_PADDED = Augmentation(crop="padding", padding=4)
+_MAE = replace(MAE_FINETUNE, batch_size=512, device_batch=512, augmentation=replace(DEIT_CROPS, crop="padding", padding=4))
+_CROPPED = Augmentation(scale=(0.2, 1.0))
+ARENAS = {
+    arena.name: arena
+    for arena in (
+        # 12 px in patches of 2: the smallest grid on which I-JEPA's and StoP's blocks exist.
+        Arena(
+            name="digits",
+            size="micro",
+            encoder={"depth": 4},
+            image_size=12,
+            patch_size=2,
+            images=43_000,
+            finetune=_TUNE,
+            few=replace(_TUNE, epochs=50, batch_size=25, base_lr=1.2e-2),
+        ),
+        # Two CPU cores: a method and seed in about ten minutes.
+        Arena(
+            name="cifar10",
+            size="micro",
+            encoder={"depth": 4},
+            image_size=32,
+            patch_size=4,
+            images=100_000,
+            finetune=replace(_TUNE, epochs=5, warmup_epochs=1, augmentation=_PADDED),
+            few=replace(_TUNE, epochs=50, batch_size=25, base_lr=1.2e-2, augmentation=_PADDED),
+            batch_size=128,
+            limit=10_000,
+        ),
+        # One GPU. The time of a method and seed is not measured yet.
+        Arena(
+            name="cifar10_gpu",
+            size="tiny",
+            image_size=32,
+            patch_size=4,
+            images=10_000_000,
+            finetune=_MAE,
+            few=replace(_MAE, epochs=200, batch_size=50),
+        ),
+        # A folder of photographs, on two CPU cores.
+        Arena(
+            name="folder",
+            size="micro",
+            encoder={"depth": 4},
+            image_size=64,
+            patch_size=8,
+            images=20_000,
+            finetune=replace(_TUNE, epochs=10, augmentation=_CROPPED),
+            few=replace(_TUNE, epochs=40, batch_size=25, base_lr=1.2e-2, augmentation=_CROPPED),
+            batch_size=64,
+        ),
+        # The same on one GPU. Not measured yet.
+        Arena(
+            name="folder_gpu",
+            size="small",
+            image_size=224,
+            patch_size=16,
+            images=5_000_000,
+            finetune=replace(MAE_FINETUNE, batch_size=512, epochs=50),
+            few=replace(MAE_FINETUNE, batch_size=50, epochs=100),
+            batch_size=1024,
+        ),
+    )
+}
+
+
+def choose_arena(data: str, device: str, limit: int | None = None) -> Arena:
+    """The arena of a data set or folder on cpu or cuda; `limit` lowers its limit."""
+    name = data if data in ARENAS else "folder"
+    arena = ARENAS.get(f"{name}_gpu" if device == "cuda" else name, ARENAS[name])
+    return arena if limit is None else replace(arena, limit=min(limit, arena.limit or limit))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of a comparison."""
+
+    name: str
+    module: ModuleType
+    recipe: Recipe  # its own, for the data
+    arm: str = ""
+    start: str = "pretrained"  # or "scratch": nothing is pre-trained
+    encoder_file: Path | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is pre-trained in the arena."""
+        return self.start == "pretrained" and self.encoder_file is None
+
+
+def entries(data: str, names: tuple[str, ...] = (), encoder_file: Path | None = None) -> dict[str, Entry]:
+    """The methods that take part, by name, the references first. A paper enters with its recipe for the data: as it is, or with each arm
+    that adds something; or with the recipes and arms that its COMPARED lists for the data, {data: [(recipe, arm), ...]}.
+
+    Raises RecipeError for an unknown name.
+    """
+    known = [*baselines(), *papers()]
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"PAPERS={name!r} is not known; {nearest(name, known)}")
+    module = paper_module("mae")
+    mae = choose_recipe(module, data, None)[1]
+    found = [Entry("from scratch", module, mae, start="scratch"), Entry("mae", module, mae)]
+    for paper in (name for name in known if name != "mae" and name in (names or known)):
+        module = paper_module(paper)
+        key = data if data in module.DEFAULTS else "folder"
+        for name, arm in getattr(module, "COMPARED", {}).get(key, [(None, None)]):
+            arms = choose_arms(choose_recipe(module, data, name)[1], (arm,) if arm else ())
+            added = {arm: own for arm, own in arms.items() if "+" in arm} or arms
+            found += [Entry(f"{paper}, {arm}" if name else paper, module, own, arm) for arm, own in added.items()]
+    if not names:
+        halved = replace(mae, pretrain=replace(mae.pretrain, base_lr=mae.pretrain.base_lr / 2))
+        found.append(Entry(GAP, found[0].module, halved, "half_lr"))
+    if encoder_file is not None:
+        found.append(Entry(encoder_file.stem, found[0].module, mae, encoder_file=encoder_file))
+    return {entry.name: entry for entry in found}
+
+
+def enter(arena: Arena, entry: Entry, epochs: int) -> Recipe:
+    """The recipe of an entry in the arena. Warm-up and freezing keep their share of the epochs, and the learning rate follows the batch."""
+    own, share = entry.recipe, epochs / entry.recipe.pretrain.epochs
+    freeze = None if own.pretrain.freeze_epoch is None else own.pretrain.freeze_epoch * share
+    batch = min(own.pretrain.batch_size, arena.batch_size or own.pretrain.batch_size)
+    length: dict = {"epochs": epochs, "warmup_epochs": own.pretrain.warmup_epochs * share, "freeze_epoch": freeze, "cooldown_epochs": 0}
+    pool = next((protocol.pool for protocol in own.protocols if protocol.kind == "knn"), "mean")
+    position = "learned" if own.encoder.get("position") == "none" else None
+    return replace(
+        own,
+        size=arena.size,
+        image_size=arena.image_size,
+        patch_size=arena.patch_size,
+        encoder=own.encoder | arena.encoder,
+        pretrain=replace(own.pretrain, batch_size=batch, **length),
+        protocols=arena.protocols(pool, position),
+        arms={},
+    )
+
+
+def limited(arena: Arena, data: Data) -> Data:
+    """The data, with only the first images of each class if the arena has a limit."""
+    if arena.limit is None:
+        return data
+    each = math.ceil(arena.limit / data.classes)
+    parts = {}
+    for name in ("train", "val"):
+        split = getattr(data, name)
+        chosen = [index for label in range(data.classes) for index in (split.labels == label).nonzero()[:each, 0].tolist()]
+        parts[name] = split.subset(sorted(chosen))
+    return replace(data, name=f"{data.name}-{arena.limit}", **parts)  # MaPeT's tokens are kept by this name

@@ -1,0 +1,214 @@
+"""One method and seed of a comparison, as a process of its own: it pre-trains and evaluates, and writes its scores as JSON.
+
+    python -m benchmarks.compare.units FOLDER METHOD SEED     (started by benchmarks.compare; FOLDER has plan.json)
+
+A unit that was stopped goes on where it was, because its stages do.
+"""
+
+import hashlib
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.compare.arena import Arena, Entry, choose_arena, enter, entries, limited
+from benchmarks.compare.scores import Score
+from benchmarks.ledger.rows import Row
+from benchmarks.reproduce import USER_ERRORS
+from benchmarks.speed.measure import facts, wait
+from benchmarks.speed.steps import CPU_ATTENTION
+from benchmarks.stages import Stages
+from common import keep_freed_memory
+from common.data import Data, open_data
+from common.optim import make_optimizer
+from common.recipe import Recipe, as_json
+from common.run import console, write_text
+from common.stopping import stop_on_signals, stop_with_parent
+from common.train import device_batch, make_fabric
+
+DRAW = re.compile(r"_draw(\d+)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all units of a comparison share; plan.json in its folder."""
+
+    arena: str
+    hash: str
+    limit: int | None
+    data: str
+    budget: str
+    device: str
+    data_root: str
+    papers: tuple[str, ...]
+    encoder_file: str | None
+    epochs: dict[str, int]  # of each method's pre-training
+    evaluations: tuple[str, ...]  # names, without the draw; () = all
+
+    def open(self) -> tuple[Arena, Data, dict[str, Entry]]:
+        """The arena, its data, and the methods by name."""
+        arena = choose_arena(self.data, self.device, self.limit)
+        file = Path(self.encoder_file) if self.encoder_file else None
+        return arena, limited(arena, open_data(self.data, Path(self.data_root))), entries(self.data, self.papers, file)
+
+    def takes(self, protocol: str) -> bool:
+        """Whether a protocol of the arena is asked for."""
+        return not self.evaluations or DRAW.sub("", protocol) in self.evaluations
+
+    def complete(self, scores: Sequence[Score]) -> bool:
+        """Whether the scores of a unit have all evaluations that are asked for."""
+        have = {re.sub(r"^location_\d+$", "location", score.evaluation) for score in scores}
+        arena = choose_arena(self.data, self.device, self.limit)
+        return all(DRAW.sub("", one.name) in have for one in arena.protocols("mean", None) if self.takes(one.name))
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of a comparison."""
+    held = json.loads((folder / "plan.json").read_text())
+    return Plan(**held | {name: tuple(held[name]) for name in ("papers", "evaluations")})
+
+
+def unit_name(method: str, seed: int) -> str:
+    """The name of a unit's files."""
+    return f"{re.sub(r'[^a-z0-9_+]+', '_', method.lower())}-seed{seed}"
+
+
+def read_scores(folder: Path, method: str, seed: int) -> list[Score]:
+    """The scores of a unit that has ended; [] if it has not."""
+    path = folder / "scores" / f"{unit_name(method, seed)}.json"
+    return [Score(**score) for score in json.loads(path.read_text())] if path.exists() else []
+
+
+def failure(plan: Plan, method: str, seed: int, why: str) -> Score:
+    """The score of a unit that has failed."""
+    about = facts(torch.device(plan.device)) | {"recipe": "", "precision": "", "hours": 0.0, "epochs": plan.epochs[method]}
+    own = {"evaluation": "failed", "draw": 0, "value": float("nan"), "note": why, "method": method, "seed": seed}
+    return _score(vars(plan) | about | own)
+
+
+def _training(entry: Entry, recipe: Recipe, data: Data, device: torch.device, batch: int) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """The method, and a batch for it."""
+    model = entry.module.build(recipe, recipe.build_encoder(data.channels), data.classes).to(device).train()
+    images = torch.randn(batch, data.channels, recipe.image_size, recipe.image_size, device=device)
+    labels = getattr(entry.module, "example_targets", lambda model, images: torch.zeros(len(images), dtype=torch.int64, device=device))
+    return model, (images, labels(model, images))
+
+
+def gflop_per_image(entry: Entry, recipe: Recipe, data: Data, device: torch.device) -> float:
+    """Useful GFLOP of the forward and backward pass of the pre-training, for one image."""
+    model, batch = _training(entry, recipe, data, device, 4)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        model(*batch).loss.backward()
+    return counter.get_total_flops() / 4e9
+
+
+def images_per_second(entry: Entry, recipe: Recipe, data: Data, device: torch.device) -> float:
+    """Images per second of pre-training steps with one thread, or on one GPU, in the precision of the runs."""
+    threads, precision = torch.get_num_threads(), make_fabric(device.type)
+    torch.set_num_threads(1)
+    model, batch = _training(entry, recipe, data, device, device_batch(recipe.pretrain, 1))
+    optimizer, seconds = make_optimizer(model, recipe.pretrain), []
+    for _ in range(8):
+        wait(device)
+        begun = time.perf_counter()
+        getattr(model, "at_step", lambda step, total: None)(0, 1)
+        with precision.autocast():
+            loss = model(*batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        getattr(model, "after_step", lambda step, total: None)(0, 1)
+        wait(device)
+        seconds.append(time.perf_counter() - begun)
+    torch.set_num_threads(threads)
+    return len(batch[0]) / sorted(seconds[2:])[3]
+
+
+def run(folder: Path, method: str, seed: int) -> None:
+    """Run the unit of a method and seed, and write its scores."""
+    plan, begun = read_plan(folder), time.time()
+    arena, data, methods = plan.open()
+    fabric = make_fabric(plan.device)
+    fabric.launch()
+    entry = methods[method]
+    stages = Stages(
+        module=entry.module,
+        name=arena.name,
+        recipe=enter(arena, entry, plan.epochs[method]),
+        data=data,
+        fabric=fabric,
+        seed=seed,
+        out=folder,
+        arm=entry.arm,
+        encoder_file=entry.encoder_file,
+        data_root=Path(plan.data_root),
+        workers=1,
+    )
+    rows = list[Row]()
+    if entry.trains:
+        rows += stages.pretrain()
+    elif entry.encoder_file is not None:
+        stages.convert(entry.encoder_file)
+    for protocol in filter(lambda protocol: plan.takes(protocol.name), stages.recipe.protocols):
+        untrained = "scratch" if protocol.kind == "finetune" else "random"
+        rows += stages.evaluate(protocol, "pretrained" if entry.start == "pretrained" else untrained)
+    recipe = hashlib.sha256(json.dumps(as_json(stages.recipe), sort_keys=True).encode()).hexdigest()[:12]
+    shared = vars(plan) | asdict(rows[-1]) | {"method": method, "recipe": recipe, "epochs": plan.epochs[method], "note": ""}
+    scores = [*_accuracies(rows, shared), *_costs(stages, entry, shared, time.time() - begun)]
+    (folder / "scores").mkdir(exist_ok=True)
+    write_text(folder / "scores" / f"{unit_name(method, seed)}.json", json.dumps([asdict(score) for score in scores], indent=1) + "\n")
+
+
+def _accuracies(rows: Sequence[Row], shared: dict[str, Any]) -> Iterator[Score]:
+    for row in rows:
+        if row.start != "scratch" or row.protocol != "scratch":  # a supervised method's own accuracy has its row
+            draw = DRAW.search(row.protocol)
+            name = DRAW.sub("", row.protocol) if row.protocol not in ("pretrain", "scratch") else f"own_{row.metric}"
+            yield _score(
+                asdict(row)
+                | shared
+                | {"evaluation": name, "draw": int(draw[1]) if draw else 0, "value": row.value, "note": row.settings, "hours": row.hours}
+            )
+
+
+def _costs(stages: Stages, entry: Entry, shared: dict[str, Any], seconds: float) -> Iterator[Score]:
+    """Speed and FLOPs of the pre-training; peak memory of the process, or of the GPU; minutes of the whole unit."""
+    device = stages.fabric.device
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
+    costs = {"memory_gb": memory, "minutes": seconds / 60}
+    if entry.trains:
+        hours = json.loads((stages.root / "pretrain" / "result.json").read_text())["hours"]
+        costs["images_per_second"] = stages.recipe.pretrain.epochs * len(stages.data.train) / (3600 * hours)
+        costs["gflop_per_image"] = gflop_per_image(entry, stages.recipe, stages.data, device)
+    for name, value in costs.items():
+        yield _score(shared | {"evaluation": f"cost_{name}", "draw": 0, "value": round(value, 4)})
+
+
+def _score(found: dict[str, Any]) -> Score:
+    return Score(**{name: found[name] for name in Score.__dataclass_fields__})
+
+
+def main(arguments: list[str]) -> int:
+    """The program. Returns the exit code: 0, or 2 for a user error."""
+    stop_with_parent()
+    keep_freed_memory()
+    try:
+        run(Path(arguments[0]), arguments[1], int(arguments[2]))
+    except USER_ERRORS as error:
+        console.print(f"error: {error}", markup=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    with stop_on_signals(exiting=True):
+        sys.exit(main(sys.argv[1:]))

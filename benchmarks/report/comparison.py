@@ -1,0 +1,111 @@
+"""The page of a comparison: table, intervals, paired differences, labels, location by depth, learning curves, costs, failures."""
+
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas
+from matplotlib.figure import Figure
+
+from benchmarks.compare import scores as ledger
+from benchmarks.compare.arena import REFERENCES, choose_arena
+from benchmarks.compare.statistics import differences, means
+from benchmarks.compare.table import COSTS, accuracies, caption, columns
+from benchmarks.compare.units import Plan, read_plan
+from benchmarks.report.figures import interval_plot, line_plot
+from benchmarks.report.page import write_page, write_svg
+from benchmarks.report.run import PER_CLASS, read_metrics
+from common.run import RunError
+
+
+def comparison_page(folder: Path) -> Path:
+    """Write the report of a comparison, and return its path. figures/intervals.svg has all evaluations side by side.
+
+    Raises RunError for a plan.json that is not of a comparison, and for one without scores.
+    """
+    try:
+        plan = read_plan(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / 'plan.json'} is not the plan of a comparison ({error!r}): give the folder of a make compare") from error
+    scores = ledger.load(folder / "scores.csv")
+    if scores.empty:
+        raise RunError(f"{folder} has no scores yet: run its make compare until a method is done")
+    measured = scores[~scores["evaluation"].str.contains("^failed|^cost_|^own_")]
+    averages, methods = means(measured), [*scores["method"].unique()]
+    against = {reference: differences(measured, reference) for reference in REFERENCES if reference in methods}
+    titles = columns(measured["evaluation"].unique())
+    panels, paired = _panels({"": averages}, "mean", titles, methods), _panels(against, "difference", titles, methods)
+    percent, points = "top-1 in percent", "difference in points"
+    figures = {
+        "Means with 95 % intervals": {f"mean_{name}": interval_plot({one: panels[one]}, percent) for name, one in titles.items()},
+        "Differences from the references": {
+            f"difference_{name}": interval_plot({one: paired[one]}, points) for name, one in titles.items() if against
+        },
+        "Accuracy against labels": draw_labels(averages, methods),
+        "Location by depth": draw_location(averages, methods, plan),
+        "Learning curves": draw_curves(folder, plan),
+    }
+    table = accuracies(scores).drop(columns="failed", errors="ignore") if panels else pandas.DataFrame()
+    failed = scores.loc[scores["evaluation"] == "failed", ["method", "seed", "note"]].rename(columns=str.capitalize)
+    content = {"scores": scores, "caption": caption(scores), "costs": costs(scores, methods), "failed": failed}
+    page = write_page("comparison.html", folder, plan=plan, figures=figures, table=table, **content)
+    if panels:
+        write_svg(interval_plot(panels, "%"), folder / "figures" / "intervals.svg")
+    return page
+
+
+def _panels(
+    tables: Mapping[str, pandas.DataFrame], value: str, titles: Mapping[str, str], methods: list[str]
+) -> dict[str, dict[str, pandas.DataFrame]]:
+    """For each evaluation's title and each table, by name: the frame of an interval plot, with one of the table's columns as value."""
+    panels: dict[str, dict[str, pandas.DataFrame]] = {title: {} for title in titles.values()}
+    for (evaluation, title), (name, table) in itertools.product(titles.items(), tables.items()):
+        own = table[table["evaluation"] == evaluation].set_index("method").reindex(methods)
+        panels[title][name] = pandas.DataFrame({"value": own[value], "half": own["half"], "full": own.get("decided", True)})
+    return panels
+
+
+def draw_labels(averages: pandas.DataFrame, methods: list[str]) -> dict[str, Figure]:
+    """Accuracy of fine-tuning against the labels per class; no figure for a single number of labels."""
+    few = {name: int(found[1]) for name in averages["evaluation"].unique() if (found := PER_CLASS.match(name))}
+    places = {name: str(few[name]) for name in sorted(few, key=lambda name: few[name])}
+    places |= {"finetune": "all"} if "finetune" in averages["evaluation"].to_numpy() else {}
+    return {"labels": _lines(averages, methods, places, "Fine-tuning", "labels per class")} if len(places) > 1 else {}
+
+
+def draw_location(averages: pandas.DataFrame, methods: list[str], plan: Plan) -> dict[str, Figure]:
+    """Accuracy of the location probe after each block, with chance; no figure without this probe."""
+    depths = sorted(int(name[9:]) for name in averages["evaluation"].unique() if re.fullmatch(r"location_\d+", name))
+    arena = choose_arena(plan.data, plan.device, plan.limit)
+    chance, places = 100 / (arena.image_size // arena.patch_size) ** 2, {f"location_{depth}": str(depth) for depth in depths}
+    return {"location": _lines(averages, methods, places, "Cell of a patch, from its token", "block", chance)} if depths else {}
+
+
+def _lines(
+    averages: pandas.DataFrame, methods: list[str], places: dict[str, str], title: str, xlabel: str, chance: float | None = None
+) -> Figure:
+    """A line per method over some evaluations, which have the names `places` on the axis."""
+    indexed = averages.set_index(["method", "evaluation"])
+    own = {name: indexed.loc[name].reindex([*places]).rename(places) for name in methods if name in averages["method"].to_numpy()}
+    halves = {name: table["half"] for name, table in own.items()}
+    return line_plot({name: table["mean"] for name, table in own.items()}, title, xlabel, "top-1 in percent", halves, chance)
+
+
+def draw_curves(folder: Path, plan: Plan) -> dict[str, Figure]:
+    """The pre-training loss of each method, a line per seed. Losses of two methods are not comparable, so each has its figure."""
+    curves: dict[str, dict[str, pandas.Series]] = {}
+    for path in sorted(folder.glob("*/*/pretrain/metrics.jsonl")):
+        paper, run = path.parts[-4:-2]
+        label = re.fullmatch(r"(?:(.*)-)?[^-]+-seed(\d+)", run.removeprefix(f"{plan.arena}-"))
+        if label and len(curve := read_metrics(path)):
+            curves.setdefault(", ".join(filter(None, [paper, label[1]])), {})[f"seed {label[2]}"] = curve.set_index("epoch")["loss"]
+    return {f"loss, {name}": line_plot(own, name, "epoch", "loss") for name, own in curves.items()}
+
+
+def costs(scores: pandas.DataFrame, methods: list[str]) -> pandas.DataFrame:
+    """A row per method with the medians of its costs over seeds, as text."""
+    known = scores.assign(evaluation=scores["evaluation"].str.removeprefix("cost_")).query("evaluation in @COSTS")
+    table = known.pivot_table("value", "method", "evaluation", aggfunc="median").reindex(index=methods, columns=[*COSTS])
+    text = table.rename(columns=COSTS).map(lambda value: "-" if pandas.isna(value) else f"{value:.3g}" if value < 100 else f"{value:,.0f}")
+    return text.reset_index(names="Method")

@@ -1,0 +1,155 @@
+"""Tests of the comparison: what is equal for all methods, what is refused, and that it goes on where it was."""
+
+import json
+import signal
+
+import pandas
+import pytest
+
+from benchmarks.compare import __main__ as program
+from benchmarks.compare.__main__ import main, read_budget
+from benchmarks.compare.arena import ARENAS, choose_arena, enter, entries
+from benchmarks.compare.scores import add, load
+from benchmarks.compare.table import accuracies
+from benchmarks.compare.units import read_scores
+from common.data import open_data
+from common.evaluate import labelled_images
+from common.recipe import RecipeError
+from common.run import RunError
+
+QUICK = ["--device", "cpu", "--limit", "120", "--budget", "images:250", "--evaluations", "knn", "finetune_5_per_class"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of three methods and three seeds."""
+    out = tmp_path_factory.mktemp("compared")
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "3", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10", "folder"])
+def test_all_methods_have_the_same_encoder_evaluations_and_epochs(data, tmp_path):
+    arena = choose_arena(data, "cpu")
+    methods = entries(data if data != "folder" else str(tmp_path))
+    assert {"from scratch", "mae", "deit", "ijepa", "droppos", "mp3", "stop", "mapet", "positional_label, mae+rpl"} <= methods.keys()
+    recipes = {name: enter(arena, entry, 10) for name, entry in methods.items()}
+    assert len({(recipe.backbone, recipe.pretrain.epochs) for recipe in recipes.values()}) == 1
+    for recipe in recipes.values():
+        encoder = recipe.build_encoder(3 if data != "digits" else 1)
+        assert (encoder.width, len(encoder.blocks)) == (96, 4) and encoder.grid == (arena.image_size // arena.patch_size,) * 2
+        stages = [protocol.stage for protocol in recipe.protocols]
+        assert stages == [protocol.stage for protocol in recipes["mae"].protocols]
+        assert recipe.pretrain.warmup_epochs < 10
+
+
+def test_a_new_paper_takes_part_without_a_change_here(monkeypatch):
+    monkeypatch.setattr("benchmarks.compare.arena.papers", lambda: ["droppos"])
+    assert list(entries("digits")) == ["from scratch", "mae", "deit", "ijepa", "droppos", "mae, half the lr"]
+
+
+def test_draws_of_labels_are_nested_and_the_same_for_all_seeds_and_methods():
+    data, arena = open_data("digits"), ARENAS["digits"]
+    drawn = {}
+    for protocol in arena.protocols("mean", None):
+        if protocol.labels_per_class:
+            few = labelled_images(protocol, data.train, seed=7)
+            assert few.digest() == labelled_images(protocol, data.train, seed=8).digest()
+            drawn[protocol.name] = {image.numpy().tobytes() for image in few.images}
+    assert len(drawn) == 4
+    for draw in (0, 1):
+        assert drawn[f"finetune_5_per_class_draw{draw}"] < drawn[f"finetune_20_per_class_draw{draw}"]
+    assert drawn["finetune_5_per_class_draw0"] != drawn["finetune_5_per_class_draw1"]
+
+
+def test_every_score_has_what_is_needed_to_doubt_it(compared):
+    scores = load(compared / "compare" / "digits" / "scores.csv")
+    assert set(scores["method"]) == {"from scratch", "mae", "droppos"} and set(scores["seed"]) == {0, 1, 2}
+    assert set(scores.query("evaluation == 'finetune_5_per_class'")["draw"]) == {0, 1}
+    assert (scores[["commit", "date", "device", "precision", "versions", "hash", "recipe"]] != "").all(axis=None)
+    assert scores["hash"].nunique() == 1 and scores.groupby("method")["recipe"].nunique().eq(1).all()
+    costs = scores[scores["evaluation"] == "cost_images_per_second"]
+    assert set(costs["method"]) == {"mae", "droppos"} and (costs["value"] > 0).all()
+
+
+def test_a_second_call_trains_nothing_and_more_seeds_train_only_these(compared, monkeypatch, capsys):
+    ran = []
+    real = program.run_units
+    monkeypatch.setattr(program, "run_units", lambda folder, units, *rest: ran.append(units) or real(folder, units, *rest))
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "3", "--out", str(compared)]) == 0
+    assert ran == [[]] and "5 labels" in capsys.readouterr().out
+    monkeypatch.setattr(program, "run_units", lambda folder, units, *rest: ran.append(units))
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "4", "--out", str(compared)]) == 0
+    assert ran[1] == [("from scratch", 3), ("mae", 3), ("droppos", 3)]
+
+
+def test_a_method_that_fails_is_a_row_that_says_so_until_it_succeeds(compared, tmp_path):
+    path = tmp_path / "scores.csv"
+    folder = compared / "compare" / "digits"
+    plan = program.read_plan(folder)
+    add(path, read_scores(folder, "mae", 0))
+    add(path, [program.failure(plan, "droppos", 0, "error: the loss is nan")])
+    table = accuracies(load(path)).set_index("Method")
+    assert table.loc["droppos", "failed"] == "seed 0: error: the loss is nan"
+    add(path, read_scores(folder, "droppos", 0))
+    assert "failed" not in accuracies(load(path))
+
+
+def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    import os
+    import subprocess
+    import sys
+    import time
+
+    command = [sys.executable, "-m", "benchmarks.compare", *QUICK[:4], "--budget", "images:30000", "--evaluations", "knn"]
+    command += ["--papers", "droppos", "--seeds", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + 90
+    while not list(tmp_path.glob("compare/digits/*/*/pretrain/progress.json")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    saved = [json.loads(path.read_text())["saved"] for path in tmp_path.glob("compare/digits/*/*/pretrain/progress.json")]
+    assert max(saved) > 0 and not list(tmp_path.glob("compare/digits/scores/mae*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--papers", "dropos"], "PAPERS='dropos' is not known; did you mean droppos?"),
+        (["--evaluations", "kn"], "EVALUATIONS='kn' is not known; did you mean knn?"),
+        (["--budget", "image:5"], "BUDGET='image:5': did you mean images?"),
+        (["--budget", "images:many"], "the amount is not a number above 0"),
+        (["--budget", "images:150"], "two epochs of 120 images are the least"),
+        (["--limit", "50"], "a class of digits has 5 training images, but 20 labels per class are used"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_started(arguments, message, tmp_path, capsys):
+    assert main(["--device", "cpu", "--limit", "240", *arguments, "--out", str(tmp_path)]) == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_budget_or_arena_in_the_same_folder_is_refused(compared, capsys):
+    assert main([*QUICK, "--budget", "images:600", "--out", str(compared)]) == 2
+    assert "holds another comparison (budget: images:250 there): use another OUT" in " ".join(capsys.readouterr().out.split())
+
+
+def test_scores_of_two_arenas_are_not_mixed(compared, tmp_path):
+    scores = read_scores(compared / "compare" / "digits", "mae", 0)
+    add(tmp_path / "scores.csv", scores)
+    import dataclasses
+
+    with pytest.raises(RunError, match="holds another arena"):
+        add(tmp_path / "scores.csv", [dataclasses.replace(score, hash="0" * 12) for score in scores])
+    table = pandas.read_csv(tmp_path / "scores.csv")
+    pandas.concat([table, table.assign(hash="1" * 12)]).to_csv(tmp_path / "two.csv", index=False)
+    with pytest.raises(RunError, match="has scores of several arenas"):
+        load(tmp_path / "two.csv")
+
+
+def test_budgets_are_read():
+    assert read_budget("flops:1e15") == ("flops", 1e15)
+    with pytest.raises(RecipeError, match="write images:500000, flops:1e15 or minutes:8"):
+        read_budget("500000")
