@@ -131,10 +131,15 @@ class Stages:
                     if run.main and epoch in self.kept_epochs:
                         export_encoder(method.encoder, self.encoder_path(f"{epoch}ep"))
 
-                method, hours = fit(run, self.fabric, method, stage, train, self.seed, after_epoch=keep, **self.training)
+                def export(method: Any) -> None:
+                    if run.main:
+                        export_encoder(method.encoder, self.encoder_path("pretrained"))
+
+                hooks: dict = {"after_epoch": keep, "after_save": export}
+                method, hours = fit(run, self.fabric, method, stage, train, self.seed, **hooks, **self.training)
                 found = own_metrics(self.fabric, method, self.loader(data.val), self.seed)
+                export(method)  # again: a process may have been killed between its last checkpoint and this file
                 if run.main:
-                    export_encoder(method.encoder, self.encoder_path("pretrained"))
                     self.illustrate(method, data.val, run.directory)
                 result = self.finish(run, found | {"hours": hours})
         protocol, start = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
