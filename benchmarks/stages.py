@@ -1,5 +1,6 @@
 """One seed of one recipe or arm: its stages, each in its own directory. A finished stage is not run again."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,13 +19,15 @@ from benchmarks.papers import folder, paper_name
 from common.checkpoint import export_encoder
 from common.convert import load_encoder, read_checkpoint
 from common.data import Augmentation, Data, Loader, Split
+from common.data.augment import view_size
 from common.data.loaders import default_workers
 from common.evaluate import evaluate, own_metrics
 from common.files import digest
+from common.method import Source
 from common.processes import once
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, as_json
-from common.run import Run
+from common.run import Run, write_text
 from common.stopping import stop_if_requested
 from common.train import device_batch, fit, make_loader
 
@@ -225,7 +228,22 @@ class Stages:
         settings = once(self.fabric, lambda: self.settings(protocol, start))
         run = Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
         with ExitStack() as stack:
-            yield run, once(self.fabric, lambda: stack.enter_context(run).result)
+            result = once(self.fabric, lambda: stack.enter_context(run).result)
+            if stage == "pretrain" and run.main:
+                write_text(run.directory / "card.json", json.dumps(self.card, indent=1) + "\n")
+            yield run, result
+
+    @property
+    def card(self) -> dict:
+        """What `python -m common.export` must know besides the settings. It changes no result, so a finished run gets it too."""
+        source = getattr(self.module, "SOURCE", Source(name=self.paper, citation="", arxiv=""))
+        reading = min(self.recipe.protocols, key=lambda protocol: protocol.kind == "finetune", default=None)  # a frozen one, if any
+        resize = None if reading is None else reading.resize
+        view: dict = {"channels": self.data.channels, "mean": self.data.mean, "std": self.data.std}
+        view |= {"resize": view_size(self.data, self.image_size, resize), "interpolation": reading.interpolation if reading else "bicubic"}
+        run = {"recipe": self.name, "arm": self.arm, "overrides": self.overrides, "backbone": self.recipe.backbone}
+        run |= {"encoder_file": self.encoder_file.name if self.encoder_file else "", "pool": reading.pool if reading else "class"}
+        return {"source": asdict(source), **run, **view}
 
     def finish(self, run: Run, result: dict) -> Any:
         """Write the result of a stage; return the contents of result.json on every process."""

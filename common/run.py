@@ -7,6 +7,7 @@ progress.json      the step that is trained and the step that is saved, for thos
 log.txt            the messages on the screen
 checkpoint.pt      the checkpoint for resuming
 result.json        the results; this file exists only if the training is complete
+card.json          (pre-training) the method's paper and the format of the images, for the model card of an export
 encoder.safetensors (pre-training) is written with each checkpoint, from the EMA if the stage has one. Evaluations wait for result.json.
 """
 
