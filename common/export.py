@@ -237,7 +237,6 @@ def _transformers(trained: Trained) -> Target:
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "torch_dtype": "float32",
     }
     return config, vit_state(encoder), "transformers.ViTModel", _load_vit
 
