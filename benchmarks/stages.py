@@ -291,5 +291,6 @@ class Stages:
             hours=round(hours, 5),
             versions=environment["versions"],
             settings=settings,
+            recipe_sha256=result.get("recipe_sha256", ""),  # runs until November 2026 have none
             log=(home / "logs" / f"{'' if home.name == self.paper else self.paper + '-'}{self.root.name}.txt").as_posix(),
         )
