@@ -41,7 +41,8 @@ class Stage:
 
 def stages(text: str) -> list[Stage]:
     """The finished stages in a log, in its order. A stage may be there several times, if a run of the same name was recorded again."""
-    found, grid = [], []
+    found: list[Stage] = []
+    grid: list[tuple[str, float, float]] = []
     for line in text.splitlines():
         if HEADING.match(line):
             grid = []
