@@ -7,10 +7,10 @@ settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)'
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
-.PHONY: help setup tokens reproduce compare report submit status cancel test test-all test-slurm lint table speed
+.PHONY: help setup tokens reproduce compare report submit status cancel test test-all test-slurm lint table verify-results speed
 
 help:  ## show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables of make reproduce:\n'
 	@sed -n 's/^#: //p' Makefile
 
@@ -98,6 +98,9 @@ lint: .venv/installed  ## ruff and mypy: rules, format, types
 
 table: .venv/installed  ## write the tables of RESULTS.md and the READMEs from the results
 	$(python) -m benchmarks.ledger $(ARGS)
+
+verify-results: .venv/installed  ## find every number of results.csv again in the log of its run
+	$(python) -m benchmarks.ledger.verify
 
 speed: .venv/installed  ## time training steps and attention; with PAPER=, only that paper and the baselines
 	$(python) -m benchmarks.speed $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(ARGS)

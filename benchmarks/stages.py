@@ -1,5 +1,6 @@
 """One seed of one recipe or arm: its stages, each in its own directory. A finished stage is not run again."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,10 +23,11 @@ from common.data.augment import view_size
 from common.data.workers import default_workers
 from common.evaluate import evaluate, own_metrics
 from common.files import digest
+from common.method import Source
 from common.processes import once
 from common.randomness import reseed
 from common.recipe import Protocol, Recipe, as_json
-from common.run import Run
+from common.run import Run, write_text
 from common.stopping import stop_if_requested
 from common.train import device_batch, fit, make_loader
 
@@ -136,10 +138,15 @@ class Stages:
                     if run.main and epoch in self.kept_epochs:
                         export_encoder(method.encoder, self.encoder_path(f"{epoch}ep"))
 
-                method, hours = fit(run, self.fabric, method, stage, train, self.seed, after_epoch=keep, **self.training)
+                def export(method: Any) -> None:
+                    if run.main:
+                        export_encoder(method.encoder, self.encoder_path("pretrained"))
+
+                hooks: dict = {"after_epoch": keep, "after_save": export}
+                method, hours = fit(run, self.fabric, method, stage, train, self.seed, **hooks, **self.training)
                 found = own_metrics(self.fabric, method, self.loader(data.val), self.seed)
+                export(method)  # again: a process may have been killed between its last checkpoint and this file
                 if run.main:
-                    export_encoder(method.encoder, self.encoder_path("pretrained"))
                     self.illustrate(method, data.val, run.directory)
                 result = self.finish(run, found | {"hours": hours})
         protocol, start = ("scratch", "scratch") if self.recipe.supervised else ("pretrain", "pretrained")
@@ -232,7 +239,22 @@ class Stages:
         settings = once(self.fabric, lambda: self.settings(protocol, start))
         run = Run(self.root / stage, settings, self.fabric.device, main=self.fabric.is_global_zero)
         with ExitStack() as stack:
-            yield run, once(self.fabric, lambda: stack.enter_context(run).result)
+            result = once(self.fabric, lambda: stack.enter_context(run).result)
+            if stage == "pretrain" and run.main:
+                write_text(run.directory / "card.json", json.dumps(self.card, indent=1) + "\n")
+            yield run, result
+
+    @property
+    def card(self) -> dict:
+        """What `python -m common.export` must know besides the settings. It changes no result, so a finished run gets it too."""
+        source = getattr(self.module, "SOURCE", Source(name=self.paper, citation="", arxiv=""))
+        reading = min(self.recipe.protocols, key=lambda protocol: protocol.kind == "finetune", default=None)  # a frozen one, if any
+        resize = None if reading is None else reading.resize
+        view: dict = {"channels": self.data.channels, "mean": self.data.mean, "std": self.data.std}
+        view |= {"resize": view_size(self.data, self.image_size, resize), "interpolation": reading.interpolation if reading else "bicubic"}
+        run = {"recipe": self.name, "arm": self.arm, "overrides": self.overrides, "backbone": self.recipe.backbone}
+        run |= {"encoder_file": self.encoder_file.name if self.encoder_file else "", "pool": reading.pool if reading else "class"}
+        return {"source": asdict(source), **run, **view}
 
     def finish(self, run: Run, result: dict) -> Any:
         """Write the result of a stage; return the contents of result.json on every process."""
@@ -283,5 +305,6 @@ class Stages:
             hours=round(hours, 5),
             versions=environment["versions"],
             settings=settings,
+            recipe_sha256=result.get("recipe_sha256", ""),  # runs until November 2026 have none
             log=(home / "logs" / f"{'' if home.name == self.paper else self.paper + '-'}{self.root.name}.txt").as_posix(),
         )

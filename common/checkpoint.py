@@ -1,13 +1,15 @@
 """Checkpoints: written atomically, safe to load, exactly resumable; and export of the encoder with timm's names."""
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import TorchCheckpointIO
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,11 +29,18 @@ def save_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
 
     Raises RunError if writing fails, for example on a full disk; the previous checkpoint is kept.
     """
-    try:
+    with _explained(path):
         with replacing(path) if fabric.is_global_zero else nullcontext(partial(path)) as temporary:
             fabric.save(temporary, state)
         fabric.barrier()
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError without errno
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the errors of writing a file into a RunError that says what is kept and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as a RuntimeError without errno
         free = shutil.disk_usage(path.parent).free / 2**20
         kept = "the previous one is intact" if path.exists() else "there was none before"
         reason = str(error).strip().splitlines()[0]
@@ -51,6 +60,9 @@ def load_checkpoint(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
 
 
 def export_encoder(encoder: nn.Module, path: Path) -> None:
-    """Write encoder.safetensors, which timm.create_model(..., num_classes=0) can load (pos_embed="none" if there are no positions)."""
-    with replacing(path) as temporary:
+    """Write encoder.safetensors, which timm.create_model(..., num_classes=0) can load (pos_embed="none" if there are no positions).
+
+    The file is replaced in one step, so it can be read while a run goes on. Raises RunError if writing fails; the old file is kept.
+    """
+    with _explained(path), replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}, temporary)

@@ -21,11 +21,16 @@ def partial(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end of the block the file is synced to disk and renamed to `path`.
 
+    The file gets the permissions of a new file under the umask, also where the writer (safetensors) chooses others.
     A crash at any moment leaves the old file or the new one. If writing fails, the old file is kept and the error is raised.
     """
     temporary = partial(path)
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(permissions)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

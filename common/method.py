@@ -30,3 +30,14 @@ class Output:
     metrics: Mapping[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
     named: dict[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method comes from, for the model card of an exported encoder. A paper's recipe.py has one as SOURCE."""
+
+    name: str  # of the method, as its paper writes it
+    citation: str  # authors, title, where it was published
+    arxiv: str  # number at arXiv
+    code: str = ""  # the official code: owner/name at GitHub; empty if there is none
+    licence: str = ""  # of the official code, if we know it

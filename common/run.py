@@ -7,8 +7,11 @@ progress.json      the step that is trained and the step that is saved, for thos
 log.txt            the messages on the screen
 checkpoint.pt      the checkpoint for resuming
 result.json        the results; this file exists only if the training is complete
+card.json          (pre-training) the method's paper and the format of the images, for the model card of an export
+encoder.safetensors (pre-training) is written with each checkpoint, from the EMA if the stage has one. Evaluations wait for result.json.
 """
 
+import hashlib
 import json
 import time
 from contextlib import ExitStack
@@ -63,8 +66,9 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any] | None:
-        """Log the results and write them to result.json, with date, commit and environment ("+mixed" if the commit changed).
+        """Log the results and write them to result.json, with date, environment, and the start of the SHA-256 of recipe.json.
 
+        If the commit changed during the run, "+mixed" follows it.
         Returns the content of result.json.
         """
         if self.main:
@@ -74,7 +78,8 @@ class Run:
             came_from = starts[0]
             if len({start["commit"] for start in starts}) > 1:
                 came_from["commit"] += "+mixed"
-            facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "environment": came_from}
+            settings = hashlib.sha256((self.directory / "recipe.json").read_bytes()).hexdigest()[:16]
+            facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "environment": came_from, "recipe_sha256": settings}
             write_text(self.directory / "result.json", json.dumps(result | facts, indent=1) + "\n")
         return self.result
 

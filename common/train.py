@@ -144,12 +144,14 @@ def fit(
     compile: bool = False,
     checkpoint_seconds: float = 20.0,
     after_epoch: Callable[[int, M], None] | None = None,
+    after_save: Callable[[M], None] | None = None,
 ) -> tuple[M, float]:
     """Train a method (see common/method.py), including the cool-down. Return the model (its EMA if the stage has `ema`) and the hours.
 
     `loader` yields micro-batches of `device_batch(stage, world size)` images. Resumes from run.checkpoint if it exists, and saves at
     most once every `checkpoint_seconds`. after_epoch: called with the number of finished epochs and the model (its EMA) after each of them;
-    after a crash it may be called again for the last ones.
+    after a crash it may be called again for the last ones. after_save: called with the model (its EMA) after each checkpoint; its time
+    counts as time for saving.
     Each step has one exchange between processes besides that of the gradients; its metrics are read READ_AFTER steps later.
     Raises RunError, with the step, for a loss that is not finite, and Stopped after a signal; the last checkpoint is kept for resuming.
     """
@@ -163,6 +165,7 @@ def fit(
     blank = copy.deepcopy(model)  # fabric.setup for several devices may change a model permanently
     trained, optimizer = fabric.setup(torch.compile(model) if compile else model, optimizer)  # type: ignore[arg-type]  # a Module
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema)) if stage.ema else None
+    evaluated: M = model if average is None else average.module  # type: ignore[assignment]  # an M too
 
     progress: dict = {"step": 0, "hours": 0.0, "sums": {}, "count": 0}
     state: dict = {"model": trained, "optimizer": optimizer, "progress": progress}
@@ -209,6 +212,8 @@ def fit(
             raise RunError(f"a weight is not finite after step {step} of {total}, so nothing was saved. {advice()}")
         state["progress"] = {"step": step, "hours": (begun - started) / 3600, "sums": dict(sums), "count": count}
         save_checkpoint(fabric, run.checkpoint, state)
+        if after_save is not None:
+            after_save(evaluated)
         run.report(step, total, step / steps_per_epoch, step, now=True)
         saved_at, save_seconds, save_due = time.perf_counter(), time.perf_counter() - begun, False
 
@@ -257,7 +262,7 @@ def fit(
                 sums, count = {}, 0
             if after_epoch is not None and step % steps_per_epoch == 0:
                 read(0)  # the loss of all steps is finite
-                after_epoch(step // steps_per_epoch, model if average is None else average.module)  # type: ignore[arg-type]  # an M too
+                after_epoch(step // steps_per_epoch, evaluated)
             show(step, stage.batch_size, values)
             run.report(step, total, step / steps_per_epoch, state["progress"]["step"])
             if stopping or save_due or step == total:

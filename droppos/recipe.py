@@ -6,11 +6,18 @@ from pathlib import Path
 import torch
 
 from common.data import Augmentation, Data
+from common.method import Source
 from common.picture import draw_positions
 from common.recipe import DEIT_CROPS, MAE_FINETUNE, MAE_LINEAR, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from droppos.method import DropPos
 
+SOURCE = Source(
+    name="DropPos",
+    citation="Wang et al., *DropPos: Pre-Training Vision Transformers by Reconstructing Dropped Positions*, NeurIPS 2023",
+    arxiv="2309.03576",
+    code="Haochen-Wang409/DropPos",
+)
 # What benchmarks.speed times: the method's options that change its cost.
 VARIANTS = {"attentive": (), "without attentive reconstruction": ("method.attentive=false",)}
 

@@ -12,12 +12,19 @@ from typing import Any
 import torch
 
 from common.data import Augmentation, Data
+from common.method import Source
 from common.picture import draw_tokens
 from common.recipe import DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from mapet.method import MaPeT
 from mapet.tokenizers import Tokenization, prepare_tokens
 
+SOURCE = Source(
+    name="MaPeT",
+    citation="Baraldi et al., *Learning to Mask and Permute Visual Tokens for Vision Transformer Pre-Training*, CVIU 2025",
+    arxiv="2306.07346",
+    code="aimagelab/MaPeT",
+)
 # What benchmarks.speed times.
 VARIANTS = {"two streams": (), "recomputed": ("encoder.grad_checkpointing=true",)}
 

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 
 from common.data import Augmentation, Data
+from common.method import Source
 from common.picture import draw_positions
 from common.recipe import DEIT, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from mp3.method import MP3
 
+SOURCE = Source(
+    name="MP3",
+    citation="Zhai et al., *Position Prediction as an Effective Pretraining Strategy*, ICML 2022",
+    arxiv="2207.07611",
+)
 # What benchmarks.speed times: the columns of the paper's Table 2.
 VARIANTS = {f"eta {eta}": (f"method.eta={eta}",) for eta in (0.75, 0.3, 0.5, 0.9)}
 

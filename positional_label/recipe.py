@@ -9,9 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 from common.data import Augmentation
+from common.method import Source
 from common.recipe import DEIT, DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, MAE_FINETUNE, Protocol, Recipe, TrainConfig, check_options
 from positional_label.method import PositionalLabel, PositionalMAE
 
+SOURCE = Source(
+    name="Positional Label",
+    citation="Zhang and Gong, *Positional Label for Self-Supervised Vision Transformer*, AAAI 2023",
+    arxiv="2206.04981",
+    code="zhangzhemin/PositionalLabel",
+)
 # What benchmarks.speed times, without blending: the models of the two releases.
 _VIT_B = ("size=vit_base_patch16_224", "method.mixup=0", "method.cutmix=0")
 _SWIN_T = ("size=swin_tiny_patch4_window7_224", "patch_size=4", "method.mixup=0", "method.cutmix=0")

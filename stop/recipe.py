@@ -12,11 +12,19 @@ from pathlib import Path
 import torch
 
 from common.data import Augmentation, Data
+from common.method import Source
 from common.picture import draw_blocks
 from common.recipe import DEIT_CROPS, VISSL_LARS, VISSL_SGD, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 from stop.method import StoP
 
+SOURCE = Source(
+    name="StoP",
+    citation="Bar et al., *Stochastic positional embeddings improve masked image modeling*, ICML 2024",
+    arxiv="2308.00566",
+    code="amirbar/StoP",
+    licence="CC BY-NC 4.0",
+)
 # What benchmarks.speed times, on the masks of the releases: I-JEPA, and StoP in its two forms.
 VARIANTS = {
     "I-JEPA": ("method.mode=paper", "method.noise=none"),

@@ -300,7 +300,7 @@ def test_the_distilled_recipe_uses_the_papers_teacher(monkeypatch):
 def test_the_baselines_are_these_three_and_each_is_one_short_file():
     assert baselines() == ["deit", "ijepa", "mae"]
     for name in baselines():
-        assert len((ROOT / BASELINES / f"{name}.py").read_text().splitlines()) <= 150
+        assert len((ROOT / BASELINES / f"{name}.py").read_text().splitlines()) <= 160
 
 
 def test_deit_reports_its_own_accuracy_as_training_from_scratch(tmp_path, monkeypatch, capsys):

@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
+from common import checkpoint
 from common.checkpoint import export_encoder
 from common.convert import ConversionError, Coverage, fuse_qkv, load_encoder, load_method, read_checkpoint, rename
 from common.recipe import Recipe, TrainConfig, override
+from common.run import RunError
 from common.vit import ViT, vit
 from droppos.method import OFFICIAL_NAMES, DropPos
 from positional_label.backbones import release_swin
@@ -811,3 +813,25 @@ def test_an_exported_encoder_loads_strictly_into_timms_model(options, tmp_path):
     again = vit("tiny", image_size=32, **options)
     load_encoder(again, read_checkpoint(tmp_path / "encoder.safetensors"))
     assert same(again.state_dict(), ours.state_dict())
+
+
+def test_an_exported_encoder_has_the_permissions_of_a_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        export_encoder(vit("micro", image_size=8, patch_size=2), tmp_path / "encoder.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "encoder.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_encoder_that_cannot_be_written_leaves_the_previous_one_and_says_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path, encoder = tmp_path / "encoder.safetensors", vit("micro", image_size=8, patch_size=2)
+    export_encoder(encoder, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunError, match="encoder.safetensors could not be written .*No space left.*the previous one is intact"):
+        export_encoder(encoder, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

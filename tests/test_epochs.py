@@ -5,6 +5,7 @@ import dataclasses
 import pandas
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import reproduce
 from benchmarks.reproduce import main
@@ -26,6 +27,36 @@ def test_after_each_epoch_the_callback_gets_the_average_as_it_is_then(tmp_path):
 
     _, trained = train(tmp_path, Tiny(), dataclasses.replace(STAGE, ema=0.5), after_epoch=keep)
     assert sorted(seen) == [1, 2] and not torch.equal(seen[1], seen[2]) and torch.equal(seen[2], trained.layer.weight)
+
+
+def test_after_each_checkpoint_the_callback_gets_the_average_that_was_saved(tmp_path):
+    seen = []
+
+    def compare(model: torch.nn.Module) -> None:
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        same = [
+            torch.equal(saved[part][name], model.layer.weight)
+            for part, name in (("average", "module.layer.weight"), ("model", "layer.weight"))
+        ]
+        seen.append((saved["progress"]["step"], *same))
+
+    train(tmp_path, Tiny(), dataclasses.replace(STAGE, ema=0.5), after_save=compare, checkpoint_seconds=0)
+    assert len(seen) > 1 and all(average for _, average, _ in seen) and seen[-1] == (6, True, False)
+
+
+def test_a_stopped_run_has_the_encoder_of_its_checkpoint_and_no_evaluation_uses_it(tmp_path, capsys, monkeypatch):
+    steps = iter(range(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr("common.train.stop_requested", lambda: next(steps) >= 15)
+        with pytest.raises(Stopped):
+            main([*RUN, "--out", str(tmp_path)])
+    folder = tmp_path / "droppos" / "digits-3ep-seed0"
+    saved = torch.load(folder / "pretrain" / "checkpoint.pt", weights_only=True)["model"]
+    encoder = load_file(folder / "pretrain" / "encoder.safetensors")
+    assert encoder and all(torch.equal(tensor, saved[f"encoder.{name}"]) for name, tensor in encoder.items())
+    assert main([*RUN[:-2], "knn", "--out", str(tmp_path)]) == 2
+    assert "is not finished, and the protocols need its encoder" in " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in folder.iterdir()] == ["pretrain"]
 
 
 def test_the_encoders_after_some_epochs_are_evaluated_into_one_file(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.ledger import tables
 from benchmarks.ledger.__main__ import main, update
-from benchmarks.ledger.published import PUBLISHED
+from benchmarks.ledger.published import PUBLISHED, REPRODUCTIONS
 from benchmarks.ledger.rows import Row, append, frame, summary
 from tests.test_results import ROW
 
@@ -94,6 +94,26 @@ def test_published_results_not_measured_yet_are_folded_by_paper(root: Path) -> N
     update(root)
     before, _, fold = (root / "RESULTS.md").read_text().partition("\n<details><summary>droppos: 1 published number, not measured yet")
     assert "83.0" in before and "84.2" in fold and "83.0" not in fold.partition("</details>")[0]
+
+
+def test_reports_of_others_stand_beside_the_published_number_that_they_repeat(root: Path) -> None:
+    update(root)
+    assert "Others' reproductions" not in (root / "droppos" / "README.md").read_text()
+    report = f"droppos,imagenet1k,DropPos,{BASE},{{}},finetune,top1,{{}},{{}},{{}},https://example.org/{{}}\n".format
+    (root / "droppos" / "reproductions.csv").write_text(
+        ",".join(REPRODUCTIONS) + "\n" + report(200, "82.9", "a user", "own run", 1) + report(200, "82.8", "another", "", 2)
+    )
+    update(root)
+    page = root / "droppos" / "README.md"
+    said = "82.9 ([a user](https://example.org/1), own run)<br>82.8 ([another](https://example.org/2))"
+    assert cells(page, "83.0")[-1] == said and page.read_text().count("example.org") == 2
+    assert cells(page, "84.2")[-1] == "-" and cells(page, "own run", "third party")[-1] == "-"
+    with (root / "droppos" / "reproductions.csv").open("a") as file:
+        file.write(report(400, "83.7", "a user", "", 3))
+    update(root)
+    assert cells(page, "83.7") == [
+        *["DropPos", BASE, "ImageNet-1K", "400", "-", "finetune", "top1", "-", "-", "-", "83.7 ([a user](https://example.org/3))"]
+    ]
 
 
 def test_results_list_only_measured_baseline_results_and_the_baseline_page_all(root: Path) -> None:

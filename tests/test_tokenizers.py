@@ -209,6 +209,9 @@ def test_an_unusable_encoder_is_refused_with_the_fix(tmp_path, monkeypatch):
         Encoder(path, mean=MEAN)
     with pytest.raises(ConversionError, match="there is no checkpoint at .*nowhere"):
         Encoder(tmp_path / "nowhere.safetensors", **given)
+    (path.parent / "progress.json").touch()
+    with pytest.raises(RecipeError, match="the pre-training in .*run is not finished, so encoder.safetensors will change: finish it first"):
+        Encoder(path, **given)
     alone = shutil.copy(path, tmp_path / "encoder.safetensors")
     with pytest.raises(RecipeError, match="recipe.json does not say what encoder.safetensors is .*FileNotFound.*its run's directory"):
         Encoder(alone, **given)

@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from benchmarks.baselines.distillation import load_teacher
 from common.data import Augmentation
 from common.evaluate import Supervision, position_parameters
-from common.method import Output
+from common.method import Output, Source
 from common.recipe import DEIT, DEIT_DROP_PATH, DEIT_LABELS, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT
 
+SOURCE = Source(
+    name="DeiT",
+    citation="Touvron et al., *Training data-efficient image transformers & distillation through attention*, ICML 2021",
+    arxiv="2012.12877",
+    code="facebookresearch/deit",
+    licence="Apache-2.0",
+)
 _KNN = (Protocol(name="knn", kind="knn", pool="class"),)
 VARIANTS: dict[str, tuple[str, ...]] = {}  # none: benchmarks.speed already times timm's supervised step
 

@@ -8,10 +8,18 @@ from dataclasses import replace
 
 from benchmarks.papers import paper_module
 from common.data import Augmentation
+from common.method import Source
 from common.recipe import VISSL_LARS, Protocol, Recipe
 
 _stop = paper_module("stop")
 build, illustrate = _stop.build, _stop.illustrate
+SOURCE = Source(
+    name="I-JEPA",
+    citation="Assran et al., *Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture*, CVPR 2023",
+    arxiv="2301.08243",
+    code="facebookresearch/ijepa",
+    licence="CC BY-NC 4.0",
+)
 VARIANTS: dict[str, tuple[str, ...]] = {}  # benchmarks.speed times I-JEPA as a variant of StoP's
 # Appendix A.2: the best of the last layer and the last four, with and without batch norm, of three rates and two weight decays.
 # There it is chosen on the test images: see Protocol.choose_on.

@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from common.data import Augmentation, Data
 from common.heads import PixelDecoder
 from common.masking import kept_tokens, permutation_ranks, random_order
-from common.method import Output
+from common.method import Output, Source
 from common.recipe import DEIT_CROPS, DEIT_DROP_PATH, DEIT_LABELS, MAE_FINETUNE, MAE_LINEAR, Protocol, Recipe, TrainConfig, check_options
 from common.vit import ViT, patchify
 
+SOURCE = Source(
+    name="MAE",
+    citation="He et al., *Masked Autoencoders Are Scalable Vision Learners*, CVPR 2022",
+    arxiv="2111.06377",
+    code="facebookresearch/mae",
+    licence="CC BY-NC 4.0",
+)
 # Timed by benchmarks.speed: MAE at each eta of MP3's Table 2. Pre-training uses .75.
 VARIANTS = {f"eta {eta}": (f"method.mask_ratio={eta}",) for eta in (0.75, 0.3, 0.5, 0.9)}
 # Maps name prefixes of the official checkpoints to those here; the longest matching prefix counts.

@@ -10,6 +10,7 @@ from benchmarks.papers import ROOT, folder
 from common.evaluate import ON_TEST
 
 PUBLISHED = "paper table task dataset method backbone pretrain_epochs setting protocol metric value source confidence".split()
+REPRODUCTIONS = "paper dataset method backbone pretrain_epochs protocol metric value who setting link".split()
 # What an arm has in common with the arm that it is compared with, and with its baselines:
 KIN = ["paper", "data", "recipe", "family", "overrides", "encoder_file", "split", "backbone", "protocol", "metric", "device"]
 STARTS = {"untrained": ["scratch", "random"], "pixels": ["pixels"]}  # of the baselines in `with_baselines`
@@ -26,6 +27,17 @@ def published(paper: str, root: Path = ROOT) -> pandas.DataFrame:
     parts = [method.partition("+") for method in frame["method"]]
     families, added = [part[0].strip() for part in parts], [part[2].strip() for part in parts]
     return frame.rename(columns={"dataset": "data"}).assign(family=families, added=added)
+
+
+def reproductions(paper: str, root: Path = ROOT) -> pandas.DataFrame:
+    """What others report of a paper's method, each with a link; no row where there is no `reproductions.csv`.
+
+    The columns are REPRODUCTIONS, with `data` in the place of `dataset`. Nobody has checked these numbers.
+    """
+    path, frame = root / folder(paper, root) / "reproductions.csv", pandas.DataFrame(columns=REPRODUCTIONS, dtype=str)
+    if path.exists():
+        frame = pandas.read_csv(path, dtype=str, keep_default_na=False).query("paper == @paper")
+    return frame.rename(columns={"dataset": "data"})
 
 
 def measured(paper: str, root: Path = ROOT) -> pandas.DataFrame:

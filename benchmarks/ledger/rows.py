@@ -42,6 +42,7 @@ class Row:
     versions: str  # see versions(): torch 2.13.0, timm 1.0.31, python 3.11.7
     settings: str  # what else tells the number: layers=last4 pool=mean head=linear lr=0.05 decay=0.0005 resize=256
     log: str  # committed log of the run, relative to the repository's root: droppos/logs/digits-200ep-seed0.txt
+    recipe_sha256: str = ""  # first 16 digits for the recipe.json of the stage, which has all settings; empty in rows until November 2026
 
 
 TYPES = get_type_hints(Row)
@@ -60,7 +61,7 @@ def frame(rows: Sequence[Row]) -> pandas.DataFrame:
 
 
 def load(path: Path) -> pandas.DataFrame:
-    """Read a ledger; an empty frame with the same columns where there is no file.
+    """Read a ledger; an empty frame with the same columns where there is no file. One without recipe_sha256 gets it, empty.
 
     Raises ValueError, and says how to fix it, where the header is not Row's or a cell does not have its column's type.
     """
@@ -68,6 +69,8 @@ def load(path: Path) -> pandas.DataFrame:
         return frame([])
     try:
         ledger = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        if list(ledger.columns) == list(TYPES)[:-1]:
+            ledger["recipe_sha256"] = ""
         if list(ledger.columns) != list(TYPES):
             missing = ", ".join(name for name in TYPES if name not in ledger) or "none"
             unexpected = ", ".join(name for name in ledger if name not in TYPES) or "none"

@@ -8,13 +8,14 @@ from typing import Any
 import pandas
 from rich.table import Table
 
-from benchmarks.ledger.published import KIN, claims, matches, measured, published, title, with_baselines
+from benchmarks.ledger.published import KIN, claims, matches, measured, published, reproductions, title, with_baselines
 from benchmarks.ledger.rows import Row, frame, summary
 from benchmarks.papers import ROOT, folder
 from common.run import console
 
 NOT_YET = "not measured yet"
 FAMILY = [*KIN, "pretrain_epochs", "precision"]  # what our arms share that stand in one row
+SAME = ["method", "backbone", "data", "pretrain_epochs", "protocol", "metric"]  # of a published number and what others report of it
 PRINTED = ["family", "data", "backbone", "pretrain_epochs", "setting", "protocol", "metric"]  # the same of published numbers
 
 
@@ -137,11 +138,28 @@ def against(numbers: Mapping[str, tuple[str, float]], added: str, missing: str =
 
 
 def published_table(paper: str, root: Path) -> str:
-    """All published numbers of a paper; numbers from other sources than the paper are marked."""
-    frame = published(paper, root).rename(columns={"pretrain_epochs": "epochs"})
-    frame = frame[["method", "backbone", "data", "epochs", "setting", "protocol", "metric", "value", "source", "confidence"]]
+    """All published numbers of a paper; numbers from other sources than the paper are marked. What others report stands in a last column.
+
+    A report is beside the published number of the same method, backbone, data, epochs, protocol and metric; of several beside the one
+    without a setting, else the first. Without such a number it has a row of its own.
+    """
+    theirs = published(paper, root)
+    reports: dict[tuple[str, ...], list[str]] = {}
+    for report in reproductions(paper, root).itertuples():
+        said = f"{report.value} ([{report.who}]({report.link}){f', {report.setting}' * bool(report.setting)})"
+        reports.setdefault(tuple(getattr(report, name) for name in SAME), []).append(said)
+    first = theirs.sort_values("setting", key=lambda settings: settings != "", kind="stable").drop_duplicates(SAME)
+    keys = pandas.MultiIndex.from_frame(theirs[SAME])
+    theirs["others"] = [
+        "<br>".join(reports.pop(key, [])) if row in first.index else "" for row, key in zip(theirs.index, keys, strict=True)
+    ]
+    alone = [dict(zip(SAME, key, strict=True)) | {"value": "-", "others": "<br>".join(said)} for key, said in reports.items()]
+    frame = pandas.concat([theirs, pandas.DataFrame(alone).reindex(columns=theirs.columns, fill_value="")])
+    columns = ["method", "backbone", "data", "pretrain_epochs", "setting", "protocol", "metric", "value", "source", "confidence"]
+    frame = frame[[*columns, *["others"] * any(frame["others"] != "")]].rename(columns={"pretrain_epochs": "epochs"})
     frame = frame.assign(data=frame["data"].map(title)).replace(dict.fromkeys(["confidence", "protocol", "metric"], "_"), " ", regex=True)
-    return markdown(frame.rename(columns=str.capitalize), nothing="no published number is known")
+    frame = frame.rename(columns=str.capitalize).rename(columns={"Others": "Others' reproductions"})
+    return markdown(frame, nothing="no published number is known")
 
 
 def measured_table(paper: str, root: Path) -> str:

@@ -81,8 +81,9 @@ class Encoder(Features):
     source: encoder.safetensors in the directory of one of our runs, or a timm model name. mean, std: of our encoder's training data (its
     file does not contain them); a timm model has its own. size: image size in pixels, instead of the encoder's own; positions are
     interpolated. pretrained: download timm's weights; otherwise the weights are random.
-    Raises ConversionError for a file that is missing or does not fit. Raises RecipeError if recipe.json is not beside the file, if mean
-    and std are missing, for a name or size unknown to timm, unavailable weights, and a model without a grid of features.
+    Raises ConversionError for a file that is missing or does not fit. Raises RecipeError if recipe.json is not beside the file, if its
+    pre-training is not finished, if mean and std are missing, for a name or size unknown to timm, unavailable weights, and a model
+    without a grid of features.
     """
 
     def __init__(self, source: str | Path, *, mean: Channels = (), std: Channels = (), size: int | None = None, pretrained: bool = True):
@@ -151,6 +152,8 @@ def _open_run(path: Path, size: int | None, channels: int) -> tuple[str, Any, di
         sizes |= {"image_size": size} if size else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{beside} does not say what {path.name} is ({error!r}): give the path in its run's directory") from error
+    if beside.with_name("progress.json").exists() and not beside.with_name("result.json").exists():
+        raise RecipeError(f"the pre-training in {path.parent} is not finished, so {path.name} will change: finish it first")
     found = Recipe(pretrain=TrainConfig(epochs=1, batch_size=1, base_lr=0.0), protocols=(), **sizes)
     network = found.build_encoder(channels)
     load_encoder(network, state, allow_unused=()) if isinstance(network, ViT) else load_method(network, state, {})

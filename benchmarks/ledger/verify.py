@@ -1,0 +1,154 @@
+"""`make verify-results`: find every recorded number again in the committed log of its run, and refuse rows that cannot be checked.
+
+`python -m benchmarks.ledger.verify` reads the results.csv of every paper and of the baselines, and the logs that their rows name. A row is
+verified if one stage in its log ended on its day, took its hours, and says its value. Of a grid of classifiers the choice is made again
+from the accuracies in the log. What logs do not hold is only checked for presence: commit, seed, device, precision, versions, and settings
+other than those of linear probes. Rows until November 2026 may lack settings and recipe_sha256; these are counted.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from benchmarks.ledger.rows import RUN, load
+from benchmarks.papers import BASELINES, ROOT, papers
+from common.evaluate import ON_TEST
+
+HEADING = re.compile(r"# (\S+)$")
+LINE = re.compile(r"(\d{4}-\d\d-\d\d) \d\d:\d\d:\d\d (\S+) (.*)$")
+DONE = re.compile(r"done: (.*)$")
+CLASSIFIER = re.compile(r"(layers=\S+ .*): top1 (\S+?)(?: \((\S+) on the \d+ images held out\))?$")
+COMMIT = re.compile(r"[0-9a-f]{12}(\+dirty|\+mixed)*$")
+REQUIRED = ["date", "commit", "recipe", "data", "backbone", "protocol", "start", "metric", "device", "precision", "versions", "log"]
+
+
+@dataclass
+class Stage:
+    """What a log says about one finished stage of a run."""
+
+    name: str  # pretrain, or protocol and start: linear-pretrained
+    day: str = ""  # on which it ended, in the time zone of the machine
+    numbers: dict[str, float] = field(default_factory=dict)  # of the line that ends it
+    grid: list[tuple[str, float, float]] = field(default_factory=list)  # settings, top1, and the accuracy by which the best is chosen
+
+
+def stages(text: str) -> list[Stage]:
+    """The finished stages in a log, in its order. A stage may be there several times, if a run of the same name was recorded again."""
+    found: list[Stage] = []
+    grid: list[tuple[str, float, float]] = []
+    for line in text.splitlines():
+        if HEADING.match(line):
+            grid = []
+        elif parts := LINE.match(line):
+            day, name, said = parts.groups()
+            if classifier := CLASSIFIER.match(said):
+                settings, top1, held_out = classifier.groups()
+                grid.append((settings, float(top1), float(held_out or top1)))
+            elif done := DONE.match(said):
+                numbers = {key: float(value) for key, value in (number.rsplit(" ", 1) for number in done[1].split(", "))}
+                found.append(Stage(name, day, numbers, grid))
+                grid = []
+    return found
+
+
+def derived(stage: Stage, row: Any) -> tuple[float, str] | None:
+    """The value and the settings of a row as the log of a stage gives them; None if the row is of another stage.
+
+    Settings are "" where the log has none: it names them only for linear probes.
+    """
+    protocol, _, start = stage.name.rpartition("-")
+    asked = row.protocol.removesuffix(ON_TEST)
+    layers = re.fullmatch(rf"{re.escape(protocol)}_(last\d*|best)", asked)
+    own = stage.name == "pretrain" if row.protocol in ("pretrain", "scratch") else start == row.start and (asked == protocol or layers)
+    if not own or row.metric not in stage.numbers:
+        return None
+    if not stage.grid:
+        return None if layers else (stage.numbers[row.metric], "")
+    among = [one for one in stage.grid if layers is None or layers[1] == "best" or one[0].startswith(f"layers={layers[1]} ")]
+    settings, top1, _ = max(among, key=lambda one: one[2], default=("", math.nan, 0.0))  # of equal ones the first, as in LinearProbe.best
+    return top1, settings
+
+
+def same(recorded: float, printed: float, decimals: int) -> bool:
+    """Whether a number of the ledger, rounded to so many decimals, and one of a log, with six digits, are the same number."""
+    digits = 5 - math.floor(math.log10(abs(printed))) if printed else decimals  # decimals of the log
+    rounding = 0.0 if digits == decimals else 10**-decimals + 10**-digits  # equally rounded numbers are equal
+    return abs(recorded - printed) <= 0.5 * rounding + 1e-9
+
+
+def faults(row: Any, found: Sequence[Stage] | None) -> Iterator[str]:
+    """What is wrong with a row, given the stages in its log (None: there is no log)."""
+    absent = [name for name in REQUIRED if not getattr(row, name)]
+    if absent:
+        yield f"it has no {', '.join(absent)}"
+    if row.commit and not COMMIT.match(row.commit):
+        yield f"commit {row.commit!r} is not one: 12 hexadecimal digits"
+    if row.seed < 0:
+        yield f"seed {row.seed} is negative"
+    if row.recipe_sha256 and not re.fullmatch(r"[0-9a-f]{16}", row.recipe_sha256):
+        yield f"recipe_sha256 {row.recipe_sha256!r} is not one: 16 hexadecimal digits"
+    if row.recipe_sha256 and not row.settings and row.protocol not in ("pretrain", "scratch"):
+        yield "it has no settings"
+    if found is None:
+        yield f"its log {row.log!r} is missing"
+        return
+    candidates = [(stage, *one) for stage in found if (one := derived(stage, row))]
+    if not candidates:
+        yield f"{row.log} has no finished stage with this number"
+    elif not any(_agrees(row, *one) for one in candidates):
+        said = "; ".join(
+            f"{row.metric} {value:g}, {stage.numbers.get('hours', math.nan):g} hours on {stage.day}" + f", {settings}" * bool(settings)
+            for stage, value, settings in candidates
+        )
+        own = f"{row.metric} {row.value:g}, {row.hours:g} hours on {row.date}" + f", {row.settings}" * bool(row.settings)
+        yield f"it says {own}; {row.log} says {said}"
+
+
+def _agrees(row: Any, stage: Stage, value: float, settings: str) -> bool:
+    days = abs((pandas.Timestamp(row.date) - pandas.Timestamp(stage.day)).days)  # the row's day is in UTC
+    right = same(row.value, value, 4) and same(row.hours, stage.numbers.get("hours", math.nan), 5)
+    return right and days <= 1 and (not settings or row.settings == settings)
+
+
+def verify(root: Path) -> tuple[list[str], list[str]]:
+    """Check every ledger under `root`. Returns a line for each ledger, and one for each fault."""
+    summaries, found = [], []
+    for home in [*papers(root), BASELINES.as_posix()]:
+        try:
+            ledger = load(root / home / "results.csv")
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        logs = {log: stages((root / log).read_text(encoding="utf-8")) if (root / log).is_file() else None for log in ledger["log"].unique()}
+        again, wrong = ledger.duplicated(RUN), 0
+        for line, row in enumerate(ledger.itertuples(index=False), 2):  # the first line of the file is the header
+            said = [*faults(row, logs[row.log]), *["another row is of the same run"] * bool(again.iloc[line - 2])]
+            wrong += bool(said)
+            found += [
+                f"{home}/results.csv:{line} ({row.protocol}, {row.start}, {row.arm or row.recipe}, seed {row.seed}): {one}" for one in said
+            ]
+        without = ", ".join(f"{(ledger[name] == '').sum()} have no {name}" for name in ("settings", "recipe_sha256"))
+        summaries.append(f"{home}: {len(ledger) - wrong} of {len(ledger)} rows verified; {without}")
+    return summaries, found
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """The command line. Returns 1 if a row is not verified, else 0."""
+    argparse.ArgumentParser(prog="python -m benchmarks.ledger.verify", description="Find every recorded number in its log.").parse_args(
+        argv
+    )
+    summaries, found = verify(root)
+    print(*summaries, sep="\n")
+    print(*found, sep="\n", end="\n" if found else "", file=sys.stderr)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
