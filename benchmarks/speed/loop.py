@@ -35,7 +35,7 @@ from common.recipe import Recipe, TrainConfig
 from common.run import Run, console
 from common.train import fit, make_fabric
 
-SAME = ["device", "model", "batch", "processes"]
+SAME = ["device", "case", "batch", "processes"]
 WARM = 5  # steps that are not timed
 CASES = {"digits": ("digits", None, 128, 1), "224 px": (".", "small", 8, 3)}  # data of DropPos' recipe, size, effective batch, channels
 
@@ -135,13 +135,14 @@ def measure(name: str, device: str, processes: int, rounds: int, steps: int) -> 
     gains = [alone["loop"] / (processes * together) for alone, together in zip(one, several, strict=True)]
     recipe, stage, _ = _case(name, processes)
     return {
-        "model": f"DropPos, {recipe.backbone}",
+        "case": f"DropPos, {name}",
+        "backbone": recipe.backbone,
         "batch": stage.batch_size,
         "processes": processes,
         "bare ms": round(1e3 * statistics.median(found["bare"] for found in one), 2),
         "loop ms": round(1e3 * statistics.median(found["loop"] for found in one), 2),
         "overhead %": round(100 * statistics.median(overheads), 1),
-        "all processes ms": round(1e3 * statistics.median(several), 2),
+        "all ms": round(1e3 * statistics.median(several), 2),
         "efficiency %": round(100 * statistics.median(gains), 1),
     }
 
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--processes {options.processes}, but torch finds {torch.cuda.device_count()} GPUs; on the CPU use --device cpu")
     device = torch.device(options.device)
     lines = [measure(name, options.device, options.processes, options.rounds, options.steps) for name in CASES]
-    show(pandas.DataFrame(lines), "the training loop, in float32", device)
+    show(pandas.DataFrame(lines).drop(columns="backbone"), "the training loop, in float32", device)
     keep(pandas.DataFrame([line | facts(device) for line in lines]), ROOT / "benchmarks/speed/loop.csv", SAME)
     return 0
 
