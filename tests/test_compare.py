@@ -1,7 +1,12 @@
 """Tests of the comparison: what is equal for all methods, what is refused, and that it goes on where it was."""
 
+import dataclasses
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pandas
 import pytest
@@ -17,7 +22,7 @@ from common.evaluate import labelled_images
 from common.recipe import RecipeError
 from common.run import RunError
 
-QUICK = ["--device", "cpu", "--limit", "120", "--budget", "images:250", "--evaluations", "knn", "finetune_5_per_class"]
+QUICK = ["--device", "cpu", "--limit", "240", "--budget", "images:480", "--evaluations", "knn", "finetune_5_per_class"]
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +101,7 @@ def test_a_method_that_fails_is_a_row_that_says_so_until_it_succeeds(compared, t
 
 
 def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    import os
-    import subprocess
-    import sys
-    import time
-
-    command = [sys.executable, "-m", "benchmarks.compare", *QUICK[:4], "--budget", "images:30000", "--evaluations", "knn"]
+    command = [sys.executable, "-m", "benchmarks.compare", "--device", "cpu", "--budget", "images:30000", "--evaluations", "knn"]
     command += ["--papers", "droppos", "--seeds", "1", "--out", str(tmp_path)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 90
@@ -121,8 +121,8 @@ def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeyp
         (["--evaluations", "kn"], "EVALUATIONS='kn' is not known; did you mean knn?"),
         (["--budget", "image:5"], "BUDGET='image:5': did you mean images?"),
         (["--budget", "images:many"], "the amount is not a number above 0"),
-        (["--budget", "images:150"], "two epochs of 120 images are the least"),
-        (["--limit", "50"], "a class of digits has 5 training images, but 20 labels per class are used"),
+        (["--budget", "images:150"], "two epochs of 240 images are the least"),
+        (["--limit", "50"], "a class of digits-50 has 5 training images, but 20 labels per class are used"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_started(arguments, message, tmp_path, capsys):
@@ -133,14 +133,12 @@ def test_bad_input_is_refused_before_anything_is_started(arguments, message, tmp
 
 def test_another_budget_or_arena_in_the_same_folder_is_refused(compared, capsys):
     assert main([*QUICK, "--budget", "images:600", "--out", str(compared)]) == 2
-    assert "holds another comparison (budget: images:250 there): use another OUT" in " ".join(capsys.readouterr().out.split())
+    assert "holds another comparison (budget: images:480 there): use another OUT" in " ".join(capsys.readouterr().out.split())
 
 
 def test_scores_of_two_arenas_are_not_mixed(compared, tmp_path):
     scores = read_scores(compared / "compare" / "digits", "mae", 0)
     add(tmp_path / "scores.csv", scores)
-    import dataclasses
-
     with pytest.raises(RunError, match="holds another arena"):
         add(tmp_path / "scores.csv", [dataclasses.replace(score, hash="0" * 12) for score in scores])
     table = pandas.read_csv(tmp_path / "scores.csv")
