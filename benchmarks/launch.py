@@ -5,6 +5,7 @@ The command torchrun exits with 1 whatever its processes return, and it dies of 
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -35,9 +36,10 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        signals_to_handle=",".join(signal.name for signal in STOP_SIGNALS),
+        signals_to_handle=",".join(number.name for number in STOP_SIGNALS),
         shutdown_timeout=SAVE_SECONDS,
     )
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # the launcher does not restore them
     logging.disable(logging.ERROR)  # the processes print their own errors
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
@@ -48,4 +50,6 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         return code if code > 0 else 128 - code  # killed by a signal, as in a shell
     finally:
         logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.launch import launch
 from benchmarks.reproduce import main
 from common.environment import ROOT
 
@@ -144,3 +145,10 @@ def test_processes_with_different_code_or_recipe_are_refused_with_the_difference
     assert done.returncode == 2 and done.stdout.count("error") == 1, done.stdout
     assert "code: commit 0 in process 0, commit 1 in process 1" in done.stdout
     assert "recipe.pretrain.base_lr: 1.0 in process 0, 2.0 in process 1" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_the_handlers_of_signals_are_as_before_after_a_launch(tmp_path, monkeypatch):
+    (tmp_path / "nothing.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = signal.getsignal(signal.SIGUSR1)
+    assert launch(1, "nothing", []) == 0 and signal.getsignal(signal.SIGUSR1) is before

@@ -269,7 +269,7 @@ def train(
     out.mkdir(exist_ok=True)
     finish(launch(processes, script(out, TRAIN), str(out), json.dumps(methods), *BATCHES), code)
     found = {}
-    for encoder in out.glob("*/*/pretrain/encoder.safetensors"):
+    for encoder in (path.with_name("encoder.safetensors") for path in out.glob("*/*/pretrain/result.json")):
         lines = (encoder.parent / "metrics.jsonl").read_text().splitlines()
         found[encoder.parents[1].relative_to(out).as_posix()] = [json.loads(line) for line in lines], load_file(encoder)
     return found

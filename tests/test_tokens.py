@@ -398,7 +398,7 @@ from tests import test_tokens as t
 with pytest.MonkeyPatch.context() as patch:
     t.tokenizers.BATCH, t.tokenizers.SAVE_SECONDS, t.store.SAVE_SECONDS = 4, 0.0, 0.0
     actions = t.Actions(patch, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    actions.last = 24
+    actions.last = 33
     t.prepare(t.open_data({str(folder)!r}), t.Path({str(tmp_path / "killed")!r}), workers=2)
 """
     with open(tmp_path / "said", "w") as said:  # no pipe: reading it would wait until the workers have ended
