@@ -2,15 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas
 from rich.table import Table
 
 from benchmarks.ledger.tables import counted
 from benchmarks.stages import Stages
-from common.files import replacing
-from common.run import console
+from common.run import console, write_text
 
 
 def by_epoch(runs: Sequence[Stages]) -> pandas.DataFrame:
@@ -36,7 +34,7 @@ def show_by_epoch(runs: Sequence[Stages]) -> None:
     table, path = by_epoch(runs), runs[0].root.parent / "epochs.csv"
     if table.empty:
         return
-    _write(table, path)
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
     means = table.pivot_table("top1", ["arm", "protocol"], "epoch", sort=False).sort_index(axis=1)
     heading = f"top-1 in percent after some epochs, {counted(table['seed'].nunique(), 'seed')}"
     screen = Table(title=heading, caption="the learning rate decays until the last one", min_width=len(heading))
@@ -46,8 +44,3 @@ def show_by_epoch(runs: Sequence[Stages]) -> None:
         screen.add_row(" ".join(filter(None, [arm, protocol])), *("-" if pandas.isna(value) else f"{value:.2f}" for value in values))
     console.print(screen, soft_wrap=False)
     console.print(f"also in {path}", markup=False)
-
-
-def _write(table: pandas.DataFrame, path: Path) -> None:
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
