@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare.arena import Arena, Entry, choose_arena, enter, entries, limited
 from benchmarks.compare.scores import Score
 from benchmarks.ledger.rows import Row
 from benchmarks.reproduce import USER_ERRORS
-from benchmarks.speed.measure import facts, wait
-from benchmarks.speed.steps import CPU_ATTENTION
+from benchmarks.speed.measure import facts
+from benchmarks.speed.steps import Step
 from benchmarks.stages import Stages
 from common import keep_freed_memory
 from common.data import Data, open_data
@@ -61,11 +59,11 @@ class Plan:
         return arena, limited(arena, open_data(self.data, Path(self.data_root))), entries(self.data, self.papers, file)
 
     def takes(self, protocol: str) -> bool:
-        """Whether a protocol of the arena is asked for."""
+        """Whether a protocol of the arena is requested."""
         return not self.evaluations or DRAW.sub("", protocol) in self.evaluations
 
     def complete(self, scores: Sequence[Score]) -> bool:
-        """Whether the scores of a unit have all evaluations that are asked for."""
+        """Whether the scores of a unit have all requested evaluations."""
         have = {re.sub(r"^location_\d+$", "location", score.evaluation) for score in scores}
         arena = choose_arena(self.data, self.device, self.limit)
         return all(DRAW.sub("", one.name) in have for one in arena.protocols("mean", None) if self.takes(one.name))
@@ -95,42 +93,30 @@ def failure(plan: Plan, method: str, seed: int, why: str) -> Score:
     return _score(vars(plan) | about | own)
 
 
-def _training(entry: Entry, recipe: Recipe, data: Data, device: torch.device, batch: int) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """The method, and a batch for it."""
+def _step(entry: Entry, recipe: Recipe, data: Data, device: torch.device, batch: int) -> tuple[Step, torch.Tensor]:
+    """A step of the pre-training, in the precision of the runs, and images for it."""
     model = entry.module.build(recipe, recipe.build_encoder(data.channels), data.classes).to(device).train()
     images = torch.randn(batch, data.channels, recipe.image_size, recipe.image_size, device=device)
     labels = getattr(entry.module, "example_targets", lambda model, images: torch.zeros(len(images), dtype=torch.int64, device=device))
-    return model, (images, labels(model, images))
+    targets, precision = labels(model, images), str(make_fabric(device.type)._precision.precision)
+    return Step(entry.name, recipe.backbone, model, lambda model, images: model(images, targets).loss, precision), images
 
 
 def gflop_per_image(entry: Entry, recipe: Recipe, data: Data, device: torch.device) -> float:
     """Useful GFLOP of the forward and backward pass of the pre-training, for one image."""
-    model, batch = _training(entry, recipe, data, device, 4)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        model(*batch).loss.backward()
-    return counter.get_total_flops() / 4e9
+    step, images = _step(entry, recipe, data, device, 4)
+    return step.flops(images) / 4e9
 
 
 def images_per_second(entry: Entry, recipe: Recipe, data: Data, device: torch.device) -> float:
-    """Images per second of pre-training steps with one thread, or on one GPU, in the precision of the runs."""
-    threads, precision = torch.get_num_threads(), make_fabric(device.type)
+    """Images per second of pre-training steps with one thread, or on one GPU: the median of six steps."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, batch = _training(entry, recipe, data, device, device_batch(recipe.pretrain, 1))
-    optimizer, seconds = make_optimizer(model, recipe.pretrain), []
-    for _ in range(8):
-        wait(device)
-        begun = time.perf_counter()
-        getattr(model, "at_step", lambda step, total: None)(0, 1)
-        with precision.autocast():
-            loss = model(*batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        getattr(model, "after_step", lambda step, total: None)(0, 1)
-        wait(device)
-        seconds.append(time.perf_counter() - begun)
+    step, images = _step(entry, recipe, data, device, device_batch(recipe.pretrain, 1))
+    optimizer = make_optimizer(step.model, recipe.pretrain)
+    seconds = [step.run(images, optimizer) for _ in range(8)]
     torch.set_num_threads(threads)
-    return len(batch[0]) / sorted(seconds[2:])[3]
+    return len(images) / sorted(seconds[2:])[3]
 
 
 def run(folder: Path, method: str, seed: int) -> None:
