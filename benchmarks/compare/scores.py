@@ -32,6 +32,7 @@ class Score:
     versions: str
     hours: float  # of the stage that gave the score
     note: str  # settings of the evaluation, or why the method failed
+    stage: str  # its directory, below that of the comparison: mae/digits-28ep-seed0/knn-pretrained
 
 
 TYPES = get_type_hints(Score)

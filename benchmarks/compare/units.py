@@ -10,7 +10,6 @@ import json
 import re
 import resource
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +88,7 @@ def read_scores(folder: Path, method: str, seed: int) -> list[Score]:
 def failure(plan: Plan, method: str, seed: int, why: str) -> Score:
     """The score of a unit that has failed."""
     about = facts(torch.device(plan.device)) | {"recipe": "", "precision": "", "hours": 0.0, "epochs": plan.epochs[method]}
-    own = {"evaluation": "failed", "draw": 0, "value": float("nan"), "note": why, "method": method, "seed": seed}
+    own = {"evaluation": "failed", "draw": 0, "value": float("nan"), "note": why, "method": method, "seed": seed, "stage": ""}
     return _score(vars(plan) | about | own)
 
 
@@ -121,7 +120,7 @@ def images_per_second(entry: Entry, recipe: Recipe, data: Data, device: torch.de
 
 def run(folder: Path, method: str, seed: int) -> None:
     """Run the unit of a method and seed, and write its scores."""
-    plan, begun = read_plan(folder), time.time()
+    plan = read_plan(folder)
     arena, data, methods = plan.open()
     fabric = make_fabric(plan.device)
     fabric.launch()
@@ -139,44 +138,47 @@ def run(folder: Path, method: str, seed: int) -> None:
         data_root=Path(plan.data_root),
         workers=1,
     )
-    rows = list[Row]()
+    done = list[tuple[str, Row]]()  # the stage of each row
     if entry.trains:
-        rows += stages.pretrain()
+        done += [("pretrain", row) for row in stages.pretrain()]
     elif entry.encoder_file is not None:
         stages.convert(entry.encoder_file)
+    start = "pretrained" if entry.start == "pretrained" else ""
     for protocol in filter(lambda protocol: plan.takes(protocol.name), stages.recipe.protocols):
-        untrained = "scratch" if protocol.kind == "finetune" else "random"
-        rows += stages.evaluate(protocol, "pretrained" if entry.start == "pretrained" else untrained)
-    recipe = hashlib.sha256(json.dumps(as_json(stages.recipe), sort_keys=True).encode()).hexdigest()[:12]
-    shared = vars(plan) | asdict(rows[-1]) | {"method": method, "recipe": recipe, "epochs": plan.epochs[method], "note": ""}
-    scores = [*_accuracies(rows, shared), *_costs(stages, entry, shared, time.time() - begun)]
+        begin = start or ("scratch" if protocol.kind == "finetune" else "random")
+        done += [(f"{protocol.name}-{begin}", row) for row in stages.evaluate(protocol, begin)]
+    own = {"method": method, "recipe": digest(stages.recipe), "epochs": plan.epochs[method]}
+    scores = [_accuracy(vars(plan) | asdict(row) | own, stages.root.relative_to(folder) / stage) for stage, row in done]
+    about = vars(plan) | asdict(done[-1][1]) | own | {"stage": (stages.root.relative_to(folder) / "pretrain").as_posix()}
+    hours = {stage: row.hours for stage, row in done}
+    scores += _costs(stages, entry, about, 60 * sum(hours.values()))
     (folder / "scores").mkdir(exist_ok=True)
     write_text(folder / "scores" / f"{unit_name(method, seed)}.json", json.dumps([asdict(score) for score in scores], indent=1) + "\n")
 
 
-def _accuracies(rows: Sequence[Row], shared: dict[str, Any]) -> Iterator[Score]:
-    for row in rows:
-        if row.start != "scratch" or row.protocol != "scratch":  # a supervised method's own accuracy has its row
-            draw = DRAW.search(row.protocol)
-            name = DRAW.sub("", row.protocol) if row.protocol not in ("pretrain", "scratch") else f"own_{row.metric}"
-            yield _score(
-                asdict(row)
-                | shared
-                | {"evaluation": name, "draw": int(draw[1]) if draw else 0, "value": row.value, "note": row.settings, "hours": row.hours}
-            )
+def _accuracy(row: dict[str, Any], stage: Path) -> Score:
+    draw = DRAW.search(row["protocol"])
+    own = row["protocol"] in ("pretrain", "scratch")  # of the pre-trained model itself
+    evaluation = f"own_{row['metric']}" if own else DRAW.sub("", row["protocol"])
+    return _score(row | {"evaluation": evaluation, "draw": int(draw[1]) if draw else 0, "note": row["settings"], "stage": stage.as_posix()})
 
 
-def _costs(stages: Stages, entry: Entry, shared: dict[str, Any], seconds: float) -> Iterator[Score]:
-    """Speed and FLOPs of the pre-training; peak memory of the process, or of the GPU; minutes of the whole unit."""
+def _costs(stages: Stages, entry: Entry, shared: dict[str, Any], minutes: float) -> Iterator[Score]:
+    """Speed and FLOPs of the pre-training; peak memory of the process, or of the GPU; minutes of the pre-training and the evaluations."""
     device = stages.fabric.device
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
-    costs = {"memory_gb": memory, "minutes": seconds / 60}
+    costs = {"memory_gb": memory, "minutes": minutes}
     if entry.trains:
         hours = json.loads((stages.root / "pretrain" / "result.json").read_text())["hours"]
         costs["images_per_second"] = stages.recipe.pretrain.epochs * len(stages.data.train) / (3600 * hours)
         costs["gflop_per_image"] = gflop_per_image(entry, stages.recipe, stages.data, device)
     for name, value in costs.items():
-        yield _score(shared | {"evaluation": f"cost_{name}", "draw": 0, "value": round(value, 4)})
+        yield _score(shared | {"evaluation": f"cost_{name}", "draw": 0, "value": round(value, 4), "note": ""})
+
+
+def digest(recipe: Recipe) -> str:
+    """12 hexadecimal digits that identify a recipe."""
+    return hashlib.sha256(json.dumps(as_json(recipe), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _score(found: dict[str, Any]) -> Score:

@@ -163,6 +163,8 @@ class _Evaluation:
         for part, images in (tests | {"": test}).items():
             found: dict = accuracy(self.fabric, model, images)
             results.append(Result(protocol.name + part, settings=settings, hours=hours, **found))
+            if part:
+                self.run.say(f"{self.run.directory.name} {protocol.name}{part}: top1 {found['top1']:.6g}")
         return results
 
     def linear(self, encoder: ViT | TokenEncoder) -> list[Result]:
