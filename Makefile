@@ -33,7 +33,8 @@ help:  ## show this help
 #:   BUDGET=images:500000       of each pre-training: images seen, flops:1e15, or minutes:8
 #:   EVALUATIONS="knn location" default: all
 #:   ENCODER=file.safetensors   an encoder of your own, which takes part without pre-training
-#:   TABLE=1                    only print the table of the scores that there are
+#:   TABLE=1                    only print the table and draw the intervals, of the scores in OUT or else of the recorded ones
+#:   RECORD=1                   copy scores, logs and report to benchmarks/compare/<arena>
 #:
 #: Variables of make report:
 #:   RUN=runs/droppos/digits-200ep-seed0   a run, or a comparison such as runs/compare/digits
@@ -69,7 +70,7 @@ tokens: .venv/installed  ## make the tokens of PAPER=mapet, and the copy of CACH
 compare: .venv/installed  ## all methods with one encoder, budget and set of evaluations: benchmarks/compare/README.md
 	@$(python) -m benchmarks.compare $(if $(DATA),--data '$(DATA)') $(if $(PAPERS),--papers $(PAPERS)) $(if $(SEEDS),--seeds '$(SEEDS)') \
 	  $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EVALUATIONS),--evaluations $(EVALUATIONS)) $(if $(ENCODER),--encoder '$(ENCODER)') \
-	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(TABLE),--table) $(ARGS)
+	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(TABLE),--table) $(if $(RECORD),--record) $(ARGS)
 
 report: .venv/installed  ## write RUN/report.html, one page with the figures of a run or a comparison
 	@$(python) -m benchmarks.report '$(RUN)' $(if $(DATA),--data '$(DATA)') $(ARGS)

@@ -1,15 +1,21 @@
-"""Start several processes of a program on this machine, with torchrun's launcher as a library.
+"""Start processes on this machine: those of one training, or several programs side by side.
 
-The command torchrun exits with 1 whatever its processes return, and it dies of SIGUSR1 and SIGUSR2 without its processes.
+`launch` uses torchrun's launcher as a library. The command torchrun exits with 1 whatever its processes return, and it dies of SIGUSR1
+and SIGUSR2 without its processes.
 """
 
 import logging
 import os
 import signal
+import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
 
+import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -53,3 +59,42 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 0
+
+
+def side_by_side(commands: Mapping[Path, Sequence[str]], parallel: int | None, done: Callable[[Path, int], None], directory: Path) -> None:
+    """Run programs, by their log files, in a directory: several at a time, each with its share of the cores, and one GPU if there are any.
+
+    parallel: programs at the same time; by default one for each GPU or core. Calls `done` with the log and exit code of each that has
+    ended by itself. If this process is interrupted, SIGTERM is sent to the running programs, and their end is awaited.
+    """
+    gpus, cores = torch.cuda.device_count(), available_cores()
+    count = max(1, min(parallel or gpus or cores, len(commands)))
+    free, running = SimpleQueue[int](), set[subprocess.Popen]()
+    for place in range(count):
+        free.put(place)
+
+    def run(log: Path, command: Sequence[str]) -> None:
+        place = free.get()
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // count))}
+        environment |= {"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {}
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=directory)
+        running.add(process)
+        code = process.wait()
+        running.discard(process)
+        free.put(place)
+        if code not in (EXIT_STOPPED, -signal.SIGTERM):
+            done(log, code)
+
+    with ThreadPoolExecutor(count) as pool:
+        waiting = [pool.submit(run, log, command) for log, command in commands.items()]
+        try:
+            for one in waiting:
+                one.result()
+        except BaseException:
+            for one in waiting:
+                one.cancel()
+            for process in list(running):
+                process.send_signal(signal.SIGTERM)
+            raise

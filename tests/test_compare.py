@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pandas
 import pytest
@@ -16,11 +17,13 @@ from benchmarks.compare.__main__ import main, read_budget
 from benchmarks.compare.arena import ARENAS, choose_arena, enter, entries
 from benchmarks.compare.scores import add, load
 from benchmarks.compare.table import accuracies
-from benchmarks.compare.units import read_scores
+from benchmarks.compare.units import Plan, read_plan, read_scores
+from benchmarks.compare.units import run as run_unit
+from benchmarks.ledger.verify import verify
 from common.data import open_data
 from common.evaluate import labelled_images
 from common.recipe import RecipeError
-from common.run import RunError
+from common.run import RunError, console
 
 QUICK = ["--device", "cpu", "--limit", "240", "--budget", "images:480", "--evaluations", "knn", "linear"]
 
@@ -79,25 +82,96 @@ def test_every_score_has_what_is_needed_to_doubt_it(compared):
 
 def test_a_second_call_trains_nothing_and_more_seeds_train_only_these(compared, monkeypatch, capsys):
     ran = []
-    real = program.run_units
-    monkeypatch.setattr(program, "run_units", lambda folder, units, *rest: ran.append(units) or real(folder, units, *rest))
+    real = program.side_by_side
+    monkeypatch.setattr(program, "side_by_side", lambda commands, *rest: ran.append(list(commands)) or real(commands, *rest))
     assert main([*QUICK, "--papers", "droppos", "--seeds", "2", "--out", str(compared)]) == 0
     assert ran == [[]] and "k-NN" in capsys.readouterr().out
-    monkeypatch.setattr(program, "run_units", lambda folder, units, *rest: ran.append(units))
+    monkeypatch.setattr(program, "side_by_side", lambda commands, *rest: ran.append([path.stem for path in commands]))
     assert main([*QUICK, "--papers", "droppos", "--seeds", "3", "--out", str(compared)]) == 0
-    assert ran[1] == [("from scratch", 2), ("mae", 2), ("droppos", 2)]
+    assert ran[1] == ["from_scratch-seed2", "mae-seed2", "droppos-seed2"]
 
 
 def test_a_method_that_fails_is_a_row_that_says_so_until_it_succeeds(compared, tmp_path):
     path = tmp_path / "scores.csv"
     folder = compared / "compare" / "digits"
-    plan = program.read_plan(folder)
+    plan = read_plan(folder)
     add(path, read_scores(folder, "mae", 0))
     add(path, [program.failure(plan, "droppos", 0, "error: the loss is nan")])
     table = accuracies(load(path)).set_index("Method")
     assert table.loc["droppos", "failed"] == "seed 0: error: the loss is nan"
     add(path, read_scores(folder, "droppos", 0))
     assert "failed" not in accuracies(load(path))
+
+
+def test_a_narrow_terminal_shows_whole_cells(compared, monkeypatch, capsys):
+    monkeypatch.setattr(console, "_width", 60)
+    assert main(["--device", "cpu", "--limit", "240", "--table", "--out", str(compared)]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown[: shown.index("Percent of")].splitlines())) <= 60
+    assert shown.count("undecided (") == 8 and "2 seeds decide nothing" in " ".join(shown.split())  # 3 methods, 2 references, 2 evaluations
+
+
+def test_table_and_plot_are_made_again_from_the_ledger_without_training(compared, monkeypatch, capsys):
+    folder = compared / "compare" / "digits"
+    drawn = (folder / "figures" / "intervals.svg").read_text()
+    (folder / "figures" / "intervals.svg").unlink()
+    monkeypatch.setattr(program, "side_by_side", lambda *_: pytest.fail("something is trained"))
+    assert main(["--device", "cpu", "--limit", "240", "--table", "--out", str(compared)]) == 0
+    assert (folder / "figures" / "intervals.svg").read_text() == drawn and "k-NN" in capsys.readouterr().out
+
+
+def test_a_recorded_comparison_has_its_logs_and_is_found_again_in_them(compared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "RECORDS", tmp_path / "benchmarks" / "compare")
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "2", "--record", "--out", str(compared)]) == 0
+    record = tmp_path / "benchmarks" / "compare" / "digits"
+    assert {"plan.json", "scores.csv", "report.html"} < {path.name for path in record.iterdir()} and len(
+        list((record / "logs").iterdir())
+    ) == 6
+    assert str(compared) not in (record / "plan.json").read_text()
+    assert main(["--device", "cpu", "--table", "--out", str(tmp_path / "none")]) == 0 and "k-NN" in capsys.readouterr().out
+    assert verify(tmp_path)[1] == []
+    text = (record / "scores.csv").read_text()
+    scores = load(record / "scores.csv")
+    assert verify(tmp_path)[0][-1] == f"benchmarks/compare/digits: {len(scores)} of {len(scores)} rows verified"
+    scores.loc[scores["evaluation"] == "knn", "value"] += 0.01
+    scores.to_csv(record / "scores.csv", index=False)
+    assert len(verify(tmp_path)[1]) == 6 and "its log says" in verify(tmp_path)[1][0]
+    (record / "scores.csv").write_text(text + text.splitlines()[1] + "\n")
+    assert "another row is of the same score" in verify(tmp_path)[1][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arena", ["digits", "cifar10", "cifar10_gpu", "folder"])
+def test_each_arena_runs_to_its_end_on_a_few_images(arena, tmp_path, monkeypatch):
+    short = {
+        "finetune": replace(ARENAS[arena].finetune, epochs=2, warmup_epochs=1),
+        "few": replace(ARENAS[arena].few, epochs=1, warmup_epochs=0),
+    }
+    short["few"] = replace(short["few"], milestones=())
+    data = open_data("digits").limited(200)
+    side = ARENAS[arena].image_size
+    colour = {name: replace(part, images=part.images.repeat(1, 3, 1, 1)) for name, part in (("train", data.train), ("val", data.val))}
+    if arena != "digits":
+        data = replace(data, channels=3, mean=data.mean * 3, std=data.std * 3, **colour)
+    named = arena.removesuffix("_gpu") if arena != "folder" else str(tmp_path)
+    monkeypatch.setitem(ARENAS, arena.removesuffix("_gpu"), replace(ARENAS[arena], **short))
+    monkeypatch.setattr("benchmarks.compare.units.open_data", lambda *_: data)
+    chosen = choose_arena(named, "cpu", 200)
+    own = {"arena": chosen.name, "hash": chosen.hash, "limit": 200, "data": named, "budget": "images:400", "device": "cpu"}
+    plan = Plan(
+        **own,
+        data_root=str(tmp_path),
+        papers=(),
+        encoder_file=None,
+        epochs={"mae": 2},
+        evaluations=(),
+        cells=(side // chosen.patch_size) ** 2,
+        conditions={},
+    )
+    (tmp_path / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
+    run_unit(tmp_path, "mae", 0)
+    scores = read_scores(tmp_path, "mae", 0)
+    assert plan.complete(scores) and {score.draw for score in scores if "per_class" in score.evaluation} == {0, 1}
 
 
 def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeypatch):

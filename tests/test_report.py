@@ -28,6 +28,7 @@ from common.vit import ViT
 from droppos.recipe import digits
 
 METHODS = ("from scratch", "mae", "droppos", "stop, <b>bold</b> & $x$")
+RUNS = {"mae": "mae/digits-30ep", "droppos": "droppos/digits-30ep"}
 ACCURACIES = {
     "finetune": 95,
     "finetune_5_per_class": 60,
@@ -46,14 +47,20 @@ def made_up_scores() -> list[Score]:
     about |= {"device": "cpu", "precision": "32-true", "versions": "torch", "hours": 0.1}
     for number, method in enumerate(METHODS):
         for seed in range(5):
-            own = about | {"method": method, "seed": seed, "draw": 0, "note": ""}
+            own = about | {
+                "method": method,
+                "seed": seed,
+                "draw": 0,
+                "note": "",
+                "stage": f"{RUNS.get(method, method)}-seed{seed}/pretrain",
+            }
             if number == 3 and seed == 4:
                 scores.append(Score(**own | {"evaluation": "failed", "value": float("nan"), "note": SCRIPT}))
                 continue
             for name, value in ACCURACIES.items():
                 for label_draw in range(2 if "per_class" in name else 1):
                     scores.append(Score(**own | {"evaluation": name, "draw": label_draw, "value": value + number + draw.normal()}))
-            scores.append(Score(**own | {"evaluation": "cost_minutes", "value": 2.0}))
+            scores += [Score(**own | {"evaluation": f"cost_{name}", "value": 2.0}) for name in ("minutes", "images_per_second")]
     return scores
 
 
@@ -70,11 +77,13 @@ def comparison(tmp_path_factory) -> Path:
         "budget": "images:43000",
         "device": "cpu",
         "data_root": "data",
+        "cells": 36,
+        "conditions": {method: {"Positions": "sincos"} for method in METHODS},
     }
     epochs = dict.fromkeys(METHODS, 30)
     plan = Plan(**plan, papers=(), encoder_file=None, epochs=epochs, evaluations=())  # type: ignore[arg-type]
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
-    for run in ("mae/digits-30ep-seed0", "mae/digits-half_lr-30ep-seed0", "mae/digits-30ep-seed1"):
+    for run in ("mae/digits-30ep-seed0", "droppos/digits-30ep-seed0", "mae/digits-30ep-seed1"):
         path = folder / run / "pretrain" / "metrics.jsonl"
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps({"step": step, "epoch": step, "lr": 1, "loss": 1 / step}) + "\n" for step in range(1, 31)))
@@ -119,11 +128,11 @@ class Page(HTMLParser):
 def test_the_page_of_a_comparison_has_all_parts(comparison):
     page = Page(comparison / "report.html")
     parts = ["Results", "Means with 95 % intervals", "Differences from the references", "Accuracy against labels", "Location by depth"]
-    assert page.headings == [*parts, "Learning curves", "Costs", "Failures"]
+    assert page.headings == [*parts, "Learning curves", "What differs, and costs", "Failures"]
     shown = ["finetune", "finetune_20_per_class", "finetune_5_per_class", "knn", "location_4"]
-    curves = ["loss, mae", "loss, mae, half_lr"]
+    curves = ["loss, mae", "loss, droppos"]
     assert page.figures == [*(f"{kind}_{name}" for kind in ("mean", "difference") for name in shown), "labels", "location", *curves]
-    assert {path.stem for path in (comparison / "figures").glob("*.svg")} == {*page.figures, "intervals"}
+    assert {path.stem for path in (comparison / "figures").glob("*.svg")} == {*page.figures}
     assert "seed 4" not in page.text and "undecided" in page.text and "chance" in page.text
 
 
@@ -167,7 +176,7 @@ def test_a_second_report_is_the_same(comparison):
 
 
 def test_figures_have_no_background_and_their_text_is_legible_on_white_and_black(comparison):
-    drawn = (comparison / "figures" / "intervals.svg").read_text()
+    drawn = (comparison / "figures" / "mean_knn.svg").read_text()
     assert "#ffffff" not in drawn and "fill: #000000" not in drawn
     assert drawn.count("<text") == len(re.findall(rf"<text style=\"[^\"]*fill: {GREY}", drawn)) > 0
     assert f'[style*="{GREY}"]' in (comparison / "report.html").read_text()  # a page gives this text its own colour

@@ -5,7 +5,7 @@ import pandas
 import pytest
 from scipy import stats
 
-from benchmarks.compare.statistics import differences, half_width, holm, means, p_value
+from benchmarks.compare.statistics import differences, half_width, holm, means, p_value, ranks
 
 
 def scores(values: dict[str, list[float]], evaluation: str = "knn") -> pandas.DataFrame:
@@ -44,3 +44,20 @@ def test_the_mean_of_a_seed_is_over_its_label_draws():
 def test_fewer_than_three_seeds_decide_nothing():
     found = differences(scores({"from scratch": [1.0, 1.0], "better": [90.0, 90.0]}), "from scratch")
     assert found["difference"].item() == 89.0 and not found["decided"].item()
+
+
+def test_the_smallest_difference_that_could_be_shown_is_decided_if_it_is_exceeded():
+    noise = numpy.array([-1.0, 0.5, 0.0, 0.5, 0.0])
+    base = {"from scratch": [0.0] * 5, "clear": [50.0, 50.1, 49.9, 50.0, 50.0], "other": [*(noise[::-1] * 3)]}
+    least = differences(scores(base | {"near": [*noise]}), "from scratch").set_index("method").loc["near", "least"]
+    for factor, decided in ((0.99, False), (1.01, True)):
+        table = differences(scores(base | {"near": [*(noise + factor * least)]}), "from scratch").set_index("method")
+        assert table.loc["near", "decided"] == decided and table.loc["clear", "decided"] and not table.loc["other", "decided"]
+
+
+def test_ranks_are_only_as_narrow_as_the_decided_pairs_of_methods_allow():
+    noise = numpy.array([0.1, -0.1, 0.0, 0.05, -0.05])
+    table = scores({"worst": [*(10 + noise)], "one": [*(50 + 2 * noise)], "other": [*(50 - noise)], "best": [*(90 + noise * noise)]})
+    found = {method: place for (method, _), place in ranks(table).items()}
+    assert found == {"worst": (4, 4), "one": (2, 3), "other": (2, 3), "best": (1, 1)}
+    assert {*ranks(table[table["seed"] < 2]).values()} == {(1, 4)}

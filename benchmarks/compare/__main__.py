@@ -5,36 +5,35 @@ python -m benchmarks.compare --data digits --seeds 5 --budget images:43000
 
 import itertools
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Literal
 
 import torch
 import tyro
 
 from benchmarks.compare import table
-from benchmarks.compare.arena import Arena, Entry, choose_arena, enter, entries, limited
-from benchmarks.compare.scores import add, load
-from benchmarks.compare.units import DRAW, Plan, failure, gflop_per_image, images_per_second, read_plan, read_scores, unit_name
+from benchmarks.compare.arena import Arena, Entry, choose_arena, conditions, enter, entries
+from benchmarks.compare.scores import add, load, record, unit_name
+from benchmarks.compare.units import DRAW, Plan, failure, read_plan, read_scores
+from benchmarks.launch import side_by_side
 from benchmarks.papers import ROOT
+from benchmarks.report.comparison import comparison_page, draw_intervals
+from benchmarks.report.page import write_svg
 from benchmarks.reproduce import TYRO, USER_ERRORS
+from benchmarks.speed.steps import gflop_per_image, images_per_second
 from common import keep_freed_memory
 from common.data import Data, open_data
-from common.environment import available_cores
 from common.files import locked
 from common.recipe import RecipeError, nearest
 from common.run import RunError, console, write_text
-from common.stopping import EXIT_STOPPED, Stopped, stop_on_signals
+from common.stopping import Stopped, stop_on_signals
 from common.train import make_fabric
 
+RECORDS = ROOT / "benchmarks" / "compare"  # a folder for each arena
 KINDS = ("images", "flops", "minutes")  # of budgets
 
 
@@ -65,7 +64,9 @@ class Options:
     data_root: Path = Path("data")
     """Directory of the named data sets."""
     table: bool = False
-    """Only print the table of the scores that there are, without training."""
+    """Only print the table and draw the intervals of the scores in OUT, or else of the recorded ones, without training."""
+    record: bool = False
+    """Copy plan, scores, logs and report to benchmarks/compare/<arena>."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "parallel", "limit"):
@@ -93,11 +94,11 @@ def epochs_of(budget: str, arena: Arena, methods: Mapping[str, Entry], data: Dat
     for name, entry in methods.items():
         if not entry.trains:
             continue
-        images = amount
-        if kind != "images":
-            measure = images_per_second if kind == "minutes" else gflop_per_image
-            unit = measure(entry, enter(arena, entry, 100), data, device)
-            images = 60 * amount * unit if kind == "minutes" else amount / (1e9 * unit)
+        recipe, images = enter(arena, entry, 100), amount
+        if kind == "flops":
+            images = amount / (1e9 * gflop_per_image(entry.module, recipe, data, device))
+        elif kind == "minutes":
+            images = 60 * amount * images_per_second(entry.module, recipe, data, device)
         found[name] = round(images / len(data.train))
         if found[name] < 2:
             raise RecipeError(f"BUDGET={budget} is {images:.0f} images for {name}: two epochs of {len(data.train)} images are the least")
@@ -108,7 +109,8 @@ def prepare(options: Options) -> tuple[Path, Plan]:
     """Check the options, and write plan.json; a comparison that was interrupted keeps its epochs. Raises RecipeError or RunError."""
     device = make_fabric(options.device).device
     arena = choose_arena(options.data, device.type, options.limit)
-    data = limited(arena, open_data(options.data, options.data_root))
+    data = open_data(options.data, options.data_root)
+    data = data.limited(arena.limit) if arena.limit else data
     methods = entries(options.data, options.papers, options.encoder)
     known = list(dict.fromkeys(DRAW.sub("", protocol.name) for protocol in arena.protocols("mean", None)))
     for evaluation in options.evaluations:
@@ -120,94 +122,70 @@ def prepare(options: Options) -> tuple[Path, Plan]:
             f"a class of {data.name} has {least} training images, but {max(arena.labels)} labels per class are used: add images"
         )
     folder, budget = options.out.absolute() / "compare" / arena.name, options.budget or f"images:{arena.images}"
-    own: dict = {
-        "arena": arena.name,
-        "hash": arena.hash,
-        "limit": arena.limit,
-        "data": options.data,
-        "budget": budget,
-        "device": device.type,
-    }
+    own: dict = {"arena": arena.name, "hash": arena.hash, "limit": arena.limit, "data": options.data, "budget": budget}
+    own |= {"device": device.type}
     held = read_plan(folder) if (folder / "plan.json").exists() else None
     if held is not None and (old := [f"{name}: {getattr(held, name)} there" for name in own if getattr(held, name) != own[name]]):
         raise RunError(f"{folder} holds another comparison ({', '.join(old)}): use another OUT")
     new = {name: entry for name, entry in methods.items() if held is None or name not in held.epochs}
-    epochs = epochs_of(budget, arena, new, data, device) | (held.epochs if held else {})
     plan = Plan(
         **own,
         data_root=str(options.data_root.absolute()),
         papers=options.papers,
         encoder_file=str(options.encoder.absolute()) if options.encoder else None,
-        epochs=epochs,
+        epochs=epochs_of(budget, arena, new, data, device) | (held.epochs if held else {}),
         evaluations=options.evaluations,
+        cells=(arena.image_size // arena.patch_size) ** 2,
+        conditions=(held.conditions if held else {}) | {name: conditions(arena, entry) for name, entry in methods.items()},
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
     return folder, plan
 
 
-def run_units(folder: Path, units: list[tuple[str, int]], parallel: int | None, done: Callable[[str, int, str], None]) -> None:
-    """Run units, several at a time, each with its share of the cores, and a GPU if there are any. Calls `done` after each with its error,
-    or "". After a signal they save, and Stopped is raised."""
-    gpus, cores = torch.cuda.device_count(), available_cores()
-    count = max(1, min(parallel or gpus or cores, len(units)))
-    free, running = SimpleQueue[int](), set[subprocess.Popen]()
-    for place in range(count):
-        free.put(place)
-
-    def run(unit: tuple[str, int]) -> None:
-        place, log = free.get(), folder / "logs" / f"{unit_name(*unit)}.txt"
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // count))}
-        environment |= {"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {}
-        log.parent.mkdir(exist_ok=True)
-        with open(log, "a") as output:
-            command = [sys.executable, "-m", "benchmarks.compare.units", str(folder), unit[0], str(unit[1])]
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
-        running.add(process)
-        code = process.wait()
-        running.discard(process)
-        free.put(place)
-        if code not in (EXIT_STOPPED, -signal.SIGTERM):
-            last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-            done(*unit, f"{' '.join(last) or f'exit code {code}'} (see {log})" if code else "")
-
-    with ThreadPoolExecutor(count) as pool:
-        waiting = [pool.submit(run, unit) for unit in units]
-        try:
-            for one in waiting:
-                one.result()
-        except BaseException:
-            for one in waiting:
-                one.cancel()
-            for process in list(running):
-                process.send_signal(signal.SIGTERM)
-            raise
-
-
-def compare(options: Options) -> None:
-    """Train and evaluate what is missing, add the scores to the ledger, and print the table."""
-    folder, plan = prepare(options)
-    arena, _, methods = plan.open()
-    units = [(name, seed) for seed in range(options.seeds) for name in methods]
-    ledger = folder / "scores.csv"
+def train(folder: Path, plan: Plan, seeds: int, parallel: int | None) -> None:
+    """Run the units that are missing, and add the scores of all to the ledger."""
+    units = {folder / "logs" / f"{unit_name(name, seed)}.txt": (name, seed) for seed in range(seeds) for name in plan.methods}
+    program = [sys.executable, "-m", "benchmarks.compare.units", str(folder)]
+    count, began = itertools.count(1), time.time()
     with locked(folder / ".lock"):
-        missing = [] if options.table else [unit for unit in units if not plan.complete(read_scores(folder, *unit))]
-        count, began = itertools.count(1), time.time()
+        missing = {log: unit for log, unit in units.items() if not plan.complete(read_scores(folder, *unit))}
 
-        def done(name: str, seed: int, fault: str) -> None:
-            add(ledger, [failure(plan, name, seed, fault)] if fault else read_scores(folder, name, seed))
+        def done(log: Path, code: int) -> None:
+            (name, seed), lines = missing[log], [line for line in log.read_text().splitlines() if line.strip()]
+            fault = f"{lines[-1] if lines else f'exit code {code}'} (see {log})" if code else ""
+            add(folder / "scores.csv", [failure(plan, name, seed, fault)] if fault else read_scores(folder, name, seed))
             place = f"[{next(count)}/{len(missing)}, {(time.time() - began) / 60:.1f} min]"
             console.print(f"{place} {name}, seed {seed}" + (f" failed: {fault}" if fault else ""), markup=False)
 
         if missing:
-            console.print(
-                f"arena {plan.arena}, {plan.budget}: {len(missing)} of {len(units)} runs are missing; kept in {folder}", markup=False
-            )
-        run_units(folder, missing, options.parallel, done)
-    scores = load(ledger)
-    if scores.empty:
-        raise RunError(f"{ledger} has no scores yet: run the comparison without TABLE=1")
-    table.show(scores, arena, methods, f"{plan.data}, {plan.budget}, arena {plan.arena} {plan.hash}")
+            said = f"arena {plan.arena}, {plan.budget}: {len(missing)} of {len(units)} runs are missing; kept in {folder}"
+            console.print(said, markup=False)
+        side_by_side({log: [*program, name, str(seed)] for log, (name, seed) in missing.items()}, parallel, done, ROOT)
+
+
+def compare(options: Options) -> None:
+    """Train and evaluate what is missing, add the scores to the ledger, print the table, and draw the intervals."""
+    if options.table:
+        arena = choose_arena(options.data, make_fabric(options.device).device.type, options.limit).name
+        places = [options.out / "compare" / arena, RECORDS / arena]
+        folder = next((place for place in places if (place / "scores.csv").exists()), None)
+        if folder is None:
+            raise RunError(f"{places[0]} has no scores yet: run the comparison without TABLE=1")
+        plan = read_plan(folder)
+    else:
+        folder, plan = prepare(options)
+        train(folder, plan, options.seeds, options.parallel)
+    scores = load(folder / "scores.csv")
+    table.show(scores, plan, f"{plan.data}, {plan.budget}, arena {plan.arena} {plan.hash}")
+    write_svg(draw_intervals(scores), folder / "figures" / "intervals.svg")
+    console.print(f"intervals: {folder / 'figures' / 'intervals.svg'}; all figures: make report RUN={folder}", markup=False)
+    if options.record:
+        comparison_page(folder)
+        record(folder, RECORDS / plan.arena)
+        kept = replace(plan, data=Path(plan.data).name, data_root="data", encoder_file=None)
+        write_text(RECORDS / plan.arena / "plan.json", json.dumps(asdict(kept), indent=1) + "\n")
+        console.print(f"recorded in {RECORDS / plan.arena}; `make table` updates its README", markup=False)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from benchmarks.papers import baselines, choose_recipe, paper_module, papers
-from common.data import Augmentation, Data
+from common.data import Augmentation
 from common.recipe import DEIT_CROPS, LOCATION, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
 
 REFERENCES = ("from scratch", "mae")  # what the differences are from
@@ -63,7 +62,7 @@ _SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
 # Many small steps: with the papers' batch of 128, 28 epochs of digits are 308 steps, after which MAE is worse than no pre-training. Chosen
 # on 300 images held out from the training images, for MAE, DropPos, I-JEPA and from scratch.
 _TUNE = TrainConfig(epochs=16, batch_size=32, base_lr=4e-3, warmup_epochs=2, clip_norm=1.0, augmentation=_SHIFTS)
-_FEW = replace(_TUNE, epochs=32, batch_size=16, base_lr=1.6e-2)
+_FEW = replace(_TUNE, epochs=48)
 _PADDED = Augmentation(crop="padding", padding=4)
 _MAE = replace(MAE_FINETUNE, batch_size=512, device_batch=512, augmentation=replace(DEIT_CROPS, crop="padding", padding=4))
 _CROPPED = Augmentation(scale=(0.2, 1.0))
@@ -184,6 +183,22 @@ def entries(data: str, names: tuple[str, ...] = (), encoder_file: Path | None = 
     return {entry.name: entry for entry in found}
 
 
+def conditions(arena: Arena, entry: Entry) -> dict[str, str]:
+    """What the arena does not make equal, by title."""
+    recipe, options = enter(arena, entry, 100), entry.recipe.encoder
+    shared = {
+        "Class token": "yes" if options.get("class_token", True) else "no",
+        "Positions": options.get("position", "sincos"),
+        "Feature": str(recipe.protocols[0].pool),
+    }
+    own = {
+        "Labels": "all" if recipe.supervised else "none",
+        "Batch": str(recipe.pretrain.batch_size),
+        "Learning rate": f"{recipe.pretrain.lr:.2g}",
+    }
+    return shared | (own if entry.trains else dict.fromkeys(own, "-"))
+
+
 def enter(arena: Arena, entry: Entry, epochs: int) -> Recipe:
     """The recipe of an entry in the arena. Warm-up and freezing keep their share of the epochs, and the learning rate follows the batch."""
     own, share = entry.recipe, epochs / entry.recipe.pretrain.epochs
@@ -202,16 +217,3 @@ def enter(arena: Arena, entry: Entry, epochs: int) -> Recipe:
         protocols=arena.protocols(pool, position),
         arms={},
     )
-
-
-def limited(arena: Arena, data: Data) -> Data:
-    """The data, with only the first images of each class if the arena has a limit."""
-    if arena.limit is None:
-        return data
-    each = math.ceil(arena.limit / data.classes)
-    parts = {}
-    for name in ("train", "val"):
-        split = getattr(data, name)
-        chosen = [index for label in range(data.classes) for index in (split.labels == label).nonzero()[:each, 0].tolist()]
-        parts[name] = split.subset(sorted(chosen))
-    return replace(data, name=f"{data.name}-{arena.limit}", **parts)  # MaPeT's tokens are kept by this name

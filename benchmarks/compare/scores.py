@@ -1,5 +1,7 @@
 """The ledger of an arena: one row per score, with all that is needed to doubt it."""
 
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import get_type_hints
 
 import pandas
 
+from benchmarks.ledger.rows import joined_logs
 from common.files import replacing
 from common.run import RunError
 
@@ -67,3 +70,20 @@ def add(path: Path, scores: Sequence[Score]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def record(folder: Path, destination: Path) -> None:
+    """Copy the ledger, report and figure of a comparison, and the logs of its stages, a file for each method and seed."""
+    scores = load(folder / "scores.csv")
+    shutil.rmtree(destination, ignore_errors=True)  # another version of the arena; it is kept by git
+    (destination / "logs").mkdir(parents=True)
+    (destination / "figures").mkdir()
+    for name in ("scores.csv", "report.html", "figures/intervals.svg"):
+        shutil.copyfile(folder / name, destination / name)
+    for row in scores[scores["stage"] != ""].drop_duplicates(["method", "seed"]).itertuples():
+        (destination / "logs" / f"{unit_name(row.method, row.seed)}.txt").write_text(joined_logs((folder / row.stage).parent))
+
+
+def unit_name(method: str, seed: int) -> str:
+    """The name of the files of a method and seed."""
+    return f"{re.sub(r'[^a-z0-9_+]+', '_', method.lower())}-seed{seed}"

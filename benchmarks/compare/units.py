@@ -17,20 +17,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare.arena import Arena, Entry, choose_arena, enter, entries, limited
-from benchmarks.compare.scores import Score
+from benchmarks.compare.arena import Entry, choose_arena, enter, entries
+from benchmarks.compare.scores import Score, unit_name
 from benchmarks.ledger.rows import Row
 from benchmarks.reproduce import USER_ERRORS
 from benchmarks.speed.measure import facts
-from benchmarks.speed.steps import Step
+from benchmarks.speed.steps import gflop_per_image
 from benchmarks.stages import Stages
 from common import keep_freed_memory
-from common.data import Data, open_data
-from common.optim import make_optimizer
+from common.data import open_data
 from common.recipe import Recipe, as_json
 from common.run import console, write_text
 from common.stopping import stop_on_signals, stop_with_parent
-from common.train import device_batch, make_fabric
+from common.train import make_fabric
 
 DRAW = re.compile(r"_draw(\d+)$")
 
@@ -50,12 +49,13 @@ class Plan:
     encoder_file: str | None
     epochs: dict[str, int]  # of each method's pre-training
     evaluations: tuple[str, ...]  # names, without the draw; () = all
+    cells: int  # of the patch grid; the location probe's chance is one of these
+    conditions: dict[str, dict[str, str]]  # what differs between methods, by method and title
 
-    def open(self) -> tuple[Arena, Data, dict[str, Entry]]:
-        """The arena, its data, and the methods by name."""
-        arena = choose_arena(self.data, self.device, self.limit)
-        file = Path(self.encoder_file) if self.encoder_file else None
-        return arena, limited(arena, open_data(self.data, Path(self.data_root))), entries(self.data, self.papers, file)
+    @property
+    def methods(self) -> dict[str, Entry]:
+        """The entries by name."""
+        return entries(self.data, self.papers, Path(self.encoder_file) if self.encoder_file else None)
 
     def takes(self, protocol: str) -> bool:
         """Whether a protocol of the arena is requested."""
@@ -74,11 +74,6 @@ def read_plan(folder: Path) -> Plan:
     return Plan(**held | {name: tuple(held[name]) for name in ("papers", "evaluations")})
 
 
-def unit_name(method: str, seed: int) -> str:
-    """The name of a unit's files."""
-    return f"{re.sub(r'[^a-z0-9_+]+', '_', method.lower())}-seed{seed}"
-
-
 def read_scores(folder: Path, method: str, seed: int) -> list[Score]:
     """The scores of a unit that has ended; [] if it has not."""
     path = folder / "scores" / f"{unit_name(method, seed)}.json"
@@ -92,44 +87,18 @@ def failure(plan: Plan, method: str, seed: int, why: str) -> Score:
     return _score(vars(plan) | about | own)
 
 
-def _step(entry: Entry, recipe: Recipe, data: Data, device: torch.device, batch: int) -> tuple[Step, torch.Tensor]:
-    """A step of the pre-training, in the precision of the runs, and images for it."""
-    model = entry.module.build(recipe, recipe.build_encoder(data.channels), data.classes).to(device).train()
-    images = torch.randn(batch, data.channels, recipe.image_size, recipe.image_size, device=device)
-    labels = getattr(entry.module, "example_targets", lambda model, images: torch.zeros(len(images), dtype=torch.int64, device=device))
-    targets, precision = labels(model, images), str(make_fabric(device.type)._precision.precision)
-    return Step(entry.name, recipe.backbone, model, lambda model, images: model(images, targets).loss, precision), images
-
-
-def gflop_per_image(entry: Entry, recipe: Recipe, data: Data, device: torch.device) -> float:
-    """Useful GFLOP of the forward and backward pass of the pre-training, for one image."""
-    step, images = _step(entry, recipe, data, device, 4)
-    return step.flops(images) / 4e9
-
-
-def images_per_second(entry: Entry, recipe: Recipe, data: Data, device: torch.device) -> float:
-    """Images per second of pre-training steps with one thread, or on one GPU: the median of six steps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    step, images = _step(entry, recipe, data, device, device_batch(recipe.pretrain, 1))
-    optimizer = make_optimizer(step.model, recipe.pretrain)
-    seconds = [step.run(images, optimizer) for _ in range(8)]
-    torch.set_num_threads(threads)
-    return len(images) / sorted(seconds[2:])[3]
-
-
 def run(folder: Path, method: str, seed: int) -> None:
     """Run the unit of a method and seed, and write its scores."""
     plan = read_plan(folder)
-    arena, data, methods = plan.open()
+    arena, entry = choose_arena(plan.data, plan.device, plan.limit), plan.methods[method]
+    data = open_data(plan.data, Path(plan.data_root))
     fabric = make_fabric(plan.device)
     fabric.launch()
-    entry = methods[method]
     stages = Stages(
         module=entry.module,
         name=arena.name,
         recipe=enter(arena, entry, plan.epochs[method]),
-        data=data,
+        data=data.limited(arena.limit) if arena.limit else data,
         fabric=fabric,
         seed=seed,
         out=folder,
@@ -171,7 +140,7 @@ def _costs(stages: Stages, entry: Entry, shared: dict[str, Any], minutes: float)
     if entry.trains:
         hours = json.loads((stages.root / "pretrain" / "result.json").read_text())["hours"]
         costs["images_per_second"] = stages.recipe.pretrain.epochs * len(stages.data.train) / (3600 * hours)
-        costs["gflop_per_image"] = gflop_per_image(entry, stages.recipe, stages.data, device)
+        costs["gflop_per_image"] = gflop_per_image(entry.module, stages.recipe, stages.data, device)
     for name, value in costs.items():
         yield _score(shared | {"evaluation": f"cost_{name}", "draw": 0, "value": round(value, 4), "note": ""})
 

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.ledger.overview import digits_table, results_table, together_table
+from benchmarks.compare.scores import load as load_scores
+from benchmarks.compare.table import accuracies, caption, costs
+from benchmarks.compare.units import read_plan
+from benchmarks.ledger.overview import results_table, together_table
 from benchmarks.ledger.published import measured, published
 from benchmarks.ledger.rows import load
 from benchmarks.ledger.tables import markdown, measured_table, published_table, side_by_side
@@ -28,7 +31,7 @@ Tables = dict[str, Callable[..., str]]  # by name
 def pages(root: Path) -> dict[str, Tables]:
     """The tables of every page, by its path."""
     found: dict[str, Tables] = {
-        "README.md": {"digits": partial(digits_table, root), "speed": partial(speed_table, root)},
+        "README.md": {"speed": partial(speed_table, root)},
         "RESULTS.md": {"results": partial(results_table, root), "together": partial(together_table, root)},
         "benchmarks/README.md": {
             "speed": partial(speed_table, root),
@@ -36,6 +39,8 @@ def pages(root: Path) -> dict[str, Tables]:
             "loop": partial(speed_table, root, "loop"),
         },
     }
+    compared = {path.parent.name: partial(comparison_table, path.parent) for path in sorted(root.glob("benchmarks/compare/*/scores.csv"))}
+    found |= {"benchmarks/compare/README.md": compared} if compared else {}
     for name in [*papers(root), *baselines(root)]:
         tables, behind = found.setdefault(f"{folder(name, root)}/README.md", {}), f" {name}" * (folder(name, root) == BASELINES)
         tables |= {f"published{behind}": partial(published_table, name, root), f"measured{behind}": partial(measured_table, name, root)}
@@ -112,6 +117,15 @@ def speed_table(root: Path, name: str = "steps") -> str:
     path = root / f"benchmarks/speed/{name}.csv"
     frame = pandas.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pandas.DataFrame()
     return markdown(frame.drop(columns=["GFLOP", "GEMM GFLOP/s"], errors="ignore").rename(columns=str.capitalize))
+
+
+def comparison_table(folder: Path) -> str:
+    """Accuracies, costs, and how to read them, of a recorded comparison."""
+    plan, scores = read_plan(folder), load_scores(folder / "scores.csv")
+    devices = "; ".join(scores[["device", "precision"]].drop_duplicates().agg(", ".join, axis=1))
+    about = f"{plan.data}, {plan.budget}, arena {plan.hash}; {devices}; commit {', '.join(scores['commit'].unique())}."
+    cells = accuracies(scores).map(lambda cell: cell.replace("\n", "<br>"))
+    return f"{about} {caption(scores)}\n\n{markdown(cells)}\n{markdown(costs(scores, plan))}"
 
 
 def attention_table(root: Path) -> str:

@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md and of the root README: our top-1 beside published numbers, and all our runs."""
+"""The tables of RESULTS.md: our top-1 beside published numbers, and all our runs."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +21,6 @@ HEADINGS = {  # of protocols, in order; scratch is supervised training
     "knn": "k-NN",
     "location": "Location",
 }
-DIGITS = {"5 per class": "5 per class (scratch)", "20 per class": "20 per class (scratch)", "k-NN": "k-NN (random)"}
 PIXELS = "raw pixels"
 RUN = ["Data", "Method", "Backbone", "Epochs", "Device"]  # what tells one run from another, in words
 
@@ -53,18 +52,7 @@ def printed(row: Any) -> dict[str, str]:
 
 def together_table(root: Path) -> str:
     """All our numbers: a row per run (mean over seeds), a column per kind of protocol."""
-    return by_run(measured_lines(root), RUN, [*dict.fromkeys(HEADINGS.values())])
-
-
-def digits_table(root: Path) -> str:
-    """The smoke test: the newest numbers with few labels and of k-NN on digits, of unchanged recipes, without the base arms."""
-    lines = measured_lines(root)
-    base = pandas.MultiIndex.from_frame(lines.query("base_arm != ''")[["paper", "recipe", "base_arm"]])
-    added_to = pandas.MultiIndex.from_frame(lines[["paper", "recipe", "arm"]]).isin(base)
-    lines = lines[~added_to | (lines["Method"] == PIXELS)].query("data == 'digits' and heading in @DIGITS")
-    lines = lines[(lines[["overrides", "encoder_file", "split"]] == "").all(axis=1)]
-    lines = lines[lines["date"] == lines.groupby(["paper", "Method", "heading"])["date"].transform("max")]
-    return by_run(lines.replace({"heading": DIGITS}), ["Method", "Epochs"], [*DIGITS.values()])
+    return by_run(measured_lines(root))
 
 
 def measured_lines(root: Path) -> pandas.DataFrame:
@@ -98,12 +86,12 @@ def measured_lines(root: Path) -> pandas.DataFrame:
     )
 
 
-def by_run(lines: pandas.DataFrame, columns: list[str], headings: list[str]) -> str:
-    """A table of `measured_lines`: a row per combination of these columns, a column per heading. The devices are named above it."""
+def by_run(lines: pandas.DataFrame) -> str:
+    """A table of `measured_lines`: a row per RUN, a column per heading. The devices are named above it."""
     if lines.empty:
         return markdown(lines)
     devices = {device: str(number) for number, device in enumerate(lines["Device"].unique(), 1)}
-    columns = [name for name in columns if name != "Device" or len(devices) > 1]
+    columns = [name for name in RUN if name != "Device" or len(devices) > 1]
     above = "; ".join(f"({number}) " * ("Device" in columns) + device for device, number in devices.items())
     lines = lines.replace({"Device": devices})
     runs = lines.groupby(columns, sort=False).agg(fewest=("seeds", "min"), most=("seeds", "max"), log=("log", "first"))
@@ -111,7 +99,7 @@ def by_run(lines: pandas.DataFrame, columns: list[str], headings: list[str]) -> 
     table = runs.join(cells.fillna("")).reset_index()
     table["Seeds"] = [str(low) if low == high else f"{low} to {high}" for low, high in zip(table["fewest"], table["most"], strict=True)]
     table["Logs"] = table["log"].map(logs_link)
-    headings = [name for name in dict.fromkeys([*headings, *cells]) if name in cells]
+    headings = [name for name in dict.fromkeys([*HEADINGS.values(), *cells]) if name in cells]
     return f"Device{'s' * (len(devices) > 1)}: {above}.\n\n" + markdown(table[[*columns, "Seeds", *headings, "Logs"]])
 
 

@@ -104,13 +104,18 @@ def record(rows: Sequence[Row], directory: Path, root: Path) -> None:
     """
     log = root / rows[0].log
     log.parent.mkdir(exist_ok=True)
-    logs = sorted(directory.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
-    text = "".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in logs)
+    text = joined_logs(directory)
     earlier = log.read_text(encoding="utf-8") if log.exists() else ""
     if text not in earlier:
         log.write_text(text if text.startswith(earlier) else earlier + text, encoding="utf-8")
     append(log.parent.parent / "results.csv", rows)
     console.print(f"recorded {len(rows)} numbers and {rows[0].log}; `make table` updates the READMEs")
+
+
+def joined_logs(directory: Path) -> str:
+    """The logs of all stages of a run, each below its name, in the order in which they ended."""
+    logs = sorted(directory.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
+    return "".join(f"# {path.parent.name}\n{path.read_text(encoding='utf-8')}" for path in logs)
 
 
 def summary(ledger: pandas.DataFrame) -> pandas.DataFrame:

@@ -1,9 +1,9 @@
 """`make verify-results`: find every recorded number again in the committed log of its run, and refuse rows that cannot be checked.
 
-`python -m benchmarks.ledger.verify` reads the results.csv of every paper and of the baselines, and the logs that their rows name. A row is
-verified if one stage in its log ended on its day, took its hours, and says its value. Of a grid of classifiers the choice is made again
-from the accuracies in the log. What logs do not hold is only checked for presence: commit, seed, device, precision, versions, and settings
-other than those of linear probes. Rows until November 2026 may lack settings and recipe_sha256; these are counted.
+`python -m benchmarks.ledger.verify` reads the results.csv of every paper and of the baselines, the scores.csv of recorded comparisons, and
+their logs. A row is verified if one stage in its log ended on its day, took its hours, and says its value. Of a grid of classifiers the
+choice is made again from the accuracies in the log. What logs do not hold is only checked for presence: commit, seed, device, precision,
+versions, and settings other than those of linear probes. Rows until November 2026 may lack settings and recipe_sha256; these are counted.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from typing import Any
 
 import pandas
 
+from benchmarks.compare.scores import KEY, unit_name
+from benchmarks.compare.scores import load as load_scores
 from benchmarks.ledger.rows import RUN, load
 from benchmarks.papers import BASELINES, ROOT, papers
 from common.evaluate import ON_TEST
@@ -25,8 +27,10 @@ HEADING = re.compile(r"# (\S+)$")
 LINE = re.compile(r"(\d{4}-\d\d-\d\d) \d\d:\d\d:\d\d (\S+) (.*)$")
 DONE = re.compile(r"done: (.*)$")
 CLASSIFIER = re.compile(r"(layers=\S+ .*): top1 (\S+?)(?: \((\S+) on the \d+ images held out\))?$")
+PART = re.compile(r"(?:block (\d+) of \d+|(\w+)): top1 (\S+)(?: of the cells)?$")  # a number besides that of the last line
 COMMIT = re.compile(r"[0-9a-f]{12}(\+dirty|\+mixed)*$")
 REQUIRED = ["date", "commit", "recipe", "data", "backbone", "protocol", "start", "metric", "device", "precision", "versions", "log"]
+SCORE_REQUIRED = ["hash", "budget", "recipe", "commit", "date", "device", "precision", "versions", "stage"]
 
 
 @dataclass
@@ -37,24 +41,28 @@ class Stage:
     day: str = ""  # on which it ended, in the time zone of the machine
     numbers: dict[str, float] = field(default_factory=dict)  # of the line that ends it
     grid: list[tuple[str, float, float]] = field(default_factory=list)  # settings, top1, and the accuracy by which the best is chosen
+    parts: dict[str, float] = field(default_factory=dict)  # top1 of location_1, finetune_shuffled
 
 
 def stages(text: str) -> list[Stage]:
     """The finished stages in a log, in its order. A stage may be there several times, if a run of the same name was recorded again."""
     found: list[Stage] = []
     grid: list[tuple[str, float, float]] = []
+    parts: dict[str, float] = {}
     for line in text.splitlines():
         if HEADING.match(line):
-            grid = []
+            grid, parts = [], {}
         elif parts := LINE.match(line):
             day, name, said = parts.groups()
             if classifier := CLASSIFIER.match(said):
                 settings, top1, held_out = classifier.groups()
                 grid.append((settings, float(top1), float(held_out or top1)))
+            elif part := PART.match(said):
+                parts[part[2] or f"location_{part[1]}"] = float(part[3])
             elif done := DONE.match(said):
                 numbers = {key: float(value) for key, value in (number.rsplit(" ", 1) for number in done[1].split(", "))}
-                found.append(Stage(name, day, numbers, grid))
-                grid = []
+                found.append(Stage(name, day, numbers, grid, parts))
+                grid, parts = [], {}
     return found
 
 
@@ -117,6 +125,43 @@ def _agrees(row: Any, stage: Stage, value: float, settings: str) -> bool:
     return right and days <= 1 and (not settings or row.settings == settings)
 
 
+def score_faults(row: Any, found: Sequence[Stage] | None) -> Iterator[str]:
+    """What is wrong with a row of a comparison, given the stages in the log of its method and seed (None: there is no log)."""
+    absent = [name for name in SCORE_REQUIRED if not getattr(row, name)]
+    if absent:
+        yield f"it has no {', '.join(absent)}"
+    if row.commit and not COMMIT.match(row.commit):
+        yield f"commit {row.commit!r} is not one: 12 hexadecimal digits"
+    if row.evaluation.startswith("cost_"):
+        return  # logs have no costs
+    stage = next((one for one in reversed(found or []) if one.name == row.stage.rpartition("/")[2]), None)
+    if stage is None:
+        yield f"no log of it has a finished stage {row.stage}"
+        return
+    said = stage.parts.get(row.evaluation, stage.numbers.get(row.evaluation.removeprefix("own_"), stage.numbers.get("top1", math.nan)))
+    days = abs((pandas.Timestamp(row.date) - pandas.Timestamp(stage.day)).days)
+    if not same(row.value, said, 4) or not same(row.hours, stage.numbers.get("hours", math.nan), 5) or days > 1:
+        own = f"{row.value:g}, {row.hours:g} hours on {row.date}"
+        yield f"it says {own}; its log says {said:g}, {stage.numbers.get('hours', math.nan):g} hours on {stage.day}"
+
+
+def verify_comparison(folder: Path, root: Path) -> tuple[str, list[str]]:
+    """The same as `verify` for a recorded comparison, whose failed methods have no number to check."""
+    scores = load_scores(folder / "scores.csv")
+    scores = scores[scores["evaluation"] != "failed"]
+    again, found, wrong = scores.duplicated(KEY), [], 0
+    paths = {
+        name: folder / "logs" / f"{name}.txt" for name in {unit_name(*pair) for pair in zip(scores["method"], scores["seed"], strict=True)}
+    }
+    logs = {name: stages(path.read_text(encoding="utf-8")) if path.is_file() else None for name, path in paths.items()}
+    where = folder.relative_to(root).as_posix()
+    for place, row in enumerate(scores.itertuples()):
+        said = [*score_faults(row, logs[unit_name(row.method, row.seed)]), *["another row is of the same score"] * bool(again.iloc[place])]
+        wrong += bool(said)
+        found += [f"{where}/scores.csv ({row.method}, {row.evaluation}, draw {row.draw}, seed {row.seed}): {one}" for one in said]
+    return f"{where}: {len(scores) - wrong} of {len(scores)} rows verified", found
+
+
 def verify(root: Path) -> tuple[list[str], list[str]]:
     """Check every ledger under `root`. Returns a line for each ledger, and one for each fault."""
     summaries, found = [], []
@@ -136,6 +181,10 @@ def verify(root: Path) -> tuple[list[str], list[str]]:
             ]
         without = ", ".join(f"{(ledger[name] == '').sum()} have no {name}" for name in ("settings", "recipe_sha256"))
         summaries.append(f"{home}: {len(ledger) - wrong} of {len(ledger)} rows verified; {without}")
+    for path in sorted(root.glob("benchmarks/compare/*/scores.csv")):
+        summary, faulty = verify_comparison(path.parent, root)
+        summaries.append(summary)
+        found += faulty
     return summaries, found
 
 

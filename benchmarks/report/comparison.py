@@ -9,18 +9,18 @@ import pandas
 from matplotlib.figure import Figure
 
 from benchmarks.compare import scores as ledger
-from benchmarks.compare.arena import REFERENCES, choose_arena
+from benchmarks.compare.arena import REFERENCES
 from benchmarks.compare.statistics import differences, means
-from benchmarks.compare.table import COSTS, accuracies, caption, columns
+from benchmarks.compare.table import accuracies, caption, columns, costs, measured
 from benchmarks.compare.units import Plan, read_plan
 from benchmarks.report.figures import interval_plot, line_plot
-from benchmarks.report.page import write_page, write_svg
+from benchmarks.report.page import write_page
 from benchmarks.report.run import PER_CLASS, read_metrics
 from common.run import RunError
 
 
 def comparison_page(folder: Path) -> Path:
-    """Write the report of a comparison, and return its path. figures/intervals.svg has all evaluations side by side.
+    """Write the report of a comparison, and return its path.
 
     Raises RunError for a plan.json that is not of a comparison, and for one without scores.
     """
@@ -31,10 +31,9 @@ def comparison_page(folder: Path) -> Path:
     scores = ledger.load(folder / "scores.csv")
     if scores.empty:
         raise RunError(f"{folder} has no scores yet: run its make compare until a method is done")
-    measured = scores[~scores["evaluation"].str.contains("^failed|^cost_|^own_")]
-    averages, methods = means(measured), [*scores["method"].unique()]
-    against = {reference: differences(measured, reference) for reference in REFERENCES if reference in methods}
-    titles = columns(measured["evaluation"].unique())
+    shown, methods = measured(scores), [*scores["method"].unique()]
+    averages, titles = means(shown), columns(shown["evaluation"].unique())
+    against = {reference: differences(shown, reference) for reference in REFERENCES if reference in methods}
     panels, paired = _panels({"": averages}, "mean", titles, methods), _panels(against, "difference", titles, methods)
     percent, points = "top-1 in percent", "difference in points"
     figures = {
@@ -44,15 +43,19 @@ def comparison_page(folder: Path) -> Path:
         },
         "Accuracy against labels": draw_labels(averages, methods),
         "Location by depth": draw_location(averages, methods, plan),
-        "Learning curves": draw_curves(folder, plan),
+        "Learning curves": draw_curves(folder, scores),
     }
-    table = accuracies(scores).drop(columns="failed", errors="ignore") if panels else pandas.DataFrame()
+    table = accuracies(scores).drop(columns="failed", errors="ignore") if titles else pandas.DataFrame()
     failed = scores.loc[scores["evaluation"] == "failed", ["method", "seed", "note"]].rename(columns=str.capitalize)
-    content = {"scores": scores, "caption": caption(scores), "costs": costs(scores, methods), "failed": failed}
-    page = write_page("comparison.html", folder, plan=plan, figures=figures, table=table, **content)
-    if panels:
-        write_svg(interval_plot(panels, "%"), folder / "figures" / "intervals.svg")
-    return page
+    content = {"scores": scores, "caption": caption(scores), "costs": costs(scores, plan), "failed": failed}
+    return write_page("comparison.html", folder, plan=plan, figures=figures, table=table, **content)
+
+
+def draw_intervals(scores: pandas.DataFrame) -> Figure:
+    """The means of all evaluations with their intervals, side by side."""
+    shown = measured(scores)
+    panels = _panels({"": means(shown)}, "mean", columns(shown["evaluation"].unique()), [*scores["method"].unique()])
+    return interval_plot(panels, "%")
 
 
 def _panels(
@@ -77,8 +80,7 @@ def draw_labels(averages: pandas.DataFrame, methods: list[str]) -> dict[str, Fig
 def draw_location(averages: pandas.DataFrame, methods: list[str], plan: Plan) -> dict[str, Figure]:
     """Accuracy of the location probe after each block, with chance; no figure without this probe."""
     depths = sorted(int(name[9:]) for name in averages["evaluation"].unique() if re.fullmatch(r"location_\d+", name))
-    arena = choose_arena(plan.data, plan.device, plan.limit)
-    chance, places = 100 / (arena.image_size // arena.patch_size) ** 2, {f"location_{depth}": str(depth) for depth in depths}
+    chance, places = 100 / plan.cells, {f"location_{depth}": str(depth) for depth in depths}
     return {"location": _lines(averages, methods, places, "Cell of a patch, from its token", "block", chance)} if depths else {}
 
 
@@ -92,20 +94,10 @@ def _lines(
     return line_plot({name: table["mean"] for name, table in own.items()}, title, xlabel, "top-1 in percent", halves, chance)
 
 
-def draw_curves(folder: Path, plan: Plan) -> dict[str, Figure]:
+def draw_curves(folder: Path, scores: pandas.DataFrame) -> dict[str, Figure]:
     """The pre-training loss of each method, a line per seed. Losses of two methods are not comparable, so each has its figure."""
     curves: dict[str, dict[str, pandas.Series]] = {}
-    for path in sorted(folder.glob("*/*/pretrain/metrics.jsonl")):
-        paper, run = path.parts[-4:-2]
-        label = re.fullmatch(r"(?:(.*)-)?[^-]+-seed(\d+)", run.removeprefix(f"{plan.arena}-"))
-        if label and len(curve := read_metrics(path)):
-            curves.setdefault(", ".join(filter(None, [paper, label[1]])), {})[f"seed {label[2]}"] = curve.set_index("epoch")["loss"]
+    for row in scores[scores["evaluation"] == "cost_images_per_second"].itertuples():
+        if (path := folder / row.stage / "metrics.jsonl").exists() and len(curve := read_metrics(path)):
+            curves.setdefault(row.method, {})[f"seed {row.seed}"] = curve.set_index("epoch")["loss"]
     return {f"loss, {name}": line_plot(own, name, "epoch", "loss") for name, own in curves.items()}
-
-
-def costs(scores: pandas.DataFrame, methods: list[str]) -> pandas.DataFrame:
-    """A row per method with the medians of its costs over seeds, as text."""
-    known = scores.assign(evaluation=scores["evaluation"].str.removeprefix("cost_")).query("evaluation in @COSTS")
-    table = known.pivot_table("value", "method", "evaluation", aggfunc="median").reindex(index=methods, columns=[*COSTS])
-    text = table.rename(columns=COSTS).map(lambda value: "-" if pandas.isna(value) else f"{value:.3g}" if value < 100 else f"{value:,.0f}")
-    return text.reset_index(names="Method")

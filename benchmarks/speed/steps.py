@@ -34,11 +34,12 @@ from benchmarks.papers import ROOT, baselines, choose_recipe, paper_module, pape
 from benchmarks.speed import attention
 from benchmarks.speed.measure import check_kept, facts, gemm_rate, keep, show, wait
 from common import keep_freed_memory
+from common.data import Data
 from common.optim import make_optimizer
 from common.randomness import generator
-from common.recipe import TrainConfig, override
+from common.recipe import Recipe, TrainConfig, override
 from common.run import console
-from common.train import has_fast_bf16
+from common.train import device_batch, has_fast_bf16, make_fabric
 from common.vit import SIZES
 
 # torch counts the FLOPs of attention only on GPUs.
@@ -123,6 +124,31 @@ def make_steps(device: torch.device, names: list[str], size: str | None = None) 
     return steps
 
 
+def gflop_per_image(module: ModuleType, recipe: Recipe, data: Data, device: torch.device) -> float:
+    """Useful GFLOP of the forward and backward pass of a recipe's pre-training, for one image."""
+    step, images = _pretraining(module, recipe, data, device, 4)
+    return step.flops(images) / 4e9
+
+
+def images_per_second(module: ModuleType, recipe: Recipe, data: Data, device: torch.device) -> float:
+    """Images per second of a recipe's pre-training steps with one thread, or on one GPU: the median of six steps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    step, images = _pretraining(module, recipe, data, device, device_batch(recipe.pretrain, 1))
+    optimizer = make_optimizer(step.model, recipe.pretrain)
+    seconds = [step.run(images, optimizer) for _ in range(8)]
+    torch.set_num_threads(threads)
+    return len(images) / statistics.median(seconds[2:])
+
+
+def _pretraining(module: ModuleType, recipe: Recipe, data: Data, device: torch.device, batch: int) -> tuple[Step, torch.Tensor]:
+    """A step of the pre-training, in the precision of the runs, and images for it."""
+    model = module.build(recipe, recipe.build_encoder(data.channels), data.classes).to(device).train()
+    images = torch.randn(batch, data.channels, recipe.image_size, recipe.image_size, device=device)
+    precision = str(make_fabric(device.type)._precision.precision)
+    return Step(recipe.backbone, recipe.backbone, model, partial(_method, module, classes=data.classes), precision), images
+
+
 def measure(device: torch.device, steps: list[Step], batch: int, rounds: int) -> pandas.DataFrame:
     """One line per step."""
     images = torch.randn(batch, 3, 224, 224, device=device)
@@ -200,6 +226,6 @@ def _supervised(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(images), torch.arange(len(images), device=images.device))
 
 
-def _method(module: ModuleType, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    classes = torch.arange(len(images), device=images.device)
-    return model(images, module.example_targets(model, images) if hasattr(module, "example_targets") else classes).loss
+def _method(module: ModuleType, model: nn.Module, images: torch.Tensor, classes: int = 1000) -> torch.Tensor:
+    labels = torch.arange(len(images), device=images.device) % classes
+    return model(images, module.example_targets(model, images) if hasattr(module, "example_targets") else labels).loss

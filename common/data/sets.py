@@ -7,6 +7,7 @@ import csv
 import difflib
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -181,6 +182,15 @@ class Data:
             if part.images is not None and part.images.shape[1] != self.channels:
                 shape = tuple(part.images.shape)
                 raise DataError(f"{self.name}: images of shape {shape}, but channels={self.channels}: a split needs (N, C, H, W)")
+
+    def limited(self, images: int) -> "Data":
+        """The same with at most this many images in each split, rounded up to a number that is equal for all classes: the first ones."""
+        each, parts = math.ceil(images / self.classes), {}
+        for name in ("train", "val"):
+            split = getattr(self, name)
+            chosen = [index for label in range(self.classes) for index in (split.labels == label).nonzero()[:each, 0].tolist()]
+            parts[name] = split.subset(sorted(chosen))
+        return replace(self, name=f"{self.name}-{images}", **parts)
 
     @property
     def identity(self) -> dict[str, str]:
