@@ -62,7 +62,7 @@ _SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
 # Many small steps: with the papers' batch of 128, 28 epochs of digits are 308 steps, after which MAE is worse than no pre-training. Chosen
 # on 300 images held out from the training images, for MAE, DropPos, I-JEPA and from scratch.
 _TUNE = TrainConfig(epochs=16, batch_size=32, base_lr=4e-3, warmup_epochs=2, clip_norm=1.0, augmentation=_SHIFTS)
-_FEW = replace(_TUNE, epochs=48)
+_FEW = replace(_TUNE, epochs=48, batch_size=25, base_lr=5e-3)
 _PADDED = Augmentation(crop="padding", padding=4)
 _MAE = replace(MAE_FINETUNE, batch_size=512, device_batch=512, augmentation=replace(DEIT_CROPS, crop="padding", padding=4))
 _CROPPED = Augmentation(scale=(0.2, 1.0))
