@@ -26,6 +26,7 @@ from benchmarks.report.page import write_svg
 from benchmarks.reproduce import TYRO, USER_ERRORS
 from benchmarks.speed.steps import gflop_per_image, images_per_second
 from common import keep_freed_memory
+from common.convert import load_encoder, read_checkpoint
 from common.data import Data, open_data
 from common.files import locked
 from common.recipe import RecipeError, nearest
@@ -112,6 +113,8 @@ def prepare(options: Options) -> tuple[Path, Plan]:
     data = open_data(options.data, options.data_root)
     data = data.limited(arena.limit) if arena.limit else data
     methods = entries(options.data, options.papers, options.encoder)
+    for entry in (entry for entry in methods.values() if entry.encoder_file is not None):
+        load_encoder(enter(arena, entry, 2).build_encoder(data.channels), read_checkpoint(entry.encoder_file), allow_unused=("cls_token",))
     known = list(dict.fromkeys(DRAW.sub("", protocol.name) for protocol in arena.protocols("mean", None)))
     for evaluation in options.evaluations:
         if evaluation not in known:
@@ -153,7 +156,7 @@ def train(folder: Path, plan: Plan, seeds: int, parallel: int | None) -> None:
 
         def done(log: Path, code: int) -> None:
             (name, seed), lines = missing[log], [line for line in log.read_text().splitlines() if line.strip()]
-            fault = f"{lines[-1] if lines else f'exit code {code}'} (see {log})" if code else ""
+            fault = f"{lines[-1] if lines else f'exit code {code}'} (see logs/{log.name})" if code else ""
             add(folder / "scores.csv", [failure(plan, name, seed, fault)] if fault else read_scores(folder, name, seed))
             place = f"[{next(count)}/{len(missing)}, {(time.time() - began) / 60:.1f} min]"
             console.print(f"{place} {name}, seed {seed}" + (f" failed: {fault}" if fault else ""), markup=False)

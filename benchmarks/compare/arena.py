@@ -66,69 +66,31 @@ _FEW = replace(_TUNE, epochs=48, batch_size=25, base_lr=5e-3)
 _PADDED = Augmentation(crop="padding", padding=4)
 _MAE = replace(MAE_FINETUNE, batch_size=512, device_batch=512, augmentation=replace(DEIT_CROPS, crop="padding", padding=4))
 _CROPPED = Augmentation(scale=(0.2, 1.0))
-ARENAS = {
-    arena.name: arena
-    for arena in (
-        # 12 px in patches of 2: the smallest grid on which I-JEPA's and StoP's blocks exist.
-        Arena(
-            name="digits",
-            size="micro",
-            encoder={"depth": 4},
-            image_size=12,
-            patch_size=2,
-            images=40_000,
-            finetune=_TUNE,
-            few=_FEW,
-            batch_size=32,
-        ),
-        # Two CPU cores: a method and seed in about ten minutes.
-        Arena(
-            name="cifar10",
-            size="micro",
-            encoder={"depth": 4},
-            image_size=32,
-            patch_size=4,
-            images=100_000,
-            finetune=replace(_TUNE, epochs=5, warmup_epochs=1, augmentation=_PADDED),
-            few=replace(_FEW, augmentation=_PADDED),
-            batch_size=64,
-            limit=10_000,
-        ),
-        # One GPU. The time of a method and seed is not measured yet.
-        Arena(
-            name="cifar10_gpu",
-            size="tiny",
-            image_size=32,
-            patch_size=4,
-            images=10_000_000,
-            finetune=_MAE,
-            few=replace(_MAE, epochs=200, batch_size=50),
-        ),
-        # A folder of photographs, on two CPU cores.
-        Arena(
-            name="folder",
-            size="micro",
-            encoder={"depth": 4},
-            image_size=64,
-            patch_size=8,
-            images=20_000,
-            finetune=replace(_TUNE, epochs=10, augmentation=_CROPPED),
-            few=replace(_FEW, augmentation=_CROPPED),
-            batch_size=32,
-        ),
-        # The same on one GPU. Not measured yet.
-        Arena(
-            name="folder_gpu",
-            size="small",
-            image_size=224,
-            patch_size=16,
-            images=5_000_000,
-            finetune=replace(MAE_FINETUNE, batch_size=512, epochs=50),
-            few=replace(MAE_FINETUNE, batch_size=50, epochs=100),
-            batch_size=1024,
-        ),
-    )
-}
+# Two CPU cores. 12 px in patches of 2 is the smallest grid on which I-JEPA's and StoP's blocks exist.
+_DIGITS = Arena(
+    name="digits",
+    size="micro",
+    encoder={"depth": 4},
+    image_size=12,
+    patch_size=2,
+    images=40_000,
+    finetune=_TUNE,
+    few=_FEW,
+    batch_size=32,
+)
+# Two CPU cores: a method and seed in about ten minutes.
+_CIFAR = replace(_DIGITS, name="cifar10", image_size=32, patch_size=4, images=100_000, batch_size=64, limit=10_000)
+_CIFAR = replace(_CIFAR, finetune=replace(_TUNE, epochs=5, warmup_epochs=1, augmentation=_PADDED), few=replace(_FEW, augmentation=_PADDED))
+# A folder of photographs, on two CPU cores.
+_FOLDER = replace(_DIGITS, name="folder", image_size=64, patch_size=8, images=20_000)
+_FOLDER = replace(_FOLDER, finetune=replace(_TUNE, epochs=10, augmentation=_CROPPED), few=replace(_FEW, augmentation=_CROPPED))
+# One GPU. The time of a method and seed is not measured yet.
+_GPU = replace(_CIFAR, name="cifar10_gpu", size="tiny", encoder={}, images=10_000_000, batch_size=None, limit=None)
+_GPU = replace(_GPU, finetune=_MAE, few=replace(_MAE, epochs=200, batch_size=50))
+_FOLDER_GPU = replace(_GPU, name="folder_gpu", size="small", image_size=224, patch_size=16, images=5_000_000, batch_size=1024)
+_PHOTOGRAPHS = replace(MAE_FINETUNE, batch_size=512, epochs=50)
+_FOLDER_GPU = replace(_FOLDER_GPU, finetune=_PHOTOGRAPHS, few=replace(_PHOTOGRAPHS, batch_size=50, epochs=100))
+ARENAS = {arena.name: arena for arena in (_DIGITS, _CIFAR, _FOLDER, _GPU, _FOLDER_GPU)}
 
 
 def choose_arena(data: str, device: str, limit: int | None = None) -> Arena:

@@ -119,8 +119,7 @@ def run(folder: Path, method: str, seed: int) -> None:
     own = {"method": method, "recipe": digest(stages.recipe), "epochs": plan.epochs[method]}
     scores = [_accuracy(vars(plan) | asdict(row) | own, stages.root.relative_to(folder) / stage) for stage, row in done]
     about = vars(plan) | asdict(done[-1][1]) | own | {"stage": (stages.root.relative_to(folder) / "pretrain").as_posix()}
-    hours = {stage: row.hours for stage, row in done}
-    scores += _costs(stages, entry, about, 60 * sum(hours.values()))
+    scores += _costs(stages, entry, about)
     (folder / "scores").mkdir(exist_ok=True)
     write_text(folder / "scores" / f"{unit_name(method, seed)}.json", json.dumps([asdict(score) for score in scores], indent=1) + "\n")
 
@@ -132,14 +131,14 @@ def _accuracy(row: dict[str, Any], stage: Path) -> Score:
     return _score(row | {"evaluation": evaluation, "draw": int(draw[1]) if draw else 0, "note": row["settings"], "stage": stage.as_posix()})
 
 
-def _costs(stages: Stages, entry: Entry, shared: dict[str, Any], minutes: float) -> Iterator[Score]:
+def _costs(stages: Stages, entry: Entry, shared: dict[str, Any]) -> Iterator[Score]:
     """Speed and FLOPs of the pre-training; peak memory of the process, or of the GPU; minutes of the pre-training and the evaluations."""
+    hours = {path.parent.name: json.loads(path.read_text())["hours"] for path in stages.root.glob("*/result.json")}
     device = stages.fabric.device
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
-    costs = {"memory_gb": memory, "minutes": minutes}
+    costs = {"memory_gb": memory, "minutes": 60 * sum(hours.values())}
     if entry.trains:
-        hours = json.loads((stages.root / "pretrain" / "result.json").read_text())["hours"]
-        costs["images_per_second"] = stages.recipe.pretrain.epochs * len(stages.data.train) / (3600 * hours)
+        costs["images_per_second"] = stages.recipe.pretrain.epochs * len(stages.data.train) / (3600 * hours["pretrain"])
         costs["gflop_per_image"] = gflop_per_image(entry.module, stages.recipe, stages.data, device)
     for name, value in costs.items():
         yield _score(shared | {"evaluation": f"cost_{name}", "draw": 0, "value": round(value, 4), "note": ""})
