@@ -56,7 +56,7 @@ def paired(scores: pandas.DataFrame, pairs: Sequence[tuple[str, str]]) -> pandas
 
     Columns: method, reference, evaluation, seeds, difference, half (of the paired interval), p (adjusted by Holm over the pairs of an
     evaluation), decided, and least: the smallest difference that these seeds could have shown, with this spread and after the decisions
-    that were made.
+    that were made; NaN for fewer seeds than LEAST.
     """
     values, found = per_seed(scores).pivot(index=["evaluation", "seed"], columns="method", values="value"), []
     for evaluation in scores["evaluation"].unique():
@@ -68,7 +68,15 @@ def paired(scores: pandas.DataFrame, pairs: Sequence[tuple[str, str]]) -> pandas
         level = 1 - (1 - LEVEL) / max(1, len(gaps) - sum(decided))  # at which Holm's procedure has stopped
         for ((a, b), gap), p, sure in zip(gaps.items(), adjusted, decided, strict=True):
             numbers = {"seeds": len(gap), "difference": gap.mean(), "half": half_width(gap), "p": p, "decided": sure}
-            found.append({"method": a, "reference": b, "evaluation": evaluation, **numbers, "least": half_width(gap, level)})
+            found.append(
+                {
+                    "method": a,
+                    "reference": b,
+                    "evaluation": evaluation,
+                    **numbers,
+                    "least": half_width(gap, level) if len(gap) >= LEAST else float("nan"),
+                }
+            )
     columns = ["method", "reference", "evaluation", "seeds", "difference", "half", "p", "decided", "least"]
     return pandas.DataFrame(found, columns=columns)
 
@@ -82,7 +90,7 @@ def ranks(scores: pandas.DataFrame) -> dict[tuple[str, str], tuple[int, int]]:
     """The first and last rank that a method, by (method, evaluation), can have: all pairs of methods are compared, and only decided
     differences count."""
     table = paired(scores, [*itertools.combinations(scores["method"].unique(), 2)])
-    sure, found = table[table["decided"]], {}
+    sure, found = table[table["decided"].astype(bool)], {}
     for method, evaluation in scores[["method", "evaluation"]].drop_duplicates().itertuples(index=False):
         own = sure[sure["evaluation"] == evaluation]
         better = ((own["method"] == method) & (own["difference"] < 0)) | ((own["reference"] == method) & (own["difference"] > 0))

@@ -82,13 +82,13 @@ def _cost(value: float) -> str:
 
 def caption(scores: pandas.DataFrame) -> str:
     """How to read the table of accuracies."""
-    seeds = scores["seed"].nunique()
+    seeds, references = scores["seed"].nunique(), " and from ".join(map(repr, REFERENCES))
     few = f" {seeds} seeds decide nothing: use {LEAST} or more." if seeds < LEAST else ""
     return (
         f"Percent of the test images: mean over {seeds} seeds (and draws of few labels) ± half of the 95 % t interval; ranks as far as the "
-        f"pairs of methods are decided. Second and third line: difference from {' and from '.join(REFERENCES)}, paired over seeds, if it "
-        "is decided at 5 % after Holm's correction over the methods of a column. In brackets the smallest difference that these seeds "
-        f"could have shown.{few}"
+        f"pairs of methods are decided. Second and third line: difference from {references}, paired over seeds, if it is decided at 5 % "
+        "after Holm's correction over the methods of a column. In brackets the smallest difference that these seeds could have shown."
+        f"{few}"
     )
 
 

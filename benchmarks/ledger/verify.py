@@ -48,21 +48,21 @@ def stages(text: str) -> list[Stage]:
     """The finished stages in a log, in its order. A stage may be there several times, if a run of the same name was recorded again."""
     found: list[Stage] = []
     grid: list[tuple[str, float, float]] = []
-    parts: dict[str, float] = {}
+    others: dict[str, float] = {}
     for line in text.splitlines():
         if HEADING.match(line):
-            grid, parts = [], {}
+            grid, others = [], {}
         elif parts := LINE.match(line):
             day, name, said = parts.groups()
             if classifier := CLASSIFIER.match(said):
                 settings, top1, held_out = classifier.groups()
                 grid.append((settings, float(top1), float(held_out or top1)))
             elif part := PART.match(said):
-                parts[part[2] or f"location_{part[1]}"] = float(part[3])
+                others[part[2] or f"location_{part[1]}"] = float(part[3])
             elif done := DONE.match(said):
                 numbers = {key: float(value) for key, value in (number.rsplit(" ", 1) for number in done[1].split(", "))}
-                found.append(Stage(name, day, numbers, grid, parts))
-                grid, parts = [], {}
+                found.append(Stage(name, day, numbers, grid, others))
+                grid, others = [], {}
     return found
 
 

@@ -18,7 +18,6 @@ from common.run import write_text
 
 def write_page(template: str, folder: Path, **content: Any) -> Path:
     """Write folder/report.html from a template, and the figures in it to folder/figures; return the path of the page."""
-    (folder / "figures").mkdir(exist_ok=True)
     templates = Environment(loader=PackageLoader("benchmarks.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     templates.filters["svg"] = lambda figure, name: write_svg(figure, folder / "figures" / f"{name}.svg")
     templates.filters["png"] = lambda path: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
@@ -28,7 +27,8 @@ def write_page(template: str, folder: Path, **content: Any) -> Path:
 
 
 def write_svg(figure: Figure, path: Path) -> Markup:
-    """Write a figure to an SVG file; return the same as an element of a page."""
+    """Write a figure to an SVG file, in a folder that is made if needed; return the same as an element of a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": path.stem}):  # names inside the SVG are the same in every call, and differ between figures
         figure.savefig(drawn, format="svg", transparent=True, dpi=150, metadata={"Date": None})
