@@ -11,6 +11,9 @@ from dataclasses import replace
 
 import pandas
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 from benchmarks.compare import __main__ as program
 from benchmarks.compare.__main__ import main, read_budget
@@ -205,6 +208,14 @@ def test_bad_input_is_refused_before_anything_is_started(arguments, message, tmp
     assert main(["--device", "cpu", "--limit", "240", *arguments, "--out", str(tmp_path)]) == 2
     assert message in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_of_another_size_is_refused_before_anything_is_started(tmp_path, capsys):
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "mine.safetensors")
+    assert main(["--device", "cpu", "--encoder", str(tmp_path / "mine.safetensors"), "--out", str(tmp_path / "runs")]) == 2
+    assert "the checkpoint has another architecture: width 192 in the file, 96 here" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_budget_or_arena_in_the_same_folder_is_refused(compared, capsys):

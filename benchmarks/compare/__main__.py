@@ -113,8 +113,9 @@ def prepare(options: Options) -> tuple[Path, Plan]:
     data = open_data(options.data, options.data_root)
     data = data.limited(arena.limit) if arena.limit else data
     methods = entries(options.data, options.papers, options.encoder)
-    for entry in (entry for entry in methods.values() if entry.encoder_file is not None):
-        load_encoder(enter(arena, entry, 2).build_encoder(data.channels), read_checkpoint(entry.encoder_file), allow_unused=("cls_token",))
+    if options.encoder is not None:
+        encoder = enter(arena, [*methods.values()][-1], 2).build_encoder(data.channels)
+        load_encoder(encoder, read_checkpoint(options.encoder), allow_unused=("cls_token",))
     known = list(dict.fromkeys(DRAW.sub("", protocol.name) for protocol in arena.protocols("mean", None)))
     for evaluation in options.evaluations:
         if evaluation not in known:

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.papers import baselines, choose_recipe, paper_module, papers
 from common.data import Augmentation
+from common.files import digest
 from common.recipe import DEIT_CROPS, LOCATION, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
 
 REFERENCES = ("from scratch", "mae")  # what the differences are from
@@ -141,7 +142,8 @@ def entries(data: str, names: tuple[str, ...] = (), encoder_file: Path | None = 
         halved = replace(mae, pretrain=replace(mae.pretrain, base_lr=mae.pretrain.base_lr / 2))
         found.append(Entry(GAP, found[0].module, halved, "half_lr"))
     if encoder_file is not None:
-        found.append(Entry(encoder_file.stem, found[0].module, mae, encoder_file=encoder_file))
+        name = f"{encoder_file.stem} ({digest(encoder_file)[:6]})"  # two files may have the same name
+        found.append(Entry(name, found[0].module, mae, encoder_file=encoder_file))
     return {entry.name: entry for entry in found}
 
 

@@ -39,7 +39,9 @@ def pages(root: Path) -> dict[str, Tables]:
             "loop": partial(speed_table, root, "loop"),
         },
     }
-    compared = {path.parent.name: partial(comparison_table, path.parent) for path in sorted(root.glob("benchmarks/compare/*/scores.csv"))}
+    compared: Tables = {
+        path.parent.name: partial(comparison_table, path.parent) for path in sorted(root.glob("benchmarks/compare/*/scores.csv"))
+    }
     found |= {"benchmarks/compare/README.md": compared} if compared else {}
     for name in [*papers(root), *baselines(root)]:
         tables, behind = found.setdefault(f"{folder(name, root)}/README.md", {}), f" {name}" * (folder(name, root) == BASELINES)
