@@ -95,10 +95,13 @@ ARENAS = {arena.name: arena for arena in (_DIGITS, _CIFAR, _FOLDER, _GPU, _FOLDE
 
 
 def choose_arena(data: str, device: str, limit: int | None = None) -> Arena:
-    """The arena of a data set or folder on cpu or cuda; `limit` lowers its limit."""
+    """The arena of a data set or folder on cpu or cuda; `limit` lowers its limit, and batches that are larger."""
     name = data if data in ARENAS else "folder"
     arena = ARENAS.get(f"{name}_gpu" if device == "cuda" else name, ARENAS[name])
-    return arena if limit is None else replace(arena, limit=min(limit, arena.limit or limit))
+    if limit is None:
+        return arena
+    tune = replace(arena.finetune, batch_size=min(arena.finetune.batch_size, limit))
+    return replace(arena, limit=min(limit, arena.limit or limit), batch_size=min(arena.batch_size or limit, limit), finetune=tune)
 
 
 @dataclass(frozen=True)
