@@ -22,17 +22,18 @@ from common.stopping import stop_on_signals, stop_with_parent
 stop_with_parent()
 rank, here = int(os.environ["RANK"]), pathlib.Path(__file__).parent
 with stop_on_signals(exiting=True):
-    (here / f"{os.getpid()}.pid").touch()
-    while len([*here.glob("*.pid")]) < 2:  # a process that fails ends the others, which may not have started yet
-        time.sleep(0.01)
-    if sys.argv[1] == "fail":
-        sys.exit(3 * rank)
-    if sys.argv[1] == "killed" and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if sys.argv[1] != "done":
-        try:
+    try:
+        (here / f"{os.getpid()}.pid").touch()
+        while len([*here.glob("*.pid")]) < 2:  # a process that fails ends the others, which may not have started yet
+            time.sleep(0.01)
+        if sys.argv[1] == "fail":
+            sys.exit(3 * rank)
+        if sys.argv[1] == "killed" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[1] != "done":
             time.sleep(600)
-        finally:
+    finally:
+        if sys.argv[1] == "sleep":
             (here / f"{rank}.saved").touch()
 """
 

@@ -22,7 +22,7 @@ IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE,
 def root(tmp_path: Path) -> Path:
     """A repository with one paper, two published results, no measured result, and empty tables."""
     markers = "<!-- table: {} -->\n<!-- /table -->\n"
-    for page, names in {"README.md": ("digits", "speed"), "RESULTS.md": ("results", "together")}.items():
+    for page, names in {"README.md": ("speed",), "RESULTS.md": ("results", "together")}.items():
         (tmp_path / page).write_text("# Title\n\n" + "\nbetween\n\n".join(markers.format(name) for name in names) + "\nend")
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "recipe.py").touch()
@@ -60,8 +60,7 @@ def test_tables_are_generated_only_from_the_csv_files(root: Path, capsys: pytest
     assert main(["--check"], root) == 1
     out = capsys.readouterr().out
     assert re.findall(r"^(\S+): table '(\w+)' is out of date.*`make table`$", out, re.MULTILINE) == [
-        ("README.md:3", "digits"),
-        ("README.md:8", "speed"),
+        ("README.md:3", "speed"),
         ("RESULTS.md:3", "results"),
         ("RESULTS.md:8", "together"),
         ("droppos/README.md:1", "published"),
@@ -233,10 +232,10 @@ def test_a_result_without_its_log_fails_the_check(root: Path, capsys: pytest.Cap
     [
         (
             "one\n<!-- table: reslts -->\n<!-- /table -->\n",
-            "README.md:2: there is no table 'reslts'; the tables here are digits, speed",
+            "README.md:2: there is no table 'reslts'; the tables here are speed",
         ),
         ("one\n\n<!-- table: speed -->\n", "README.md:3: table 'speed' is not closed by"),
-        ("<!-- table: speed -->\n<!-- table: digits -->\n<!-- /table -->\n", "README.md:1: table 'speed' is not closed by"),
+        ("<!-- table: speed -->\n<!-- table: speed -->\n<!-- /table -->\n", "README.md:1: table 'speed' is not closed by"),
         ("x\n  <!--table:speeed-->  \n", "README.md:2: there is no table 'speeed'"),
         ("<!-- table: speed -->\nlong\nold\n<!-- /table -->\n<!-- /table -->\n", "README.md:5: this marker closes a table"),
     ],
@@ -581,38 +580,7 @@ def test_supervised_methods_are_marked_and_have_one_line_with_their_frozen_featu
     ]
 
 
-# ---- the root README
-
-
 def test_side_by_side_shows_the_newest_results_of_two_devices(added: Path) -> None:
     new = [replace(row, device="H100", date="2026-11-25", value=row.value + 1) for row in arms(SWIN)]
     both, alone = (tables.side_by_side("droppos", summary(frame(rows)), added) for rows in ([*new, *arms(SWIN)], new))
     assert both.equals(alone)
-
-
-def test_the_readme_has_one_row_per_method_with_its_newest_results(root: Path) -> None:
-    old = replace(ROW, data="digits", protocol="knn", start="pretrained", metric="top1", date="2026-11-20")
-    record(root, old, replace(old, device="H100", commit="new", date="2026-11-25", value=old.value - 1))
-    (line,) = lines_of(root, "digits", "README.md")
-    assert line["k-NN (random)"] == f"{old.value - 1:.2f}"
-    assert "\n\nDevice: H100, bf16-mixed.\n\n" in (root / "README.md").read_text()
-
-
-def test_the_readme_has_few_label_and_knn_results_of_unchanged_digits_recipes(root: Path) -> None:
-    few = [replace(ROW, protocol=f"finetune_{many}_per_class", value=70.0 + many) for many in (5, 20)]
-    record(root, ROW, *few, *(replace(row, start="scratch", value=40.0) for row in few), *baselines_of(ROW, knn=30.0))
-    knn = replace(MAE, protocol="knn")
-    record(root, *arms(knn), replace(knn, start="random", value=20.0), replace(knn, start="pixels", value=97.0))
-    left_out = [{"overrides": "k=5"}, {"encoder_file": "a.pth"}, {"split": "b"}, {"data": "cifar10"}]
-    record(root, *(replace(few[0], value=11.11, **change) for change in left_out), replace(ROW, recipe="only_finetuned", value=11.11))
-    found = [list(line.values()) for line in lines_of(root, "digits", "README.md")]
-    assert list(lines_of(root, "digits", "README.md")[0]) == [
-        *["Method", "Epochs", "Seeds", "5 per class (scratch)", "20 per class (scratch)", "k-NN (random)", "Logs"]
-    ]
-    link = "[logs](droppos/logs)"
-    assert found == [
-        ["droppos", "100", "1", "75.00 (40.00)", "90.00 (40.00)", "88.00 (30.00)", link],
-        ["droppos digits_mae mae+apl", "100", "2", "-", "-", "92.00 ± 1.41 (20.00)", link],
-        ["droppos digits_mae mae+rpl", "100", "2", "-", "-", "93.50 ± 1.41 (20.00)", link],
-        ["raw pixels", "0", "1", "-", "-", "98.00<br>97.00", link],
-    ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.compare.scores import load as load_scores
 from benchmarks.ledger.rows import Row, append, frame, load
 from benchmarks.ledger.verify import main, same, verify
 from benchmarks.papers import ROOT
@@ -49,6 +50,7 @@ def test_every_committed_number_is_found_in_its_log(capsys: pytest.CaptureFixtur
     assert main([]) == 0
     said = capsys.readouterr().out
     rows = sum(len(load(path)) for path in [*ROOT.glob("*/results.csv"), ROOT / "benchmarks/baselines/results.csv"])
+    rows += sum(len(load_scores(path).query("evaluation != 'failed'")) for path in ROOT.glob("benchmarks/compare/*/scores.csv"))
     assert rows == sum(int(line.split(": ")[1].split()[0]) for line in said.splitlines()) > 400
 
 
