@@ -60,8 +60,8 @@ class Arena:
 
 
 _SHIFTS = Augmentation(crop="padding", padding=1, flip=0.0)
-# Many small steps: with the papers' batch of 128, 28 epochs of digits are 308 steps, after which MAE is worse than no pre-training. Batch and
-# learning rate: compared on 300 images held out from the training images; lengths: by time. See README.md.
+# Many small steps: with the papers' batch of 128, 28 epochs of digits are 308 steps, after which MAE is worse than no pre-training.
+# Batch and learning rate: compared on 300 images held out from the training images; lengths: by time. See README.md.
 _TUNE = TrainConfig(epochs=16, batch_size=32, base_lr=4e-3, warmup_epochs=2, clip_norm=1.0, augmentation=_SHIFTS)
 _FEW = replace(_TUNE, epochs=48, batch_size=25, base_lr=5e-3)
 _PADDED = Augmentation(crop="padding", padding=4)
