@@ -91,13 +91,18 @@ def same(recorded: float, printed: float, decimals: int) -> bool:
     return abs(recorded - printed) <= 0.5 * rounding + 1e-9
 
 
-def faults(row: Any, found: Sequence[Stage] | None) -> Iterator[str]:
-    """What is wrong with a row, given the stages in its log (None: there is no log)."""
-    absent = [name for name in REQUIRED if not getattr(row, name)]
+def unmarked(row: Any, required: Sequence[str]) -> Iterator[str]:
+    """What a row of either ledger lacks of these columns, and a commit that is not one."""
+    absent = [name for name in required if not getattr(row, name)]
     if absent:
         yield f"it has no {', '.join(absent)}"
     if row.commit and not COMMIT.match(row.commit):
         yield f"commit {row.commit!r} is not one: 12 hexadecimal digits"
+
+
+def faults(row: Any, found: Sequence[Stage] | None) -> Iterator[str]:
+    """What is wrong with a row, given the stages in its log (None: there is no log)."""
+    yield from unmarked(row, REQUIRED)
     if row.seed < 0:
         yield f"seed {row.seed} is negative"
     if row.recipe_sha256 and not re.fullmatch(r"[0-9a-f]{16}", row.recipe_sha256):
@@ -127,11 +132,7 @@ def _agrees(row: Any, stage: Stage, value: float, settings: str) -> bool:
 
 def score_faults(row: Any, found: Sequence[Stage] | None) -> Iterator[str]:
     """What is wrong with a row of a comparison, given the stages in the log of its method and seed (None: there is no log)."""
-    absent = [name for name in SCORE_REQUIRED if not getattr(row, name)]
-    if absent:
-        yield f"it has no {', '.join(absent)}"
-    if row.commit and not COMMIT.match(row.commit):
-        yield f"commit {row.commit!r} is not one: 12 hexadecimal digits"
+    yield from unmarked(row, SCORE_REQUIRED)
     if row.evaluation.startswith("cost_"):
         return  # logs have no costs
     stage = next((one for one in reversed(found or []) if one.name == row.stage.rpartition("/")[2]), None)

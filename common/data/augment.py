@@ -206,9 +206,8 @@ def _grey(images_BCHW: Tensor) -> Tensor:
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Normalise images of 0..255 (any dtype) by the mean and std of the data set per channel; float32. Grey images get all its channels."""
     mean_C11, std_C11 = (images_BCHW.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
-    copied_BCHW = images_BCHW.expand(-1, max(len(mean), images_BCHW.shape[1]), -1, -1).to(
-        torch.float32, copy=True
-    )  # one copy, as new memory takes time
+    channels = max(len(mean), images_BCHW.shape[1])
+    copied_BCHW = images_BCHW.expand(-1, channels, -1, -1).to(torch.float32, copy=True)  # one copy, as new memory takes time
     return copied_BCHW.div_(255).sub_(mean_C11).div_(std_C11)
 
 
