@@ -110,8 +110,7 @@ def prepare(options: Options) -> tuple[Path, Plan]:
     """Check the options, and write plan.json; a comparison that was interrupted keeps its epochs. Raises RecipeError or RunError."""
     device = make_fabric(options.device).device
     arena = choose_arena(options.data, device.type, options.limit)
-    data = open_data(options.data, options.data_root)
-    data = data.limited(arena.limit) if arena.limit else data
+    data = arena.limited(open_data(options.data, options.data_root))
     methods = entries(options.data, options.papers, options.encoder)
     if options.encoder is not None:
         encoder = enter(arena, [*methods.values()][-1], 2).build_encoder(data.channels)

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.papers import baselines, choose_recipe, paper_module, papers
-from common.data import Augmentation
+from common.data import Augmentation, Data
 from common.files import digest
 from common.recipe import DEIT_CROPS, LOCATION, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
 
@@ -38,6 +38,10 @@ class Arena:
     def hash(self) -> str:
         """Identifies the arena in its ledger."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def limited(self, data: Data) -> Data:
+        """The data within the arena's limit."""
+        return data.limited(self.limit) if self.limit else data
 
     def protocols(self, pool: Any, position: Any) -> tuple[Protocol, ...]:
         """The evaluations. pool: mean or class, as in the method's own k-NN. position: for fine-tuning, None as in the pre-training."""

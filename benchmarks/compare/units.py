@@ -91,14 +91,13 @@ def run(folder: Path, method: str, seed: int) -> None:
     """Run the unit of a method and seed, and write its scores."""
     plan = read_plan(folder)
     arena, entry = choose_arena(plan.data, plan.device, plan.limit), plan.methods[method]
-    data = open_data(plan.data, Path(plan.data_root))
     fabric = make_fabric(plan.device)
     fabric.launch()
     stages = Stages(
         module=entry.module,
         name=arena.name,
         recipe=enter(arena, entry, plan.epochs[method]),
-        data=data.limited(arena.limit) if arena.limit else data,
+        data=arena.limited(open_data(plan.data, Path(plan.data_root))),
         fabric=fabric,
         seed=seed,
         out=folder,
