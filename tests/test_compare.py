@@ -13,10 +13,11 @@ import pandas
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks.compare import __main__ as program
-from benchmarks.compare.__main__ import main, read_budget
+from benchmarks.compare.__main__ import Options, main, prepare, read_budget
 from benchmarks.compare.arena import ARENAS, choose_arena, enter, entries
 from benchmarks.compare.scores import add, load
 from benchmarks.compare.table import accuracies
@@ -52,6 +53,17 @@ def test_all_methods_have_the_same_encoder_evaluations_and_epochs(data, tmp_path
         stages = [protocol.stage for protocol in recipe.protocols]
         assert stages == [protocol.stage for protocol in recipes["mae"].protocols]
         assert recipe.pretrain.warmup_epochs < 10
+
+
+def test_a_folder_takes_part_in_a_named_arena_with_the_recipes_of_its_data(tmp_path):
+    digits = open_data("digits").limited(240)
+    for split, part in (("train", digits.train), ("val", digits.val)):
+        for index, (image, label) in enumerate(zip(part.images, part.labels.tolist(), strict=True)):
+            (tmp_path / split / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).convert("RGB").save(tmp_path / split / str(label) / f"{index}.png")
+    _, plan = prepare(Options(data=str(tmp_path), arena="digits", device="cpu", budget="images:480", limit=240, out=tmp_path / "runs"))
+    assert plan.arena == "digits" and plan.epochs["droppos"] == 2
+    assert plan.methods["droppos"].recipe == entries("digits")["droppos"].recipe != entries(str(tmp_path))["droppos"].recipe
 
 
 def test_a_new_paper_takes_part_without_a_change_here(monkeypatch):
@@ -158,11 +170,10 @@ def test_each_arena_runs_to_its_end_on_a_few_images(arena, tmp_path, monkeypatch
     colour = {name: replace(part, images=part.images.repeat(1, 3, 1, 1)) for name, part in (("train", data.train), ("val", data.val))}
     if arena != "digits":
         data = replace(data, channels=3, mean=data.mean * 3, std=data.std * 3, **colour)
-    named = arena.removesuffix("_gpu") if arena != "folder" else str(tmp_path)
-    monkeypatch.setitem(ARENAS, arena.removesuffix("_gpu"), replace(ARENAS[arena], **short))
+    monkeypatch.setitem(ARENAS, arena, replace(ARENAS[arena], **short))
     monkeypatch.setattr("benchmarks.compare.units.open_data", lambda *_: data)
-    chosen = choose_arena(named, "cpu", 200)
-    own = {"arena": chosen.name, "hash": chosen.hash, "limit": 200, "data": named, "budget": "images:400", "device": "cpu"}
+    chosen = choose_arena(arena, "cpu", 200)
+    own = {"arena": chosen.name, "hash": chosen.hash, "limit": 200, "data": "mine", "budget": "images:400", "device": "cpu"}
     plan = Plan(
         **own,
         data_root=str(tmp_path),
@@ -198,6 +209,7 @@ def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeyp
     [
         (["--papers", "dropos"], "PAPERS='dropos' is not known; did you mean droppos?"),
         (["--evaluations", "kn"], "EVALUATIONS='kn' is not known; did you mean knn?"),
+        (["--arena", "cifar"], "--arena cifar is not known; did you mean cifar10?"),
         (["--budget", "image:5"], "BUDGET='image:5': did you mean images?"),
         (["--budget", "images:many"], "the amount is not a number above 0"),
         (["--budget", "images:150"], "two epochs of 240 images are the least"),

@@ -5,7 +5,7 @@ import pandas
 import pytest
 from scipy import stats
 
-from benchmarks.compare.statistics import differences, half_width, holm, means, p_value, ranks
+from benchmarks.statistics import differences, half_width, holm, means, p_value, ranks
 
 
 def scores(values: dict[str, list[float]], evaluation: str = "knn") -> pandas.DataFrame:

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from benchmarks.compare import table
-from benchmarks.compare.arena import Arena, Entry, choose_arena, conditions, enter, entries
+from benchmarks.compare.arena import ARENAS, Arena, Entry, choose_arena, conditions, enter, entries
 from benchmarks.compare.scores import add, load, record, unit_name
 from benchmarks.compare.units import DRAW, Plan, failure, read_plan, read_scores
 from benchmarks.launch import side_by_side
@@ -44,6 +44,8 @@ class Options:
 
     data: str = "digits"
     """digits, cifar10, or a folder with train/ and val/."""
+    arena: str | None = None
+    """Arena with its recipes, such as cifar10 for a folder with images of 32 px; by default that of the data."""
     papers: tuple[str, ...] = ()
     """Papers and baselines that take part besides the references (from scratch, MAE); by default all."""
     seeds: int = 5
@@ -73,6 +75,8 @@ class Options:
         for name in ("seeds", "parallel", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecipeError(f"{name.upper()}={value} is less than 1; give a whole number from 1 up")
+        if self.arena is not None and self.arena not in ARENAS:
+            raise RecipeError(f"--arena {self.arena} is not known; {nearest(self.arena, ARENAS)}")
 
 
 def read_budget(text: str) -> tuple[str, float]:
@@ -109,9 +113,9 @@ def epochs_of(budget: str, arena: Arena, methods: Mapping[str, Entry], data: Dat
 def prepare(options: Options) -> tuple[Path, Plan]:
     """Check the options, and write plan.json; a comparison that was interrupted keeps its epochs. Raises RecipeError or RunError."""
     device = make_fabric(options.device).device
-    arena = choose_arena(options.data, device.type, options.limit)
+    arena = choose_arena(options.arena or options.data, device.type, options.limit)
     data = arena.limited(open_data(options.data, options.data_root))
-    methods = entries(options.data, options.papers, options.encoder)
+    methods = entries(arena.data, options.papers, options.encoder)
     if options.encoder is not None:
         encoder = enter(arena, [*methods.values()][-1], 2).build_encoder(data.channels)
         load_encoder(encoder, read_checkpoint(options.encoder), allow_unused=("cls_token",))
@@ -170,7 +174,7 @@ def train(folder: Path, plan: Plan, seeds: int, parallel: int | None) -> None:
 def compare(options: Options) -> None:
     """Train and evaluate what is missing, add the scores to the ledger, print the table, and draw the intervals."""
     if options.table:
-        arena = choose_arena(options.data, make_fabric(options.device).device.type, options.limit).name
+        arena = choose_arena(options.arena or options.data, make_fabric(options.device).device.type).name
         places = [options.out / "compare" / arena, RECORDS / arena]
         folder = next((place for place in places if (place / "scores.csv").exists()), None)
         if folder is None:

@@ -39,6 +39,11 @@ class Arena:
         """Identifies the arena in its ledger."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def data(self) -> str:
+        """The data whose recipes the methods take: digits, cifar10 or folder."""
+        return self.name.removesuffix("_gpu")
+
     def limited(self, data: Data) -> Data:
         """The data within the arena's limit."""
         return data.limited(self.limit) if self.limit else data
@@ -99,7 +104,7 @@ ARENAS = {arena.name: arena for arena in (_DIGITS, _CIFAR, _FOLDER, _GPU, _FOLDE
 
 
 def choose_arena(data: str, device: str, limit: int | None = None) -> Arena:
-    """The arena of a data set or folder on cpu or cuda; `limit` lowers its limit, and batches that are larger."""
+    """The arena of a data set, of a folder or of this name, on cpu or cuda; `limit` lowers its limit, and batches that are larger."""
     name = data if data in ARENAS else "folder"
     arena = ARENAS.get(f"{name}_gpu" if device == "cuda" else name, ARENAS[name])
     if limit is None:

@@ -7,8 +7,8 @@ import pandas
 from rich.table import Table
 
 from benchmarks.compare.arena import REFERENCES
-from benchmarks.compare.statistics import LEAST, differences, means, ranks
 from benchmarks.compare.units import Plan
+from benchmarks.statistics import LEAST, differences, means, ranks
 from common.run import console
 
 TITLES = {

@@ -55,7 +55,7 @@ class Plan:
     @property
     def methods(self) -> dict[str, Entry]:
         """The entries by name."""
-        return entries(self.data, self.papers, Path(self.encoder_file) if self.encoder_file else None)
+        return entries(choose_arena(self.arena, self.device).data, self.papers, Path(self.encoder_file) if self.encoder_file else None)
 
     def takes(self, protocol: str) -> bool:
         """Whether a protocol of the arena is requested."""
@@ -64,7 +64,7 @@ class Plan:
     def complete(self, scores: Sequence[Score]) -> bool:
         """Whether the scores of a unit have all requested evaluations."""
         have = {re.sub(r"^location_\d+$", "location", score.evaluation) for score in scores}
-        arena = choose_arena(self.data, self.device, self.limit)
+        arena = choose_arena(self.arena, self.device, self.limit)
         return all(DRAW.sub("", one.name) in have for one in arena.protocols("mean", None) if self.takes(one.name))
 
 
@@ -90,7 +90,7 @@ def failure(plan: Plan, method: str, seed: int, why: str) -> Score:
 def run(folder: Path, method: str, seed: int) -> None:
     """Run the unit of a method and seed, and write its scores."""
     plan = read_plan(folder)
-    arena, entry = choose_arena(plan.data, plan.device, plan.limit), plan.methods[method]
+    arena, entry = choose_arena(plan.arena, plan.device, plan.limit), plan.methods[method]
     fabric = make_fabric(plan.device)
     fabric.launch()
     stages = Stages(

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.compare import scores as ledger
 from benchmarks.compare.arena import REFERENCES
-from benchmarks.compare.statistics import differences, means
 from benchmarks.compare.table import accuracies, caption, columns, costs, measured
 from benchmarks.compare.units import Plan, read_plan
 from benchmarks.report.figures import interval_plot, line_plot
 from benchmarks.report.page import write_page
 from benchmarks.report.run import PER_CLASS, read_metrics
+from benchmarks.statistics import differences, means
 from common.run import RunError
 
 
