@@ -31,6 +31,22 @@ class Pretrained:
     std: tuple[float, ...] = IMAGENET_STD
 
     @property
+    def given(self) -> str:
+        """The name of the file, "" for random weights."""
+        return "" if self.file is None else self.file.name
+
+    @property
+    def start(self) -> str:
+        """As in the ledger: pretrained, or scratch."""
+        return "scratch" if self.file is None else "pretrained"
+
+    @property
+    def label(self) -> str:
+        """A name for the folder of a downstream run: paper and run, file or recipe."""
+        run = "" if self.file is None else self.file.parent.parent.name if self.file.name == ENCODER else self.file.stem
+        return f"{self.paper}-{run or self.name}"
+
+    @property
     def source(self) -> str:
         """The weights in words."""
         return "random weights" if self.file is None else str(self.file)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from benchmarks.compare.arena import REFERENCES
 from benchmarks.compare.units import Plan
+from benchmarks.ledger.tables import counted
 from benchmarks.statistics import LEAST, differences, means, ranks
 from common.run import console
 
@@ -82,10 +83,10 @@ def _cost(value: float) -> str:
 
 def caption(scores: pandas.DataFrame) -> str:
     """How to read the table of accuracies."""
-    seeds, references = scores["seed"].nunique(), " and from ".join(map(repr, REFERENCES))
-    few = f" {seeds} seeds decide nothing: use {LEAST} or more." if seeds < LEAST else ""
+    seeds, references = counted(scores["seed"].nunique(), "seed"), " and from ".join(map(repr, REFERENCES))
+    few = f" Fewer than {LEAST} seeds decide nothing." if scores["seed"].nunique() < LEAST else ""
     return (
-        f"Percent of the test images: mean over {seeds} seeds (and draws of few labels) ± half of the 95 % t interval; ranks as far as the "
+        f"Percent of the test images: mean over {seeds} (and draws of few labels) ± half of the 95 % t interval; ranks as far as the "
         f"pairs of methods are decided. Second and third line: difference from {references}, paired over seeds, if it is decided at 5 % "
         "after Holm's correction over the methods of a column. In brackets the smallest difference that these seeds could have shown."
         f"{few}"

@@ -40,6 +40,17 @@ class Batches(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
+def training_order(count: int, effective: int, seed: int, epoch: int, repeats: int = 1) -> Tensor:
+    """The rows of an epoch of training (E,) int64: a permutation of `count` images, without the incomplete last effective batch.
+
+    Each effective batch is cut into accumulation steps, and these into ranks. Copies of an image follow each other, so most are in the
+    same effective batch. With repeats an epoch has only a part of the images, another one each time.
+    """
+    order_N = torch.randperm(count, generator=generator(seed, epoch, ORDER))
+    place_E = torch.arange(count // effective * effective)
+    return order_N[place_E // repeats] + place_E % repeats * count
+
+
 @dataclass(eq=False)
 class Loader:
     """The micro-batches of a split for one rank, epoch by epoch. Only one epoch is read at a time: a new one ends the last.
@@ -92,7 +103,7 @@ class Loader:
         if self.in_memory and self.split.images is not None:
             self.images, self.labels = self.split.images.to(self.device), self.split.labels.to(self.device)
             return
-        self.schedule, self.reported = _Schedule(), set[str]()
+        self.schedule, self.reported = Schedule(), set[str]()
         self.worker_batches = make_workers(
             _Images(self),
             self.workers,
@@ -117,16 +128,12 @@ class Loader:
     def indices(self, epoch: int) -> list[Tensor]:
         """The rows in each micro-batch of this rank (images if nothing is repeated): (B,) int64 each.
 
-        Training: a permutation, cut into effective batches; the incomplete last one is dropped. Each effective batch is cut into
-        accumulation steps, and these into ranks. Copies of an image follow each other, so most are in the same effective batch. With
-        repeats an epoch has only a part of the images, another one each time. Evaluation: every world_size-th image, in order, all images.
+        Training: as `training_order`. Evaluation: every world_size-th image, in order, all images.
         """
         if self.augmentation is None:
             mine = torch.arange(len(self.split))[self.rank :: self.world_size]
             return list(mine.split(self.batch_size))[: len(self)]
-        order_N = torch.randperm(len(self.split), generator=generator(self.seed, epoch, ORDER))
-        place_E = torch.arange(len(order_N) // self.effective * self.effective)
-        row_E = order_N[place_E // self.augmentation.repeats] + place_E % self.augmentation.repeats * len(order_N)
+        row_E = training_order(len(self.split), self.effective, self.seed, epoch, self.augmentation.repeats)
         return list(row_E.view(-1, self.world_size, self.batch_size)[:, self.rank])
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -169,8 +176,8 @@ class Loader:
             yield images_BCHW, labels_B.to(self.device, non_blocking=True)
 
 
-class _Schedule:
-    """The next batches for the DataLoader. Workers persist over epochs, so every index includes the epoch."""
+class Schedule:
+    """The next batches for a DataLoader of `make_workers`. Workers persist over epochs, so every index includes the epoch."""
 
     def __init__(self) -> None:
         self.epoch, self.batches = 0, list[Tensor]()

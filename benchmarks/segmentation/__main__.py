@@ -1,0 +1,306 @@
+"""Judge an encoder by semantic segmentation.
+
+python -m benchmarks.segmentation --paper droppos --checkpoint runs/droppos/... --data /datasets/ADEChallengeData2016
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from lightning.fabric import Fabric
+from rich.table import Table
+
+from benchmarks.ledger.rows import Row, record
+from benchmarks.papers import ROOT
+from benchmarks.pretrained import Pretrained, find_pretrained
+from benchmarks.reproduce import TYRO, USER_ERRORS
+from benchmarks.segmentation.crops import Crops
+from benchmarks.segmentation.data import Scenes, open_scenes
+from benchmarks.segmentation.linear import Retrieval, Segmenter, shares
+from benchmarks.segmentation.pictures import draw
+from benchmarks.segmentation.score import View, confusion, score, windows
+from common import keep_freed_memory
+from common.data import DataError
+from common.data.workers import default_workers
+from common.environment import device_name
+from common.files import digest
+from common.processes import once
+from common.randomness import generator, reseed
+from common.recipe import RecipeError, TrainConfig, as_json
+from common.run import Run, console
+from common.stopping import Stopped, stop_on_signals, stop_with_parent
+from common.train import device_batch, fit, make_fabric
+from common.vit import ViT
+
+# AdamW as MAE fine-tunes ViT-B on ADE20K (layer decay 0.65); 32 epochs of 16 crops, as in arXiv 2404.12172: 40,000 steps of ADE20K.
+TUNED = TrainConfig(epochs=32, batch_size=16, base_lr=1e-4, lr_batch=16, warmup_epochs=1, layer_decay=0.65, device_batch=16)
+FROZEN = replace(TUNED, base_lr=1e-3, layer_decay=None)  # only the linear layer is trained
+DROP_PATH = 0.1  # as MAE on ADE20K
+MEMORY = 100_000  # patches of the training images that ENGINE=knn remembers
+METRICS = ("miou", "mean_accuracy", "pixel_accuracy")
+
+
+@dataclass
+class Options:
+    """Judge an encoder by semantic segmentation, and print the intersection over union of each class. An interrupted run resumes."""
+
+    data: Path
+    """ADE20K, Pascal VOC, or a folder with images/{train,val}, masks/{train,val} and classes.json."""
+    paper: str | None = None
+    """The folder of a paper or a baseline; not needed with the folder of a run."""
+    checkpoint: Path | None = None
+    """The folder of a run, or a file with an encoder; by default random weights."""
+    recipe: str | None = None
+    """Recipe of the paper that says how the encoder is built; by default that for ImageNet."""
+    set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """Override a setting of that recipe; repeatable: --set encoder.depth=24."""
+    engine: Literal["linear", "knn"] = "linear"
+    """linear: a linear layer on the patch tokens. knn: the classes of the most similar training patches, without training."""
+    frozen: bool = False
+    """Train only the linear layer."""
+    size: tuple[int, int] | None = None
+    """Height and width of crops and windows in pixels; by default 512 x 512, in a folder of your own the size of its first image."""
+    epochs: int = TUNED.epochs
+    """Epochs of the training."""
+    batch: int = TUNED.batch_size
+    """Crops per step."""
+    device_batch: int = TUNED.device_batch
+    """Most crops of a forward pass on one device; lower it if the memory is too small."""
+    lr: float | None = None
+    """Learning rate of a step; by default 1e-4, frozen 1e-3."""
+    layer_decay: float = 0.65
+    """Factor on the learning rate per layer below the head; ignored if frozen."""
+    seed: int = 0
+    """Of the linear layer, random weights, and the order and crops of the images."""
+    limit: int | None = None
+    """Use at most this many training and test images, to try whether everything runs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto uses a GPU if available."""
+    precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
+    """auto is bf16-mixed if the hardware supports it, else 32-true."""
+    workers: int = field(default_factory=default_workers)
+    """Processes that read images."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    checkpoint_seconds: float = 20.0
+    """Minimum seconds between checkpoints."""
+    out: Path = Path("runs")
+    """Directory of the runs; this one is in OUT/segmentation."""
+    record: bool = False
+    """Add the results to benchmarks/segmentation/results.csv and the log to benchmarks/segmentation/logs."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "device_batch", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RecipeError(f"{name.upper()}={value} is less than 1; give a whole number from 1 up")
+        if self.size is not None and min(self.size) < 1:
+            raise RecipeError(f"SIZE={self.size[0]} {self.size[1]}: give the height and the width in pixels")
+
+    @property
+    def protocol(self) -> str:
+        """The name in the results."""
+        return "knn" if self.engine == "knn" else "linear" if self.frozen else "finetune"
+
+    @property
+    def stage(self) -> TrainConfig:
+        """The settings of the training."""
+        base = FROZEN if self.frozen else replace(TUNED, layer_decay=self.layer_decay)
+        length: dict = {"epochs": self.epochs, "warmup_epochs": min(base.warmup_epochs, self.epochs / 10)}
+        batches = {"batch_size": self.batch, "lr_batch": self.batch, "device_batch": self.device_batch}
+        return replace(base, **length, **batches, base_lr=self.lr or base.base_lr)
+
+
+def segment(options: Options) -> list[Row]:
+    """Train and evaluate, print the scores, and return the rows."""
+    fabric = make_fabric(options.device, options.precision)
+    fabric.launch()
+    scenes = open_scenes(options.data)
+    scenes = scenes.limited(options.limit) if options.limit else scenes
+    pretrained = find_pretrained(options.checkpoint, options.paper, options.recipe, options.set)
+    if len(pretrained.mean) != 3:
+        raise RecipeError(f"{pretrained.source} was trained on grey images: segmentation needs an encoder of colour images (3 channels)")
+    size = options.size or default_size(scenes, pretrained.recipe.patch_size)
+    reseed(options.seed)
+    encoder, loaded = pretrained.encoder(size, **changes(pretrained, options))
+    once(fabric, lambda: scenes.check(encoder.patch_size))
+    view = View(size, pretrained.mean, pretrained.std, scenes.short_side)
+    root = options.out / "segmentation" / f"{pretrained.label}-{scenes.name}-seed{options.seed}"
+    settings = once(fabric, lambda: describe(options, scenes, pretrained, view, str(fabric._precision.precision)))
+    stage = f"{options.protocol}-{pretrained.start}"
+    with Run(root / stage, settings, fabric.device, main=fabric.is_global_zero) as run:
+        result: Any = once(fabric, lambda: run.result)
+        if result is None:
+            where = f"{fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"
+            run.say(f"{scenes.name}: {len(scenes.train)} and {len(scenes.val)} images, {len(scenes.classes)} classes; {where}")
+            run.say(f"{encoder.width} wide, {len(encoder.blocks)} deep, {size[0]} x {size[1]} px: {loaded}")
+            model, hours = (retrieve if options.engine == "knn" else train)(fabric, run, encoder, scenes, view, options)
+            scores = score(confusion(fabric, model, scenes, view))
+            if run.main:
+                draw(fabric, model, scenes, view, run.directory / "pictures.png")
+            found = {name: getattr(scores, name) for name in METRICS} | {"iou": scores.iou, "hours": hours}
+            result = once(fabric, lambda: run.finish(found))
+    rows = [row(result, name, options, scenes, pretrained, encoder, settings, root) for name in METRICS]
+    if fabric.is_global_zero:
+        show(f"{pretrained.label}, {scenes.name}, {options.engine}{', frozen' * options.frozen}", scenes, result)
+        console.print(f"kept in {root / stage}; pictures: {root / stage / 'pictures.png'}", markup=False, soft_wrap=True)
+        if options.record:
+            record(rows, root, ROOT)
+    return rows
+
+
+def default_size(scenes: Scenes, patch: int | None) -> tuple[int, int]:
+    """(height, width) of crops: 512 x 512, or without a short side the size of the first image, rounded up to whole patches."""
+    if scenes.short_side is not None:
+        return (scenes.short_side, scenes.short_side)
+    width, height = scenes.pair(scenes.train, 0)[0].size
+    patch = patch or 1
+    return (-(-height // patch) * patch, -(-width // patch) * patch)
+
+
+def changes(pretrained: Pretrained, options: Options) -> dict[str, Any]:
+    """Options of the encoder besides those of its pre-training. One without positions (MP3) gets learned ones if it is trained."""
+    if options.protocol != "finetune":
+        return {}
+    learned = {"position": "learned"} if pretrained.recipe.encoder.get("position") == "none" else {}
+    return {"drop_path": DROP_PATH, **learned}
+
+
+def train(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View, options: Options) -> tuple[Segmenter, float]:
+    """Train a linear layer, with the encoder or alone. Returns the model and the hours."""
+    stage = options.stage
+    crops = Crops(
+        scenes,
+        size=view.size,
+        mean=view.mean,
+        std=view.std,
+        batch_size=device_batch(stage, fabric.world_size),
+        seed=options.seed,
+        device=fabric.device,
+        workers=options.workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        accumulate=stage.batch_size // (device_batch(stage, fabric.world_size) * fabric.world_size),
+    )
+    reseed(options.seed, 1)  # every encoder gets the same linear layer
+    model = Segmenter(encoder, len(scenes.classes), options.frozen)
+    more: dict = {"compile": options.compile, "checkpoint_seconds": options.checkpoint_seconds}
+    return fit(run, fabric, model, stage, crops, options.seed, **more)
+
+
+@torch.no_grad()
+def retrieve(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View, options: Options) -> tuple[Retrieval, float]:
+    """Remember patches of the training images. Returns the model and 0 hours. Raises DataError if no patch has a class."""
+    model = Retrieval(encoder, len(scenes.classes)).to(fabric.device).eval()
+    each = -(-MEMORY // len(scenes.train))
+    tokens, found = [], []
+    for index in range(len(scenes.train)):
+        image, class_HW = scenes.pair(scenes.train, index)
+        pixels, classes = view.read(image, fabric.device), view.read_classes(class_HW, image).to(fabric.device)
+        boxes = list(windows(classes.shape, view.size))
+        with fabric.autocast():
+            token_ND = torch.cat([model.tokens(pixels[:, :, rows, columns]) for rows, columns in boxes])
+        share_NK = torch.cat([shares(classes[None, rows, columns], encoder.grid, model.classes).flatten(0, 2) for rows, columns in boxes])
+        known_N = share_NK.sum(1).nonzero()[:, 0].cpu()
+        kept = known_N[torch.randperm(len(known_N), generator=generator(options.seed, index))[:each]].to(fabric.device)
+        tokens.append(token_ND[kept])
+        found.append(share_NK[kept])
+    model.remember(torch.cat(tokens), torch.cat(found))
+    if not len(model.key_RD):
+        raise DataError(f"no patch of {scenes.folder} has a class at half of its pixels: check the masks")
+    run.say(f"{len(model.key_RD)} patches of {len(scenes.train)} images are remembered")
+    return model, 0.0
+
+
+def describe(options: Options, scenes: Scenes, pretrained: Pretrained, view: View, precision: str) -> dict[str, Any]:
+    """All settings that determine the result."""
+    stage = {} if options.engine == "knn" else {"stage": as_json(options.stage)}
+    weights = "random" if pretrained.file is None else f"{pretrained.file.name}, sha256 {digest(pretrained.file)}"
+    encoder = {"paper": pretrained.paper, "recipe": pretrained.name, "arm": pretrained.arm, "overrides": pretrained.overrides}
+    images = {"name": scenes.name, "classes": len(scenes.classes), **scenes.identity}
+    shown = {"size": list(view.size), "mean": list(view.mean), "std": list(view.std), "short_side": view.short_side}
+    return {
+        "protocol": options.protocol,
+        "encoder": encoder | {"weights": weights},
+        "data": images,
+        "view": shown,
+        "seed": options.seed,
+        "precision": precision,
+        **stage,
+    }
+
+
+def row(
+    result: dict, metric: str, options: Options, scenes: Scenes, pretrained: Pretrained, encoder: ViT, settings: dict, root: Path
+) -> Row:
+    """A row of the ledger."""
+    stage = options.stage
+    size = "x".join(map(str, encoder.image_size))
+    facts = f"engine={options.engine} size={size} short_side={scenes.short_side}"
+    if options.engine != "knn":
+        steps = stage.epochs * (len(scenes.train) // stage.batch_size)
+        facts += f" epochs={stage.epochs} iterations={steps} batch={stage.batch_size} lr={stage.lr:g} layer_decay={stage.layer_decay}"
+    return Row(
+        date=result["date"],
+        commit=result["environment"]["commit"],
+        paper=pretrained.paper,
+        recipe=pretrained.name,
+        arm=pretrained.arm,
+        base_arm="",
+        overrides=pretrained.overrides,
+        encoder_file=pretrained.given,
+        split="",
+        data=scenes.name,
+        backbone=pretrained.recipe.backbone,
+        pretrain_epochs=pretrained.epochs,
+        seed=options.seed,
+        protocol=options.protocol,
+        start=pretrained.start,
+        metric=metric,
+        value=round(result[metric], 4),
+        device=result["environment"]["device"],
+        precision=settings["precision"],
+        hours=round(result["hours"], 5),
+        versions=result["environment"]["versions"],
+        settings=facts,
+        log=f"benchmarks/segmentation/logs/{root.name}.txt",
+        recipe_sha256=result["recipe_sha256"],
+    )
+
+
+def show(title: str, scenes: Scenes, result: dict) -> None:
+    """Print the scores."""
+    table = Table("Class", "IoU", title=title, caption="percent; a class without a pixel has none")
+    for name, value in zip(scenes.classes, result["iou"], strict=True):
+        table.add_row(name, "-" if value is None or value != value else f"{value:.1f}")
+    table.add_section()
+    for name in METRICS:
+        table.add_row({"miou": "mean IoU"}.get(name, name.replace("_", " ")), f"{result[name]:.2f}")
+    console.print(table, soft_wrap=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for a user error. After a signal it raises Stopped, which exits with 75."""
+    keep_freed_memory()
+    if "LOCAL_RANK" in os.environ:  # started by a launcher
+        stop_with_parent()
+    try:
+        segment(tyro.cli(Options, args=arguments, prog="python -m benchmarks.segmentation", description=__doc__, config=TYRO))
+    except Stopped:
+        console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
+        raise
+    except torch.OutOfMemoryError as error:
+        console.print(f"error: the memory of the GPU is too small ({error}): lower --device-batch", style="bold red", markup=False)
+        return 2
+    except USER_ERRORS as error:
+        console.print(f"error: {error}", style="bold red", markup=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    with stop_on_signals(exiting=True):
+        sys.exit(main())
