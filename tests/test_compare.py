@@ -209,7 +209,6 @@ def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeyp
     [
         (["--papers", "dropos"], "PAPERS='dropos' is not known; did you mean droppos?"),
         (["--evaluations", "kn"], "EVALUATIONS='kn' is not known; did you mean knn?"),
-        (["--arena", "cifar"], "--arena cifar is not known; did you mean cifar10?"),
         (["--budget", "image:5"], "BUDGET='image:5': did you mean images?"),
         (["--budget", "images:many"], "the amount is not a number above 0"),
         (["--budget", "images:150"], "two epochs of 240 images are the least"),
@@ -220,6 +219,11 @@ def test_bad_input_is_refused_before_anything_is_started(arguments, message, tmp
     assert main(["--device", "cpu", "--limit", "240", *arguments, "--out", str(tmp_path)]) == 2
     assert message in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_arena_is_refused_with_the_nearest():
+    with pytest.raises(RecipeError, match="--arena cifar is not known; did you mean cifar10"):
+        Options(arena="cifar")
 
 
 def test_an_encoder_of_another_size_is_refused_before_anything_is_started(tmp_path, capsys):
