@@ -41,9 +41,9 @@ def compared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "folder"])
-def test_all_methods_have_the_same_encoder_evaluations_and_epochs(data, tmp_path):
+def test_all_methods_have_the_same_encoder_evaluations_and_epochs(data):
     arena = choose_arena(data, "cpu")
-    methods = entries(data if data != "folder" else str(tmp_path))
+    methods = entries(arena)
     assert {"from scratch", "mae", "deit", "ijepa", "droppos", "mp3", "stop", "mapet", "positional_label, mae+rpl"} <= methods.keys()
     recipes = {name: enter(arena, entry, 10) for name, entry in methods.items()}
     assert len({(recipe.backbone, recipe.pretrain.epochs) for recipe in recipes.values()}) == 1
@@ -63,12 +63,23 @@ def test_a_folder_takes_part_in_a_named_arena_with_the_recipes_of_its_data(tmp_p
             Image.fromarray(image[0].numpy()).convert("RGB").save(tmp_path / split / str(label) / f"{index}.png")
     _, plan = prepare(Options(data=str(tmp_path), arena="digits", device="cpu", budget="images:480", limit=240, out=tmp_path / "runs"))
     assert plan.arena == "digits" and plan.epochs["droppos"] == 2
-    assert plan.methods["droppos"].recipe == entries("digits")["droppos"].recipe != entries(str(tmp_path))["droppos"].recipe
+    assert plan.methods["droppos"].recipe == entries(ARENAS["digits"])["droppos"].recipe != entries(ARENAS["folder"])["droppos"].recipe
+
+
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_decoders_and_rates_are_those_of_the_papers_recipes_for_an_encoder_of_this_size(name):
+    found, fitting = entries(ARENAS[name]), entries(ARENAS["digits"])
+    for method in ("mae", "droppos", "stop", "positional_label, mae+rpl"):
+        own, other = found[method].recipe, fitting[method].recipe
+        assert own.pretrain.lr / own.pretrain.batch_size == other.pretrain.lr / other.pretrain.batch_size
+        sizes = [key for key in ("decoder_width", "decoder_depth", "predictor_width", "init_std") if key in other.method]
+        assert sizes and all(own.method[key] == other.method[key] for key in sizes)
+        assert own.pretrain.augmentation != other.pretrain.augmentation
 
 
 def test_a_new_paper_takes_part_without_a_change_here(monkeypatch):
     monkeypatch.setattr("benchmarks.compare.arena.papers", lambda: ["droppos"])
-    assert list(entries("digits")) == ["from scratch", "mae", "deit", "ijepa", "droppos", "mae, half the lr"]
+    assert list(entries(ARENAS["digits"])) == ["from scratch", "mae", "deit", "ijepa", "droppos", "mae, half the lr"]
 
 
 def test_draws_of_labels_are_nested_and_the_same_for_all_seeds_and_methods():

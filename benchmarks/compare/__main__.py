@@ -115,7 +115,7 @@ def prepare(options: Options) -> tuple[Path, Plan]:
     device = make_fabric(options.device).device
     arena = choose_arena(options.arena or options.data, device.type, options.limit)
     data = arena.limited(open_data(options.data, options.data_root))
-    methods = entries(arena.data, options.papers, options.encoder)
+    methods = entries(arena, options.papers, options.encoder)
     if options.encoder is not None:
         encoder = enter(arena, [*methods.values()][-1], 2).build_encoder(data.channels)
         load_encoder(encoder, read_checkpoint(options.encoder), allow_unused=("cls_token",))

@@ -55,7 +55,7 @@ class Plan:
     @property
     def methods(self) -> dict[str, Entry]:
         """The entries by name."""
-        return entries(choose_arena(self.arena, self.device).data, self.papers, Path(self.encoder_file) if self.encoder_file else None)
+        return entries(choose_arena(self.arena, self.device), self.papers, Path(self.encoder_file) if self.encoder_file else None)
 
     def takes(self, protocol: str) -> bool:
         """Whether a protocol of the arena is requested."""
