@@ -164,14 +164,14 @@ def _recipes(module: ModuleType, arena: Arena) -> dict[tuple[str, str], Recipe]:
     for key in found.keys() & fitting.keys():
         own, other = found[key], fitting[key]
         sizes = {name: value for name, value in other.method.items() if name.endswith(("_width", "_depth", "_heads", "_std"))}
-        rate = {"base_lr": other.pretrain.base_lr, "lr_batch": other.pretrain.lr_batch}
+        rate: dict = {"base_lr": other.pretrain.base_lr, "lr_batch": other.pretrain.lr_batch}
         found[key] = replace(own, method=own.method | sizes, pretrain=replace(own.pretrain, **rate))
     return found
 
 
 def _listed(module: ModuleType, data: str) -> dict[tuple[str, str], Recipe]:
     """The recipes of a paper that take part for some data, by name and arm."""
-    paper, found = paper_name(module), {}
+    paper, found = paper_name(module), dict[tuple[str, str], Recipe]()
     data = data if data in module.DEFAULTS else "folder"
     for name, arm in getattr(module, "COMPARED", {}).get(data, [(None, None)]):
         arms = choose_arms(choose_recipe(module, data, name)[1], (arm,) if arm else ())

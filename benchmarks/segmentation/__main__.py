@@ -3,6 +3,7 @@
 python -m benchmarks.segmentation --paper droppos --checkpoint runs/droppos/... --data /datasets/ADEChallengeData2016
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -110,7 +111,7 @@ class Options:
         """The settings of the training."""
         base = FROZEN if self.frozen else replace(TUNED, layer_decay=self.layer_decay)
         length: dict = {"epochs": self.epochs, "warmup_epochs": min(base.warmup_epochs, self.epochs / 10)}
-        batches = {"batch_size": self.batch, "lr_batch": self.batch, "device_batch": self.device_batch}
+        batches: dict = {"batch_size": self.batch, "lr_batch": self.batch, "device_batch": self.device_batch}
         return replace(base, **length, **batches, base_lr=self.lr or base.base_lr)
 
 
@@ -130,7 +131,7 @@ def segment(options: Options) -> list[Row]:
     view = View(size, pretrained.mean, pretrained.std, scenes.short_side)
     root = options.out / "segmentation" / f"{pretrained.label}-{scenes.name}-seed{options.seed}"
     settings = once(fabric, lambda: describe(options, scenes, pretrained, view, str(fabric._precision.precision)))
-    stage = f"{options.protocol}-{pretrained.start}"
+    stage = f"{options.protocol}-{start(pretrained, options)}"
     with Run(root / stage, settings, fabric.device, main=fabric.is_global_zero) as run:
         result: Any = once(fabric, lambda: run.result)
         if result is None:
@@ -141,7 +142,10 @@ def segment(options: Options) -> list[Row]:
             scores = score(confusion(fabric, model, scenes, view))
             if run.main:
                 draw(fabric, model, scenes, view, run.directory / "pictures.png")
-            found = {name: getattr(scores, name) for name in METRICS} | {"iou": scores.iou, "hours": hours}
+            found = {name: getattr(scores, name) for name in METRICS} | {
+                "iou": [None if math.isnan(one) else one for one in scores.iou],
+                "hours": hours,
+            }
             result = once(fabric, lambda: run.finish(found))
     rows = [row(result, name, options, scenes, pretrained, encoder, settings, root) for name in METRICS]
     if fabric.is_global_zero:
@@ -150,6 +154,11 @@ def segment(options: Options) -> list[Row]:
         if options.record:
             record(rows, root, ROOT)
     return rows
+
+
+def start(pretrained: Pretrained, options: Options) -> str:
+    """As in the ledger: pretrained, scratch (random weights that are trained) or random (that stay frozen)."""
+    return "pretrained" if pretrained.file is not None else "scratch" if options.protocol == "finetune" else "random"
 
 
 def default_size(scenes: Scenes, patch: int | None) -> tuple[int, int]:
@@ -258,7 +267,7 @@ def row(
         pretrain_epochs=pretrained.epochs,
         seed=options.seed,
         protocol=options.protocol,
-        start=pretrained.start,
+        start=start(pretrained, options),
         metric=metric,
         value=round(result[metric], 4),
         device=result["environment"]["device"],
@@ -273,9 +282,11 @@ def row(
 
 def show(title: str, scenes: Scenes, result: dict) -> None:
     """Print the scores."""
-    table = Table("Class", "IoU", title=title, caption="percent; a class without a pixel has none")
+    table = Table(
+        "Class", "IoU", title=title, caption="percent; a class without a pixel has none", min_width=min(len(title), console.width)
+    )
     for name, value in zip(scenes.classes, result["iou"], strict=True):
-        table.add_row(name, "-" if value is None or value != value else f"{value:.1f}")
+        table.add_row(name, "-" if value is None else f"{value:.1f}")
     table.add_section()
     for name in METRICS:
         table.add_row({"miou": "mean IoU"}.get(name, name.replace("_", " ")), f"{result[name]:.2f}")

@@ -14,7 +14,7 @@ from benchmarks.segmentation.data import IGNORED, Scenes
 from benchmarks.segmentation.score import View, predict
 
 IMAGES = 4
-MOST = 20  # classes in the legend
+MOST = 20  # classes in the legend, and colours of tab20
 
 
 @torch.no_grad()
@@ -41,6 +41,6 @@ def draw(fabric: Fabric, model: nn.Module, scenes: Scenes, view: View, path: Pat
 def colours(classes: int) -> numpy.ndarray:
     """A colour for each value of a mask, (256, 3): black for IGNORED."""
     table = numpy.zeros((256, 3))
-    steps = matplotlib.colormaps["tab20" if classes <= 20 else "gist_rainbow"](numpy.linspace(0, 1, classes))[:, :3]
-    table[:classes] = numpy.array(matplotlib.colormaps["tab20"].colors)[:classes] if classes <= 20 else steps
+    places = numpy.arange(classes) if classes <= MOST else numpy.linspace(0, 1, classes)  # integers choose colours, in their order
+    table[:classes] = matplotlib.colormaps["tab20" if classes <= MOST else "gist_rainbow"](places)[:, :3]
     return table
