@@ -7,7 +7,7 @@ settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)'
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
-.PHONY: help setup tokens reproduce compare report submit status cancel test test-all test-slurm lint table verify-results speed
+.PHONY: help setup tokens reproduce compare segment report submit status cancel test test-all test-slurm lint table verify-results speed
 
 help:  ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,15 @@ help:  ## show this help
 #:   RUN=runs/droppos/digits-200ep-seed0   a run, or a comparison such as runs/compare/digits
 #:   DATA=/datasets/photographs            the images of the run, if they are in a folder
 #:
+#: Variables of make segment: PAPER, RECIPE, DEVICE, OUT as above, and
+#:   CKPT=runs/droppos/...      the folder of a run, which needs no PAPER, or a file with an encoder; default: random weights
+#:   DATA=/datasets/ade20k      ADE20K, Pascal VOC, or a folder with images/{train,val}, masks/{train,val} and classes.json
+#:   ENGINE=linear              linear, or knn: without training
+#:   FROZEN=1                   train only the linear layer
+#:   SIZE="512 512"             height and width of the crops in pixels
+#:   EPOCHS=32 BATCH=16 SEED=0  of the training
+#:   RECORD=1                   add the results to benchmarks/segmentation/results.csv
+#:
 #: make submit takes the variables of make reproduce and, for the jobs:
 #:   PAPER="droppos mp3"        one or several papers
 #:   PARTITION=gpu              partition of the cluster
@@ -71,6 +80,12 @@ compare: .venv/installed  ## all methods with one encoder, budget and set of eva
 	@$(python) -m benchmarks.compare $(if $(DATA),--data '$(DATA)') $(if $(PAPERS),--papers $(PAPERS)) $(if $(SEEDS),--seeds '$(SEEDS)') \
 	  $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EVALUATIONS),--evaluations $(EVALUATIONS)) $(if $(ENCODER),--encoder '$(ENCODER)') \
 	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(TABLE),--table) $(if $(RECORD),--record) $(ARGS)
+
+segment: .venv/installed  ## judge an encoder by semantic segmentation: benchmarks/segmentation/README.md
+	@$(python) -m benchmarks.segmentation $(if $(DATA),--data '$(DATA)') $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(if $(CKPT),--checkpoint '$(CKPT)') \
+	  $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ENGINE),--engine '$(ENGINE)') $(if $(FROZEN),--frozen) $(if $(SIZE),--size $(SIZE)) \
+	  $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(BATCH),--batch '$(BATCH)') $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)') \
+	  $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
 
 report: .venv/installed  ## write RUN/report.html, one page with the figures of a run or a comparison
 	@$(python) -m benchmarks.report '$(RUN)' $(if $(DATA),--data '$(DATA)') $(ARGS)

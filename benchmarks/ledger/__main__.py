@@ -16,6 +16,7 @@ import pandas
 from benchmarks.compare.scores import load as load_scores
 from benchmarks.compare.table import accuracies, caption, costs
 from benchmarks.compare.units import read_plan
+from benchmarks.ledger.downstream import DOWNSTREAM, downstream_table
 from benchmarks.ledger.overview import results_table, together_table
 from benchmarks.ledger.published import measured, published
 from benchmarks.ledger.rows import load
@@ -43,6 +44,8 @@ def pages(root: Path) -> dict[str, Tables]:
         path.parent.name: partial(comparison_table, path.parent) for path in sorted(root.glob("benchmarks/compare/*/scores.csv"))
     }
     found |= {"benchmarks/compare/README.md": compared} if compared else {}
+    for task in DOWNSTREAM:
+        found[f"benchmarks/{task}/README.md"] = {task: partial(downstream_table, task, root)}
     for name in [*papers(root), *baselines(root)]:
         tables, behind = found.setdefault(f"{folder(name, root)}/README.md", {}), f" {name}" * (folder(name, root) == BASELINES)
         tables |= {f"published{behind}": partial(published_table, name, root), f"measured{behind}": partial(measured_table, name, root)}

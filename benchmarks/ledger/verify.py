@@ -1,9 +1,10 @@
 """`make verify-results`: find every recorded number again in the committed log of its run, and refuse rows that cannot be checked.
 
-`python -m benchmarks.ledger.verify` reads the results.csv of every paper and of the baselines, the scores.csv of recorded comparisons, and
-their logs. A row is verified if one stage in its log ended on its day, took its hours, and says its value. Of a grid of classifiers the
-choice is made again from the accuracies in the log. What logs do not hold is only checked for presence: commit, seed, device, precision,
-versions, and settings other than those of linear probes. Rows until November 2026 may lack settings and recipe_sha256; these are counted.
+`python -m benchmarks.ledger.verify` reads the results.csv of every paper, of the baselines and of the downstream tasks, the scores.csv of
+recorded comparisons, and their logs. A row is verified if one stage in its log ended on its day, took its hours, and says its value. Of a
+grid of classifiers the choice is made again from the accuracies in the log. What logs do not hold is only checked for presence: commit,
+seed, device, precision, versions, and settings other than those of linear probes. Rows until November 2026 may lack settings and
+recipe_sha256; these are counted.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import pandas
 
 from benchmarks.compare.scores import KEY, unit_name
 from benchmarks.compare.scores import load as load_scores
+from benchmarks.ledger.downstream import DOWNSTREAM
 from benchmarks.ledger.rows import RUN, load
 from benchmarks.papers import BASELINES, ROOT, papers
 from common.evaluate import ON_TEST
@@ -166,7 +168,8 @@ def verify_comparison(folder: Path, root: Path) -> tuple[str, list[str]]:
 def verify(root: Path) -> tuple[list[str], list[str]]:
     """Check every ledger under `root`. Returns a line for each ledger, and one for each fault."""
     summaries, found = [], []
-    for home in [*papers(root), BASELINES.as_posix()]:
+    downstream = [f"benchmarks/{task}" for task in DOWNSTREAM if (root / "benchmarks" / task / "results.csv").exists()]
+    for home in [*papers(root), BASELINES.as_posix(), *downstream]:
         try:
             ledger = load(root / home / "results.csv")
         except ValueError as error:
