@@ -4,7 +4,7 @@ import math
 
 import torch
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -45,7 +45,8 @@ class Schedule:
 
     Warm-up: lr(t) = lr0 + (lr - lr0) t / w for t < w steps; w is at most T / 2, so that short test runs also decay. Then
     min_lr + (lr - min_lr)(1 + cos(pi (t - w) / (T - w))) / 2, where T is the number of steps in `epochs`; with `cosine_from_start`,
-    timm's default, t / T replaces (t - w) / (T - w). With `milestones`, 0.1x after each instead. The weight decay follows the same
+    timm's default, t / T replaces (t - w) / (T - w). With `linear_decay`, a line of t replaces the cosine; with `milestones`, 0.1x after
+    each. The weight decay follows the same
     cosine over T, from its value to the final one. From `freeze_epoch`, or by default from T on, t is constant (cool-down).
     """
 
@@ -58,6 +59,8 @@ class Schedule:
         if stage.milestones:  # timm applies milestones one step early
             steps = [epoch * steps_per_epoch + 1 for epoch in stage.milestones]
             self.rate: Scheduler = MultiStepLRScheduler(optimizer, steps, 0.1, **common)
+        elif stage.linear_decay:
+            self.rate = PolyLRScheduler(optimizer, self.total - warmup, power=1.0, lr_min=stage.min_lr, warmup_prefix=True, **common)
         else:
             start = 0 if stage.cosine_from_start else warmup
             self.rate = CosineLRScheduler(optimizer, self.total - start, lr_min=stage.min_lr, warmup_prefix=start > 0, **common)

@@ -54,6 +54,7 @@ class TrainConfig:
     min_lr: float = 0.0  # learning rate at the end of the half-cosine schedule
     cooldown_epochs: int = 0  # extra epochs after `epochs`, with learning rate and weight decay constant at their last values
     cosine_from_start: bool = False  # half-cosine from step 0, warm-up replaces its beginning; else the half-cosine starts after warm-up
+    linear_decay: bool = False  # after the warm-up the learning rate falls linearly to min_lr, instead of the half-cosine
     milestones: tuple[int, ...] = ()  # epochs after which the learning rate is divided by 10, instead of the half-cosine
     optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; LARS and SGD (Nesterov) use the first as momentum

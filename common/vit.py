@@ -4,6 +4,7 @@ Shapes: B images, C channels, P patch side, N patches, M kept patches, T tokens 
 H heads, K keys.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -246,6 +247,17 @@ class ViT(nn.Module):
         if not 1 <= count <= len(self.blocks):
             raise ValueError(f"the last {count} blocks were requested; this encoder has {len(self.blocks)}: choose 1 to {len(self.blocks)}")
         return self._encode(self._place(images_BCHW), count=count)
+
+    def levels(self, images_BCHW: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Return the tokens (B, T, D) after the blocks of these numbers, from 0, without the final norm: levels of a feature pyramid."""
+        x_BTD, found = self._place(images_BCHW), []
+        if self.cls_token is not None:
+            x_BTD = torch.cat([self.first_token.to(x_BTD.dtype).expand(x_BTD.shape[0], -1, -1), x_BTD], dim=1)
+        for number in range(max(blocks) + 1):
+            x_BTD = self.blocks[number](x_BTD)
+            if number in blocks:
+                found.append(x_BTD)
+        return found
 
     def _place(self, images_BCHW: Tensor, keep_BM: Tensor | None = None) -> Tensor:
         """Return patch tokens, each with the position embedding of its cell added."""

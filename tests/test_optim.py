@@ -107,6 +107,13 @@ def test_the_lr_depends_only_on_the_step():
     assert rates(STAGE, steps) == [rates(STAGE, [step])[0] for step in steps]
 
 
+def test_with_linear_decay_the_lr_falls_in_a_line_after_the_warm_up():
+    stage = replace(FINETUNE, linear_decay=True, min_lr=1e-5)
+    found = rates(stage, [0, 2.5, 5, 52.5, 100])
+    middle = (stage.lr + 1e-5) / 2
+    assert found == pytest.approx([0, stage.lr / 2, stage.lr, middle, 1e-5], rel=1e-6)
+
+
 def test_a_run_shorter_than_its_warm_up_still_decays_to_zero():
     short = replace(STAGE, epochs=6)
     assert rates(short, [0, 1.5, 3, 4.5, 6]) == pytest.approx([0, 1.2e-3, 2.4e-3, 1.2e-3, 0], abs=1e-12)

@@ -24,6 +24,7 @@ from benchmarks.segmentation.crops import MOST, Crops
 from benchmarks.segmentation.data import IGNORED, open_scenes
 from benchmarks.segmentation.linear import Retrieval, Segmenter, shares
 from benchmarks.segmentation.score import View, predict, score, windows
+from benchmarks.segmentation.upernet import UPerNet, pixel_loss
 from common.data import DataError
 from common.method import Output
 from common.recipe import RecipeError
@@ -170,6 +171,51 @@ def test_a_frozen_encoder_does_not_change_and_has_no_stochastic_depth():
     assert torch.equal(first.loss, second.loss)
     first.loss.backward()
     assert [name for name, value in model.named_parameters() if value.grad is not None] == ["head.weight", "head.bias"]
+
+
+def test_the_tokens_of_levels_are_those_between_the_blocks():
+    torch.manual_seed(0)
+    encoder = vit("micro", image_size=16, patch_size=8, depth=4).eval()
+    images = torch.randn(2, 3, 16, 16)
+    first, last = encoder.levels(images, (1, 3))
+    torch.testing.assert_close(encoder.norm(last), encoder(images))
+    torch.testing.assert_close(encoder.norm(first), encoder.last_blocks(images, 3)[0])
+
+
+def test_upernet_has_the_pyramid_of_mmsegmentation_and_its_loss():
+    pytest.importorskip("mmseg", reason="the extra seg is not installed")
+    from mmseg.models.losses import CrossEntropyLoss
+
+    torch.manual_seed(0)
+    model = UPerNet(vit("micro", image_size=(32, 64), patch_size=16, depth=6), 5)
+    assert model.blocks == (1, 2, 3, 5) and UPerNet(vit("micro", image_size=16, depth=12), 5).blocks == (3, 5, 7, 11)
+    images, classes = torch.randn(2, 3, 32, 64), torch.randint(0, 5, (2, 32, 64)).to(torch.uint8)
+    classes[0, :7] = IGNORED
+    output = model(images, classes)
+    assert output.named["logits"].shape == (2, 5, 8, 16) and output.weight is None
+    pixels = nn.functional.interpolate(output.named["logits"], size=(32, 64), mode="bilinear")
+    wanted = CrossEntropyLoss()(pixels, classes.long(), ignore_index=IGNORED)  # over all pixels, as in the published runs
+    assert pixel_loss(output.named["logits"], classes).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert output.loss > wanted  # with the auxiliary head
+
+
+def test_windows_are_those_of_mmsegmentation():
+    segmentors = pytest.importorskip("mmseg.models.segmentors", reason="the extra seg is not installed")
+    head = {"type": "FCNHead", "in_channels": 3, "channels": 3, "num_convs": 0, "num_classes": 3, "concat_input": False}
+    cut = {"mode": "slide", "crop_size": (16, 24), "stride": (10, 16)}
+    whole = segmentors.EncoderDecoder(backbone={"type": "ResNet", "depth": 18}, decode_head=head, train_cfg={}, test_cfg=cut)
+    seen = []
+    whole.encode_decode = lambda crop, _: seen.append(tuple(crop[0, 0, 0, :1].int().tolist())) or crop
+    corners = torch.arange(50 * 70).view(1, 1, 50, 70).expand(1, 3, 50, 70).float()
+    whole.slide_inference(corners, [{"img_shape": (50, 70)}])
+    assert seen == [(rows.start * 70 + columns.start,) for rows, columns in windows((50, 70), (16, 24))]
+
+
+def test_without_mmsegmentation_its_engine_says_what_to_install(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mmseg.models.decode_heads", None)
+    given = ["--data", str(folder), "--paper", "mae", "--recipe", "cifar10", "--batch", "2", "--device", "cpu", "--epochs", "1"]
+    assert main([*given, "--set", "size=micro", "--engine", "mmseg", "--out", str(folder / "runs")]) == 2
+    assert "ENGINE=mmseg needs mmsegmentation" in capsys.readouterr().out
 
 
 def test_patches_find_themselves_in_memory():

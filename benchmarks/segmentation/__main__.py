@@ -14,6 +14,7 @@ import torch
 import tyro
 from lightning.fabric import Fabric
 from rich.table import Table
+from torch import nn
 
 from benchmarks.ledger.rows import Row, record
 from benchmarks.papers import ROOT
@@ -24,6 +25,7 @@ from benchmarks.segmentation.data import Scenes, open_scenes
 from benchmarks.segmentation.linear import Retrieval, Segmenter, shares
 from benchmarks.segmentation.pictures import draw
 from benchmarks.segmentation.score import View, confusion, score, windows
+from benchmarks.segmentation.upernet import UPerNet
 from common import keep_freed_memory
 from common.data import DataError
 from common.data.workers import default_workers
@@ -40,7 +42,8 @@ from common.vit import ViT
 # AdamW as MAE fine-tunes ViT-B on ADE20K (layer decay 0.65); 32 epochs of 16 crops, as in arXiv 2404.12172: 40,000 steps of ADE20K.
 TUNED = TrainConfig(epochs=32, batch_size=16, base_lr=1e-4, lr_batch=16, warmup_epochs=1, layer_decay=0.65, device_batch=16)
 FROZEN = replace(TUNED, base_lr=1e-3, layer_decay=None)  # only the linear layer is trained
-DROP_PATH = 0.1  # as MAE on ADE20K
+# As MAE fine-tunes on ADE20K: 127 epochs are 160,000 steps, 1.2 of them warm-up. For ViT-L its layer decay is 0.75, its drop_path 0.2.
+UPERNET = replace(TUNED, epochs=127, warmup_epochs=1.2, linear_decay=True)
 MEMORY = 100_000  # patches of the training images that ENGINE=knn remembers
 METRICS = ("miou", "mean_accuracy", "pixel_accuracy")
 
@@ -59,14 +62,14 @@ class Options:
     """Recipe of the paper that says how the encoder is built; by default that for ImageNet."""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """Override a setting of that recipe; repeatable: --set encoder.depth=24."""
-    engine: Literal["linear", "knn"] = "linear"
-    """linear: a linear layer on the patch tokens. knn: the classes of the most similar training patches, without training."""
+    engine: Literal["linear", "knn", "mmseg"] = "linear"
+    """linear: a linear layer on the patch tokens. knn: the classes of the most similar training patches. mmseg: UPerNet."""
     frozen: bool = False
     """Train only the linear layer."""
     size: tuple[int, int] | None = None
     """Height and width of crops and windows in pixels; by default 512 x 512, in a folder of your own the size of its first image."""
-    epochs: int = TUNED.epochs
-    """Epochs of the training."""
+    epochs: int | None = None
+    """Epochs of the training; by default 32, with mmseg 127."""
     batch: int = TUNED.batch_size
     """Crops per step."""
     device_batch: int = TUNED.device_batch
@@ -75,6 +78,8 @@ class Options:
     """Learning rate of a step; by default 1e-4, frozen 1e-3."""
     layer_decay: float = 0.65
     """Factor on the learning rate per layer below the head; ignored if frozen."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; ignored if frozen."""
     seed: int = 0
     """Of the linear layer, random weights, and the order and crops of the images."""
     limit: int | None = None
@@ -98,19 +103,22 @@ class Options:
         for name in ("epochs", "batch", "device_batch", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecipeError(f"{name.upper()}={value} is less than 1; give a whole number from 1 up")
+        if self.frozen and self.engine == "mmseg":
+            raise RecipeError("FROZEN=1 and ENGINE=mmseg: only ENGINE=linear has a frozen encoder")
         if self.size is not None and min(self.size) < 1:
             raise RecipeError(f"SIZE={self.size[0]} {self.size[1]}: give the height and the width in pixels")
 
     @property
     def protocol(self) -> str:
         """The name in the results."""
-        return "knn" if self.engine == "knn" else "linear" if self.frozen else "finetune"
+        return {"knn": "knn", "mmseg": "upernet", "linear": "linear" if self.frozen else "finetune"}[self.engine]
 
     @property
     def stage(self) -> TrainConfig:
         """The settings of the training."""
-        base = FROZEN if self.frozen else replace(TUNED, layer_decay=self.layer_decay)
-        length: dict = {"epochs": self.epochs, "warmup_epochs": min(base.warmup_epochs, self.epochs / 10)}
+        base = FROZEN if self.frozen else replace(UPERNET if self.engine == "mmseg" else TUNED, layer_decay=self.layer_decay)
+        epochs = self.epochs or base.epochs
+        length: dict = {"epochs": epochs, "warmup_epochs": min(base.warmup_epochs, epochs / 10)}
         batches: dict = {"batch_size": self.batch, "lr_batch": self.batch, "device_batch": self.device_batch}
         return replace(base, **length, **batches, base_lr=self.lr or base.base_lr)
 
@@ -158,7 +166,7 @@ def segment(options: Options) -> list[Row]:
 
 def start(pretrained: Pretrained, options: Options) -> str:
     """As in the ledger: pretrained, scratch (random weights that are trained) or random (that stay frozen)."""
-    return "pretrained" if pretrained.file is not None else "scratch" if options.protocol == "finetune" else "random"
+    return "pretrained" if pretrained.file is not None else "random" if options.frozen or options.engine == "knn" else "scratch"
 
 
 def default_size(scenes: Scenes, patch: int | None) -> tuple[int, int]:
@@ -172,14 +180,14 @@ def default_size(scenes: Scenes, patch: int | None) -> tuple[int, int]:
 
 def changes(pretrained: Pretrained, options: Options) -> dict[str, Any]:
     """Options of the encoder besides those of its pre-training. One without positions (MP3) gets learned ones if it is trained."""
-    if options.protocol != "finetune":
+    if options.frozen or options.engine == "knn":
         return {}
     learned = {"position": "learned"} if pretrained.recipe.encoder.get("position") == "none" else {}
-    return {"drop_path": DROP_PATH, **learned}
+    return {"drop_path": options.drop_path, **learned}
 
 
-def train(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View, options: Options) -> tuple[Segmenter, float]:
-    """Train a linear layer, with the encoder or alone. Returns the model and the hours."""
+def train(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View, options: Options) -> tuple[nn.Module, float]:
+    """Train a linear layer, with the encoder or alone, or UPerNet. Returns the model and the hours."""
     stage = options.stage
     crops = Crops(
         scenes,
@@ -195,7 +203,8 @@ def train(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View, op
         accumulate=stage.batch_size // (device_batch(stage, fabric.world_size) * fabric.world_size),
     )
     reseed(options.seed, 1)  # every encoder gets the same linear layer
-    model = Segmenter(encoder, len(scenes.classes), options.frozen)
+    count = len(scenes.classes)
+    model = UPerNet(encoder, count) if options.engine == "mmseg" else Segmenter(encoder, count, options.frozen)
     more: dict = {"compile": options.compile, "checkpoint_seconds": options.checkpoint_seconds}
     return fit(run, fabric, model, stage, crops, options.seed, **more)
 
