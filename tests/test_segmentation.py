@@ -202,7 +202,7 @@ def test_upernet_has_the_pyramid_of_mmsegmentation_and_its_loss():
 def test_windows_are_those_of_mmsegmentation():
     segmentors = pytest.importorskip("mmseg.models.segmentors", reason="the extra seg is not installed")
     head = {"type": "FCNHead", "in_channels": 3, "channels": 3, "num_convs": 0, "num_classes": 3, "concat_input": False}
-    cut = {"mode": "slide", "crop_size": (16, 24), "stride": (10, 16)}
+    cut = pytest.importorskip("mmengine").ConfigDict(mode="slide", crop_size=(16, 24), stride=(10, 16))
     whole = segmentors.EncoderDecoder(backbone={"type": "ResNet", "depth": 18}, decode_head=head, train_cfg={}, test_cfg=cut)
     seen = []
     whole.encode_decode = lambda crop, _: seen.append(tuple(crop[0, 0, 0, :1].int().tolist())) or crop
