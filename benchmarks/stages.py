@@ -26,7 +26,7 @@ from common.files import digest
 from common.method import Source
 from common.processes import once
 from common.randomness import reseed
-from common.recipe import Protocol, Recipe, as_json
+from common.recipe import Protocol, Recipe, as_json, without_later
 from common.run import Run, write_text
 from common.stopping import stop_if_requested
 from common.train import device_batch, fit, make_loader
@@ -35,7 +35,6 @@ UNTRAINED = ("scratch", "random", "pixels")  # the baselines
 # Fields of Protocol that the recipe.json of earlier runs lacks. With their defaults they are left out of the settings, so that such runs
 # are still accepted.
 ADDED = ("label_seed", "shuffle_test", "images")
-LATER = {"linear_decay": False}  # the same of TrainConfig, with its default
 
 
 @dataclass
@@ -264,7 +263,6 @@ class Stages:
     def settings(self, protocol: Protocol | None, start: str) -> dict:
         """All settings that determine the result of a stage. Data and files are identified by their content, not only by name."""
         asked = as_json(self.recipe)
-        asked["pretrain"] = {name: value for name, value in asked["pretrain"].items() if LATER.get(name, ...) != value}
         del asked["protocols"], asked["arms"]  # a change to one evaluation does not affect the others
         files = {name: value for name, value in self.recipe.method.items() if isinstance(value, str) and Path(value).is_file()}
         named: dict = {f"method.{name}": value for name, value in files.items()}
@@ -278,10 +276,8 @@ class Stages:
         settings |= {"split": self.data.split} if self.data.split else {}
         if protocol is not None:
             chosen = as_json(protocol)
-            if protocol.stage is not None:
-                chosen["stage"] = {name: value for name, value in chosen["stage"].items() if LATER.get(name, ...) != value}
             settings["protocol"] = {name: value for name, value in chosen.items() if name not in ADDED or value != getattr(Protocol, name)}
-        return settings
+        return without_later(settings)
 
     def row(self, result: dict, protocol: str, start: str, hours: float, value: float, metric: str, settings: str = "") -> Row:
         """A row of the ledger, with the commit, date and device of the time when the stage ran, possibly before this call."""

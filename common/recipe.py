@@ -302,6 +302,17 @@ def as_json(recipe: Recipe | TrainConfig | Protocol) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
+LATER = {"linear_decay": False}  # settings of TrainConfig that earlier runs lack, with what they did
+
+
+def without_later(settings: Any) -> Any:
+    """Settings as JSON, without those of LATER that have these values: so earlier runs and arenas keep their identity."""
+    if isinstance(settings, dict):
+        kept = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
+        return {name: without_later(value) for name, value in kept.items()}
+    return [without_later(value) for value in settings] if isinstance(settings, list) else settings
+
+
 # Names of settings until November 2026, and their current names.
 RENAMED = {
     "drops": "milestones",

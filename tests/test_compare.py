@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks.compare import __main__ as program
-from benchmarks.compare.__main__ import Options, main, prepare, read_budget
+from benchmarks.compare.__main__ import RECORDS, Options, main, prepare, read_budget
 from benchmarks.compare.arena import ARENAS, choose_arena, enter, entries
 from benchmarks.compare.scores import add, load
 from benchmarks.compare.table import accuracies
@@ -75,6 +75,11 @@ def test_decoders_and_rates_are_those_of_the_papers_recipes_for_an_encoder_of_th
         sizes = [key for key in ("decoder_width", "decoder_depth", "predictor_width", "init_std") if key in other.method]
         assert sizes and all(own.method[key] == other.method[key] for key in sizes)
         assert own.pretrain.augmentation != other.pretrain.augmentation
+
+
+def test_the_arena_of_the_recorded_comparison_is_still_the_same():
+    recorded = json.loads((RECORDS / "digits" / "plan.json").read_text())
+    assert ARENAS["digits"].hash == recorded["hash"]
 
 
 def test_a_new_paper_takes_part_without_a_change_here(monkeypatch):

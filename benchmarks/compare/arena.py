@@ -11,7 +11,18 @@ from typing import Any
 from benchmarks.papers import baselines, choose_recipe, paper_module, paper_name, papers
 from common.data import Augmentation, Data
 from common.files import digest
-from common.recipe import DEIT_CROPS, LOCATION, MAE_FINETUNE, Protocol, Recipe, RecipeError, TrainConfig, choose_arms, nearest
+from common.recipe import (
+    DEIT_CROPS,
+    LOCATION,
+    MAE_FINETUNE,
+    Protocol,
+    Recipe,
+    RecipeError,
+    TrainConfig,
+    choose_arms,
+    nearest,
+    without_later,
+)
 
 REFERENCES = ("from scratch", "mae")  # what the differences are from
 # The data whose recipes are made for an encoder of this size: decoders, initial values and learning rates follow the encoder, not the data.
@@ -40,7 +51,7 @@ class Arena:
     @property
     def hash(self) -> str:
         """Identifies the arena in its ledger."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(without_later(dataclasses.asdict(self)), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def data(self) -> str:

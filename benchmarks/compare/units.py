@@ -26,7 +26,7 @@ from benchmarks.speed.steps import gflop_per_image
 from benchmarks.stages import Stages
 from common import keep_freed_memory
 from common.data import open_data
-from common.recipe import Recipe, as_json
+from common.recipe import Recipe, as_json, without_later
 from common.run import console, write_text
 from common.stopping import stop_on_signals, stop_with_parent
 from common.train import make_fabric
@@ -145,7 +145,7 @@ def _costs(stages: Stages, entry: Entry, shared: dict[str, Any]) -> Iterator[Sco
 
 def digest(recipe: Recipe) -> str:
     """12 hexadecimal digits that identify a recipe."""
-    return hashlib.sha256(json.dumps(as_json(recipe), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(without_later(as_json(recipe)), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _score(found: dict[str, Any]) -> Score:
