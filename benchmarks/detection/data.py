@@ -271,7 +271,7 @@ def jitter(image: Image.Image, masks_KHW: numpy.ndarray, classes_K: numpy.ndarra
     if flip < 0.5:  # only the image within the square is mirrored, so that the padding stays to the right
         square[:, :, : inner[0]] = square[:, :, : inner[0]].flip(2)
         masks_KSS[:, :, : inner[0]] = masks_KSS[:, :, : inner[0]].flip(2)
-    seen_K = masks_KSS.flatten(1).any(1) if len(masks_KSS) else torch.zeros(0, dtype=torch.bool)
+    seen_K = masks_KSS.flatten(1).bool().any(1)
     masks_KSS = masks_KSS[seen_K]
     labels_K = torch.from_numpy(classes_K)[seen_K] + 1
     return square, {"boxes": boxes_of(masks_KSS), "labels": labels_K, "masks": masks_KSS, "size": (inner[1], inner[0])}

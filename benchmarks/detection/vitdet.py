@@ -42,11 +42,8 @@ class WindowedViT(nn.Module):
         self.grid, self.width, self.channels, self.window = vit.grid, vit.width, vit.channels, window
         self.global_blocks = {(part + 1) * depth // global_blocks - 1 for part in range(global_blocks)}
         self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
-        positions = None if vit.pos_embed is None else vit.patch_positions.detach().clone()
-        if isinstance(vit.pos_embed, nn.Parameter):
-            self.pos_embed: Tensor | None = nn.Parameter(positions)
-        else:
-            self.pos_embed = None if positions is None else nn.Buffer(positions)
+        # trained even where the pre-training keeps them fixed, as in ViTDet
+        self.pos_embed = None if vit.pos_embed is None else nn.Parameter(vit.patch_positions.detach().clone())
         if relative_positions:
             grids = [vit.grid if number in self.global_blocks else (window, window) for number in range(depth)]
             pairs = zip(self.blocks, grids, strict=True)
