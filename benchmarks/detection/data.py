@@ -251,7 +251,7 @@ def _pixels(image: Image.Image) -> Tensor:
 def jitter(image: Image.Image, masks_KHW: numpy.ndarray, classes_K: numpy.ndarray, size: int, colour: Tensor) -> tuple[Tensor, Target]:
     """Large-scale jitter: scale the image by 0.1 to 2 of what fits, crop or pad it to a square of `size` pixels, flip half of them.
 
-    Draws from torch's global generator. Returns pixels (3, S, S) uint8 and the target: boxes (K, 4) float32, as left, top, right, bottom of
+    Draws from torch's global generator. Returns pixels (3, S, S) uint8 and the target: boxes (K, 4) int64, as left, top, right, bottom of
     what is visible of the masks; labels (K,) int64 from 1 up; masks (K, S, S) uint8; size, the (height, width) of what is not padding.
     Objects of which no pixel is left are not in it.
     """
@@ -278,13 +278,13 @@ def jitter(image: Image.Image, masks_KHW: numpy.ndarray, classes_K: numpy.ndarra
 
 
 def boxes_of(masks_KHW: Tensor) -> Tensor:
-    """The smallest boxes (K, 4) float32 around masks that are not empty: left, top, right, bottom, where pixel 0 is from 0 to 1."""
+    """The smallest boxes (K, 4) int64 around masks that are not empty: left, top, right, bottom, where pixel 0 is from 0 to 1."""
     ends = []
     for line in (masks_KHW.any(1), masks_KHW.any(2)):  # columns, rows
         first = line.float().argmax(1)
         last = line.shape[1] - line.flip(1).float().argmax(1)
         ends.append((first, last))
-    return torch.stack([ends[0][0], ends[1][0], ends[0][1], ends[1][1]], 1).float()
+    return torch.stack([ends[0][0], ends[1][0], ends[0][1], ends[1][1]], 1)
 
 
 @dataclass(eq=False)

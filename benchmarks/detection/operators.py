@@ -24,6 +24,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return torch.stack(kept) if kept else order
 
 
+@torch.autocast("cpu", enabled=False)  # the compiled operator computes in float32 too
 def roi_align(
     input: Tensor,
     boxes: Tensor | list[Tensor],

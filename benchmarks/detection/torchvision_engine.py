@@ -76,7 +76,8 @@ class Detector(nn.Module):
         (K,) and masks (K, 1, 28, 28) within the boxes.
         """
         maps = {name: level.float() for name, level in self.backbone(images).items()}
-        given = targets if self.training else None
+        # boxes come as whole pixels, because bf16-mixed would round them
+        given = [{**own, "boxes": own["boxes"].float()} for own in targets] if self.training else None
         proposals, losses = self.rpn(ImageList(images, [own["size"] for own in targets]), maps, given)
         square = [(images.shape[2], images.shape[3])] * len(images)  # the strides of the maps are computed from it
         found, more = self.roi_heads(maps, proposals, square, given)
