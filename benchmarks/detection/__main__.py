@@ -134,6 +134,8 @@ class Options:
 def detection(options: Options) -> list[Row]:
     """Train and evaluate, print the scores, and return the rows."""
     fabric = make_fabric(options.device, options.precision)
+    if options.engine == "detectron2" and fabric.device.type == "cpu":
+        fabric = make_fabric("cpu", "32-true")  # its loop has mixed precision only for GPUs
     fabric.launch()
     data = open_detections(options.data)
     data = data.limited(options.limit) if options.limit else data
@@ -206,11 +208,11 @@ def with_detectron2(
     if fabric.world_size > 1:
         raise RunError("ENGINE=detectron2 runs in one process here: use one GPU, or ENGINE=torchvision")
     view: dict = {"size": options.image_size, "mean": pretrained.mean, "std": pretrained.std}
-    scores, found = detectron2_engine.train(
-        run, backbone, data, stage, **view, size_name=pretrained.recipe.size, seed=options.seed, workers=options.workers, fabric=fabric
-    )
-    draw(data, found, run.directory / "pictures.png")
-    return scores
+    work: dict = {"seed": options.seed, "workers": options.workers, "checkpoint_seconds": options.checkpoint_seconds}
+    model, hours = detectron2_engine.train(fabric, run, backbone, data, stage, **view, **work)
+    scores = detectron2_engine.evaluate(model, data, options.image_size)
+    draw(data, [detectron2_engine.detect(model, data, photo, options.image_size) for photo in chosen(data)], run.directory / "pictures.png")
+    return scores | {"hours": hours}
 
 
 def describe(options: Options, stage: TrainConfig, data: Detections, pretrained: Pretrained, precision: str) -> dict[str, Any]:

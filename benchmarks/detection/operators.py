@@ -69,5 +69,5 @@ def _weights(start_R: Tensor, end_R: Tensor, bins: int, size: int, sampling_rati
 
 
 if not LOADED:
-    torchvision.ops.boxes.nms = nms
-    torchvision.ops.poolers.roi_align = roi_heads.roi_align = roi_align
+    torchvision.ops.boxes.nms = torchvision.ops.nms = nms
+    torchvision.ops.poolers.roi_align = torchvision.ops.roi_align = roi_heads.roi_align = roi_align
