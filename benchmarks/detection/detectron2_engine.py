@@ -114,7 +114,7 @@ def config(
         L(transforms.FixedSizeCrop)(crop_size=(size, size), pad=False),
     ]
     found.dataloader = L(build_detection_train_loader)(
-        dataset=[as_record(photo, data) for photo in data.train],
+        dataset=L(partial(records, data))(),  # a list would be converted to a configuration, entry by entry
         mapper=L(DatasetMapper)(
             is_train=True,
             augmentations=jitter,
@@ -140,20 +140,25 @@ def rate_factor(name: str, depth: int, decay: float) -> float:
     return decay ** (depth + 1 - layer)
 
 
-def as_record(photo: Photo, data: Detections) -> dict:
-    """An image and its objects in detectron2's format."""
-    objects = [
-        {
-            "bbox": found["bbox"],
-            "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": data.categories.index(found["category_id"]),
-            "segmentation": found["segmentation"],
-            "iscrowd": 0,
-        }
-        for found in photo.objects
-        if trained(found, photo)
-    ]
-    return {"file_name": photo.path, "height": photo.height, "width": photo.width, "image_id": photo.number, "annotations": objects}
+def records(data: Detections) -> list[dict]:
+    """The training images and their objects in detectron2's format."""
+    place = {category: index for index, category in enumerate(data.categories)}
+    found = []
+    for photo in data.train:
+        objects = [
+            {
+                "bbox": own["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": place[own["category_id"]],
+                "segmentation": own["segmentation"],
+                "iscrowd": 0,
+            }
+            for own in photo.objects
+            if trained(own, photo)
+        ]
+        size = {"height": photo.height, "width": photo.width}
+        found.append({"file_name": photo.path, "image_id": photo.number, "annotations": objects, **size})
+    return found
 
 
 class _Keeper(HookBase):
