@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 
 pytest.importorskip("pycocotools", reason='pycocotools is not installed: pip install -e ".[det]"')
 
+# ruff: noqa: E402
 from benchmarks.detection.__main__ import Options, main
 from benchmarks.detection.data import Crops, check_sizes, encoded, jitter, open_detections, trained
 from benchmarks.detection.operators import nms, roi_align
@@ -24,6 +26,7 @@ from benchmarks.detection.torchvision_engine import Detector, score
 from benchmarks.detection.vitdet import SimpleFeaturePyramid, WindowedViT
 from benchmarks.ledger.rows import load
 from common.data import DataError
+from common.optim import make_optimizer
 from common.recipe import RecipeError
 from common.train import EXIT_STOPPED
 from common.vit import vit
@@ -188,7 +191,9 @@ def test_draws_depend_only_on_seed_epoch_and_image(tmp_path):
     parts = [(image, target) for images, targets in again.epoch(3, start=1) for image, target in zip(images, targets, strict=True)]
     for (image, target), (other, same) in zip(whole[2:], parts, strict=True):
         torch.testing.assert_close(image, other, rtol=0, atol=0)
-        assert target["size"] == same["size"] and torch.equal(target["masks"], same["masks"]) and torch.equal(target["boxes"], same["boxes"])
+        assert (
+            target["size"] == same["size"] and torch.equal(target["masks"], same["masks"]) and torch.equal(target["boxes"], same["boxes"])
+        )
     first = next(crops(folder, 4).epoch(4))[0]
     assert not torch.equal(torch.stack([image for image, _ in whole]), first)
 
@@ -303,8 +308,6 @@ def test_every_weight_learns_and_an_image_without_an_object_too(tmp_path):
 
 
 def test_layer_decay_falls_from_the_heads_to_the_patches():
-    from common.optim import make_optimizer
-
     model = detector()
     stage = Options(Path("x"), batch=2, epochs=2).stage("base", 4)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -326,11 +329,9 @@ def test_the_schedule_is_that_of_vitdet_for_base_and_large():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image-size", "100"], "IMAGE_SIZE=100 is not a multiple of 64, the stride of the last map: use 128"),
         (["--set", "patch_size=8"], "has patches of 8 pixels: detection needs 16"),
         (["--recipe", "digits"], "was trained on grey images|patches of"),
         (["--batch", "5"], "BATCH=5, but there are 4 training images"),
-        (["--epochs", "0"], "EPOCHS=0 is less than 1"),
         (["--checkpoint", "lost.pt"], "CKPT=lost.pt does not exist"),
         (["--data", "/lost"], "DATA=/lost is not a folder"),
     ],
@@ -338,8 +339,6 @@ def test_the_schedule_is_that_of_vitdet_for_base_and_large():
 def test_a_wrong_command_says_what_to_change(options, message, tmp_path, capsys):
     folder = write(tmp_path / "data")
     assert main([*SMALL, "--data", str(folder), "--out", str(tmp_path / "runs"), *options]) == 2
-    import re
-
     assert re.search(message, " ".join(capsys.readouterr().out.split()))
     assert not (tmp_path / "runs").exists()
 
@@ -355,6 +354,7 @@ def test_an_engine_that_is_not_installed_is_named_with_the_fix(tmp_path, capsys)
         pytest.skip("detectron2 is installed")
 
 
+@pytest.mark.slow
 def test_without_pycocotools_the_command_says_what_to_install(tmp_path):
     (tmp_path / "pycocotools.py").write_text("raise ModuleNotFoundError(\"No module named 'pycocotools'\", name='pycocotools')\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -403,6 +403,14 @@ def test_photos_of_coco_are_trained_scored_drawn_and_recorded(tmp_path, monkeypa
     assert "AP50" in capsys.readouterr().out
 
 
-def test_an_option_out_of_range_is_refused():
-    with pytest.raises(RecipeError, match="WINDOW=0 is less than 1"):
-        Options(Path("x"), window=0)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"window": 0}, "WINDOW=0 is less than 1"),
+        ({"epochs": 0}, "EPOCHS=0 is less than 1"),
+        ({"image_size": 100}, "IMAGE_SIZE=100 is not a multiple of 64, the stride of the last map: use 128"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(option, message):
+    with pytest.raises(RecipeError, match=message):
+        Options(Path("x"), **option)

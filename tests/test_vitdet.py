@@ -42,7 +42,9 @@ def test_attention_in_windows_is_attention_of_each_window_with_zeros_around_the_
         for top in (0, 3):
             for left in (0, 3):
                 tokens = padded[image, top : top + side, left : left + side].reshape(-1, 12)
-                padded[image, top : top + side, left : left + side] = plain_attention(attention, tokens, cells, relative).view(side, side, 12)
+                padded[image, top : top + side, left : left + side] = plain_attention(attention, tokens, cells, relative).view(
+                    side, side, 12
+                )
     torch.testing.assert_close(found, padded[:, :5, :4])
 
 

@@ -146,9 +146,7 @@ def open_detections(folder: Path) -> Detections:
         raise DataError(f"{files[0]} and {files[1]} have different categories: give both the same list")
     if not names[0]:
         raise DataError(f"{files[0]} has no categories")
-    train, val = (
-        _photos(content, path, home, names[0]) for content, path, home in zip(contents, files, homes, strict=True)
-    )
+    train, val = (_photos(content, path, home, names[0]) for content, path, home in zip(contents, files, homes, strict=True))
     used = tuple(photo for photo in train if any(trained(found, photo) for found in photo.objects))
     for path, some in zip(files, (used, [photo for photo in val if photo.objects]), strict=True):
         if not some:
@@ -188,17 +186,17 @@ def _photos(content: dict, path: Path, home: Path, names: dict[int, str]) -> tup
     where = f"in {path}"
     try:
         images = {each["id"]: each for each in content["images"]}
+        if len(images) < len(content["images"]):
+            twice = Counter(each["id"] for each in content["images"]).most_common(1)[0][0]
+            raise DataError(f"image id {twice} is there more than once {where}: give each image its own id")
         sizes = {number: (int(each["height"]), int(each["width"])) for number, each in images.items()}
         objects: dict[int, list[dict]] = {number: [] for number in images}
         for found in content["annotations"]:
             _check(found, images, sizes, names, where)
             objects[found["image_id"]].append(found)
-        twice = [number for number, count in Counter(each["id"] for each in content["images"]).items() if count > 1]
         photos = [Photo(str(home / images[n]["file_name"]), n, *sizes[n], tuple(objects[n])) for n in sorted(images)]
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a COCO annotation file: {error!r} is missing or of a wrong type") from error
-    if twice:
-        raise DataError(f"image id {twice[0]} is there more than once {where}: give each image its own id")
+        raise DataError(f"{path} is not a COCO annotation file: {error} is missing or of a wrong type") from error
     if absent := [photo.path for photo in photos if not Path(photo.path).exists()]:
         raise DataError(f"{path} names {len(photos)} images, and {len(absent)} of their files are absent, the first is {absent[0]}")
     return tuple(photos)
@@ -267,7 +265,9 @@ def jitter(image: Image.Image, masks_KHW: numpy.ndarray, classes_K: numpy.ndarra
     square[:, : inner[1], : inner[0]] = _pixels(image.resize(inner, Image.Resampling.BILINEAR, box=box))
     masks_KSS = torch.zeros(len(masks_KHW), size, size, dtype=torch.uint8)
     for place, mask_HW in zip(masks_KSS, masks_KHW, strict=True):
-        place[: inner[1], : inner[0]] = torch.from_numpy(numpy.array(Image.fromarray(mask_HW).resize(inner, Image.Resampling.NEAREST, box=box)))
+        place[: inner[1], : inner[0]] = torch.from_numpy(
+            numpy.array(Image.fromarray(mask_HW).resize(inner, Image.Resampling.NEAREST, box=box))
+        )
     if flip < 0.5:  # only the image within the square is mirrored, so that the padding stays to the right
         square[:, :, : inner[0]] = square[:, :, : inner[0]].flip(2)
         masks_KSS[:, :, : inner[0]] = masks_KSS[:, :, : inner[0]].flip(2)

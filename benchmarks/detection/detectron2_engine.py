@@ -236,7 +236,9 @@ def detect(model: nn.Module, data: Detections, photo: Photo, size: int) -> list[
     pixels, (height, width) = fitted(data.read(photo), size, mean_colour((0.0, 0.0, 0.0)))
     found = model([{"image": pixels[:, :height, :width].float(), "height": photo.height, "width": photo.width}])[0]["instances"].to("cpu")
     results = []
-    for box, value, place, mask_HW in zip(found.pred_boxes.tensor.tolist(), found.scores, found.pred_classes, found.pred_masks, strict=True):
+    for box, value, place, mask_HW in zip(
+        found.pred_boxes.tensor.tolist(), found.scores, found.pred_classes, found.pred_masks, strict=True
+    ):
         runs = coco_mask.encode(numpy.asfortranarray(mask_HW.numpy().astype(numpy.uint8)))
         left, top, right, bottom = box
         results.append(

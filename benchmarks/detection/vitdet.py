@@ -31,7 +31,9 @@ class WindowedViT(nn.Module):
     def __init__(self, vit: ViT, window: int = 14, global_blocks: int = 4, relative_positions: bool = True):
         super().__init__()
         if vit.patch_size != PATCH:
-            raise RecipeError(f"the encoder has patches of {vit.patch_size} pixels: detection needs {PATCH}, for the strides of its pyramid")
+            raise RecipeError(
+                f"the encoder has patches of {vit.patch_size} pixels: detection needs {PATCH}, for the strides of its pyramid"
+            )
         if vit.relative:
             raise RecipeError("the encoder has relative positions of all pairs of patches (position=relative), which do not fit windows")
         if window < 1:
