@@ -259,8 +259,9 @@ def jitter(image: Image.Image, masks_KHW: numpy.ndarray, classes_K: numpy.ndarra
     inner = min(size, width), min(size, height)
     left, top = round(right * (width - inner[0])), round(down * (height - inner[1]))
     # the part of the image that is visible, in its own pixels
-    box = left * image.width / width, top * image.height / height
-    box = (*box, min(image.width, (left + inner[0]) * image.width / width), min(image.height, (top + inner[1]) * image.height / height))
+    across, along = image.width / width, image.height / height
+    ends = min(image.width, (left + inner[0]) * across), min(image.height, (top + inner[1]) * along)
+    box = (left * across, top * along, *ends)
     square = colour[:, None, None].repeat(1, size, size)
     square[:, : inner[1], : inner[0]] = _pixels(image.resize(inner, Image.Resampling.BILINEAR, box=box))
     masks_KSS = torch.zeros(len(masks_KHW), size, size, dtype=torch.uint8)

@@ -35,8 +35,8 @@ def roi_align(
 ) -> Tensor:
     """RoIAlign (He et al. 2017, arXiv 1703.06870, section 3), with the arguments of torchvision: maps (B, C, H, W) to regions (R, C, P, P).
 
-    boxes: (R, 5), the first number is the index of the image, or a list of (R_b, 4) for each image. A sample is a product of weights of rows
-    and of columns, and so is a mean of samples: two matrix products give the result.
+    boxes: (R, 5), the first number is the index of the image, or a list of (R_b, 4) for each image. The weights of a sample,
+    and so of a mean of samples, are products of one for the row and one for the column: two matrix products give the result.
     With sampling_ratio <= 0 a bin has a sample for each cell that it covers, rounded up.
     """
     if not isinstance(boxes, Tensor):

@@ -151,7 +151,7 @@ def detect(
     pixels, inside = fitted(data.read(photo), size, mean_colour(mean))
     images = normalize(pixels[None].to(fabric.device), mean, std)
     with fabric.autocast():
-        found = model(images, [{"size": inside}]).named["found"][0]  # type: ignore[index]
+        found = model(images, [{"size": inside}]).named["found"][0]
     ratio = torch.tensor([photo.width / inside[1], photo.height / inside[0]] * 2)
     boxes_K4 = torchvision.ops.clip_boxes_to_image(found["boxes"].float().cpu() * ratio, (photo.height, photo.width))
     results = []

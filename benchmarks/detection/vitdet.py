@@ -1,9 +1,10 @@
-"""The backbone of ViTDet: a plain ViT with attention in windows, and a feature pyramid from its last map (Li et al. 2022, arXiv 2203.16527).
+"""The backbone of ViTDet (Li et al. 2022, arXiv 2203.16527): a plain ViT with attention in windows, and a pyramid from its last map.
 
 Shapes: B images, C channels, H x W pixels, h x w patches, D width, A heads, S side of a window, Q windows of all images.
 """
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.positions import resize_positions
 from common.recipe import RecipeError
-from common.vit import Block, ViT, patchify
+from common.vit import Attention, Block, ViT, patchify
 
 PATCH = 16  # pixels; the anchors and the strides of the pyramid are made for it
 LEVELS = ("p2", "p3", "p4", "p5", "p6")  # strides 4, 8, 16, 32 and 64
@@ -48,7 +49,7 @@ class WindowedViT(nn.Module):
         self.pos_embed = None if vit.pos_embed is None else nn.Parameter(vit.patch_positions.detach().clone())
         if relative_positions:
             grids = [vit.grid if number in self.global_blocks else (window, window) for number in range(depth)]
-            pairs = zip(self.blocks, grids, strict=True)
+            pairs: Any = zip(self.blocks, grids, strict=True)
             self.relative: nn.ModuleList | None = nn.ModuleList(RelativePositions(block.attn, grid) for block, grid in pairs)
         else:
             self.relative = None
@@ -63,8 +64,9 @@ class WindowedViT(nn.Module):
         if self.pos_embed is not None:
             x_BND = x_BND + (self.pos_embed if grid == self.grid else resize_positions(self.pos_embed, self.grid, grid, 0))
         x_BhwD = x_BND.unflatten(1, grid)
+        block: Any
         for number, block in enumerate(self.blocks):
-            relative = None if self.relative is None else self.relative[number]
+            relative: Any = None if self.relative is None else self.relative[number]
             side = None if number in self.global_blocks else self.window
             if block.grad_checkpointing and torch.is_grad_enabled():
                 x_BhwD = checkpoint(run_block, block, x_BhwD, side, relative, use_reentrant=False)
@@ -76,7 +78,7 @@ class WindowedViT(nn.Module):
 class RelativePositions(nn.Module):
     """Scores for the distance of two patches in rows and in columns, from the query; the heads share them. A table has 2 side - 1 rows."""
 
-    def __init__(self, attention: nn.Module, grid: tuple[int, int]):
+    def __init__(self, attention: Attention, grid: tuple[int, int]):
         super().__init__()
         width = attention.qkv.in_features // attention.heads
         self.rows = nn.Parameter(torch.zeros(2 * grid[0] - 1, width))
@@ -104,7 +106,7 @@ def run_block(block: Block, x_BhwD: Tensor, window: int | None, relative: Relati
     return x_BhwD + block.drop_path(block.ls2(block.mlp(block.norm2(x_BhwD))))
 
 
-def windowed_attention(attention: nn.Module, x_BhwD: Tensor, window: int | None, relative: RelativePositions | None = None) -> Tensor:
+def windowed_attention(attention: Attention, x_BhwD: Tensor, window: int | None, relative: RelativePositions | None = None) -> Tensor:
     """Self-attention of a map within windows, or global without `window`. Padded patches are zero before the layer and take part in it."""
     B, h, w, D = x_BhwD.shape
     sides = (h, w) if window is None else (window, window)
