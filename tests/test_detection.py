@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 pytest.importorskip("pycocotools", reason='pycocotools is not installed: pip install -e ".[det]"')
 
@@ -363,11 +364,44 @@ def test_without_pycocotools_the_command_says_what_to_install(tmp_path):
     assert ended.returncode != 0 and 'pip install -e ".[det]"' in ended.stderr and "Traceback" not in ended.stderr
 
 
+def test_a_file_must_cover_the_encoder(tmp_path, capsys):
+    weights = vit("micro", image_size=224).state_dict()
+    del weights["blocks.3.attn.qkv.weight"]
+    save_file(weights, tmp_path / "part.safetensors")
+    folder = write(tmp_path / "data")
+    arguments = [*SMALL, "--data", str(folder), "--out", str(tmp_path / "runs"), "--checkpoint", str(tmp_path / "part.safetensors")]
+    assert main(arguments) == 2
+    assert "blocks.3.attn.qkv.weight" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_is_loaded_at_another_image_size_and_starts_the_training(tmp_path, capsys):
+    save_file(vit("micro", image_size=224).state_dict(), tmp_path / "whole.safetensors")
+    folder = write(tmp_path / "data")
+    arguments = [*SMALL, "--data", str(folder), "--out", str(tmp_path / "runs"), "--checkpoint", str(tmp_path / "whole.safetensors")]
+    assert main([*arguments, "--image-size", "64", "--epochs", "1"]) == 0
+    (result,) = (tmp_path / "runs" / "detection" / "droppos-whole-data-seed0").glob("torchvision-pretrained/result.json")
+    assert json.loads(result.read_text())["ap_box"] >= 0
+    assert "whole.safetensors" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_is_bit_identical(tmp_path):
     folder = write(tmp_path / "data")
     runs = {name: tmp_path / name for name in ("whole", "stopped")}
-    command = [sys.executable, "-m", "benchmarks.detection", *SMALL, "--data", str(folder), "--epochs", "6", "--checkpoint-seconds", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.detection",
+        *SMALL,
+        "--data",
+        str(folder),
+        "--epochs",
+        "6",
+        "--checkpoint-seconds",
+        "0",
+        "--image-size",
+        "64",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     assert subprocess.run([*command, "--out", str(runs["whole"])], cwd=ROOT, env=environment, capture_output=True).returncode == 0
     process = subprocess.Popen([*command, "--out", str(runs["stopped"])], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)

@@ -71,7 +71,7 @@ class Options:
     global_blocks: int = 4
     """Number of blocks with global attention."""
     relative_positions: bool = True
-    """Decomposed relative positions; --relative-positions False leaves them out."""
+    """Decomposed relative positions; --no-relative-positions leaves them out."""
     channels: int = 256
     """Channels of the pyramid and the heads."""
     epochs: int = 100
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
         raise
     except torch.OutOfMemoryError as error:
-        advice = "lower --device-batch or IMAGE_SIZE, or use --grad-checkpointing True"
+        advice = "lower --device-batch or IMAGE_SIZE, or use --grad-checkpointing"
         console.print(f"error: the memory of the GPU is too small ({error}): {advice}", style="bold red", markup=False)
         return 2
     except USER_ERRORS as error:
