@@ -21,7 +21,8 @@ pytest.importorskip("pycocotools", reason='pycocotools is not installed: pip ins
 
 # ruff: noqa: E402
 from benchmarks.detection.__main__ import Options, main
-from benchmarks.detection.data import Crops, check_sizes, encoded, jitter, open_detections, trained
+from benchmarks.detection.crops import Crops, jitter
+from benchmarks.detection.data import check_sizes, encoded, open_detections, trained
 from benchmarks.detection.operators import nms, roi_align
 from benchmarks.detection.torchvision_engine import Detector, score
 from benchmarks.detection.vitdet import SimpleFeaturePyramid, WindowedViT

@@ -31,7 +31,8 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from pycocotools import mask as coco_mask
 
-from benchmarks.detection.data import SCALES, Detections, Photo, fitted, mean_colour, trained
+from benchmarks.detection.crops import SCALES, fitted, mean_colour
+from benchmarks.detection.data import Detections, Photo, trained
 from benchmarks.detection.torchvision_engine import score
 from benchmarks.detection.vitdet import LEVELS, PATCH, SimpleFeaturePyramid
 from common.recipe import TrainConfig

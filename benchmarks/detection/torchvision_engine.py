@@ -25,7 +25,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 import benchmarks.detection.operators  # noqa: F401  where torchvision's own do not load
-from benchmarks.detection.data import Crops, Detections, Photo, fitted, mean_colour
+from benchmarks.detection.crops import Crops, fitted, mean_colour
+from benchmarks.detection.data import Detections, Photo
 from benchmarks.detection.vitdet import LEVELS, SimpleFeaturePyramid
 from common.data.augment import normalize
 from common.method import Output
@@ -70,7 +71,7 @@ class Detector(nn.Module):
         )
 
     def forward(self, images: Tensor, targets: list[dict[str, Any]]) -> Output:
-        """images (B, 3, S, S), normalised; targets as `data.jitter` returns them. The loss is the sum of the five of Mask R-CNN.
+        """images (B, 3, S, S), normalised; targets as `crops.jitter` returns them. The loss is the sum of the five of Mask R-CNN.
 
         In evaluation only the `size` of the targets is used, and `named["found"]` has, for each image, boxes (K, 4), scores (K,), labels
         (K,) and masks (K, 1, 28, 28) within the boxes.
