@@ -438,6 +438,23 @@ def test_photos_of_coco_are_trained_scored_drawn_and_recorded(tmp_path, monkeypa
     assert "AP50" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_detectron2_trains_and_scores_with_the_same_rates(tmp_path):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed: benchmarks/detection/README.md")
+    from benchmarks.detection.detectron2_engine import rate_factor
+
+    names = {"net.blocks.5.attn.qkv.weight": 6, "net.relative.0.rows": 1, "net.pos_embed": 0, "levels.0.0.weight": 7}
+    for name, layer in names.items():
+        assert rate_factor(f"backbone.pyramid.{name}", 6, 0.7) == pytest.approx(0.7 ** (7 - layer)), name
+    folder = write(tmp_path / "data")
+    arguments = [*SMALL, "--data", str(folder), "--out", str(tmp_path), "--engine", "detectron2", "--image-size", "64", "--epochs", "2"]
+    assert main(arguments) == 0
+    (run,) = tmp_path.glob("detection/*/detectron2-scratch")
+    assert json.loads((run / "result.json").read_text())["ap_mask"] >= 0
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+    assert (run / "pictures.png").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -163,12 +163,11 @@ def records(data: Detections) -> list[dict]:
 
 
 class _Keeper(HookBase):
-    """Writes metrics and checkpoints, and ends the training after a signal. `before`: hours of the processes before this one."""
+    """Writes metrics and checkpoints, and ends the training after a signal. `begun`: as if the training had never been stopped."""
 
-    def __init__(self, run: Run, checkpointer: DetectionCheckpointer, seconds: float, before: float):
+    def __init__(self, run: Run, checkpointer: DetectionCheckpointer, seconds: float):
         self.run, self.checkpointer, self.seconds = run, checkpointer, seconds
-        self.begun = time.perf_counter() - 3600 * before
-        self.saved = time.perf_counter()
+        self.begun = self.saved = time.perf_counter()
 
     @property
     def hours(self) -> float:
@@ -216,10 +215,11 @@ def train(
     folder = run.directory / "detectron2"
     folder.mkdir(exist_ok=True)
     checkpointer = DetectionCheckpointer(model, str(folder), trainer=trainer)
-    started = checkpointer.has_checkpoint()
-    before = checkpointer.resume_or_load("", resume=True).get("hours", 0.0) if started else 0.0
-    keeper = _Keeper(run, checkpointer, max(checkpoint_seconds, 60.0), before)
+    keeper = _Keeper(run, checkpointer, max(checkpoint_seconds, 60.0))
     trainer.register_hooks([hooks.LRScheduler(scheduler=instantiate(lazy.lr_multiplier)), keeper])
+    started = checkpointer.has_checkpoint()
+    if started:
+        keeper.begun -= 3600 * checkpointer.resume_or_load("", resume=True)["hours"]
     model.train()
     first = trainer.iter + 1 if started else 0
     if started:
