@@ -63,7 +63,7 @@ class Options:
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """Override a setting of that recipe; repeatable: --set size=large."""
     engine: Literal["torchvision", "detectron2"] = "torchvision"
-    """torchvision: resumes bit for bit, runs everywhere. detectron2: the library that the papers use, to be installed separately."""
+    """torchvision: several processes, runs everywhere. detectron2: the library that the papers use, to be installed separately."""
     image_size: int = 1024
     """Side in pixels of the square input, a multiple of 64."""
     window: int = 14

@@ -1,16 +1,18 @@
 """ENGINE=detectron2: the same backbone in detectron2's Mask R-CNN, with ViTDet's LazyConfig (base and large: 100 epochs of 64 images).
 
-Importing this module needs detectron2. Its training resumes from its own checkpoint, but not bit for bit.
+Importing this module needs detectron2. Its training resumes from its own checkpoint; draws depend on (seed, step) and (seed, epoch, image).
 """
 
 import re
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import benchmarks.detection.operators  # noqa: F401  before detectron2 is imported, which takes torchvision's
 
@@ -19,14 +21,12 @@ import detectron2.data.transforms as transforms
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, instantiate
-from detectron2.data import DatasetMapper, build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data import DatasetMapper
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from detectron2.solver import WarmupParamScheduler
 from detectron2.structures import BoxMode
-from detectron2.utils.env import seed_all_rng
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from pycocotools import mask as coco_mask
@@ -35,6 +35,9 @@ from benchmarks.detection.crops import SCALES, fitted, mean_colour
 from benchmarks.detection.data import Detections, Photo, trained
 from benchmarks.detection.torchvision_engine import score
 from benchmarks.detection.vitdet import LEVELS, PATCH, SimpleFeaturePyramid
+from common.data.loaders import AUGMENTATION, Schedule, training_order
+from common.data.workers import make_workers, worker_batches
+from common.randomness import reseed, reseed_cpu
 from common.recipe import TrainConfig
 from common.run import Run
 from common.stopping import Stopped, finish_first, stop_requested
@@ -114,20 +117,16 @@ def config(
         L(transforms.ResizeScale)(min_scale=SCALES[0], max_scale=SCALES[1], target_height=size, target_width=size),
         L(transforms.FixedSizeCrop)(crop_size=(size, size), pad=False),
     ]
-    found.dataloader = L(build_detection_train_loader)(
-        dataset=L(partial(records, data))(),  # a list would be converted to a configuration, entry by entry
-        mapper=L(DatasetMapper)(
-            is_train=True,
-            augmentations=jitter,
-            image_format="RGB",
-            use_instance_mask=True,
-            instance_mask_format="bitmask",
-            recompute_boxes=True,
-        ),
-        sampler=L(TrainingSampler)(size=len(data.train), seed=seed),
-        total_batch_size=stage.batch_size,
-        num_workers=workers,
+    mapper = L(DatasetMapper)(
+        is_train=True,
+        augmentations=jitter,
+        image_format="RGB",
+        use_instance_mask=True,
+        instance_mask_format="bitmask",
+        recompute_boxes=True,
     )
+    # `records` is a function, because a list would be converted to a configuration, entry by entry
+    found.dataloader = L(Batches)(records=partial(records, data), mapper=mapper, batch=stage.batch_size, seed=seed, workers=workers)
     return found
 
 
@@ -162,16 +161,53 @@ def records(data: Detections) -> list[dict]:
     return found
 
 
+class Batches:
+    """Micro-batches of detectron2's mapper without end, from step `first` on. Their draws depend only on (seed, epoch, image).
+
+    The workers are those of this repository, because detectron2's are ended by the signal that stops a run.
+    """
+
+    def __init__(self, records: Callable[[], list[dict]], mapper: DatasetMapper, batch: int, seed: int, workers: int):
+        self.records, self.mapper, self.batch, self.seed, self.first = records(), mapper, batch, seed, 0
+        self.schedule = Schedule()
+        options: dict = {"batch_sampler": self.schedule, "persistent_workers": workers > 0, "collate_fn": list}
+        self.loader = make_workers(_Mapped(self.records, mapper, seed), workers, **options)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        epoch, start = divmod(self.first, len(self.records) // self.batch)
+        while True:
+            row_E = training_order(len(self.records), self.batch, self.seed, epoch)
+            self.schedule.epoch, self.schedule.batches = epoch, list(row_E.view(-1, self.batch))[start:]
+            yield from worker_batches(self.loader)
+            epoch, start = epoch + 1, 0
+
+
+class _Mapped(Dataset):
+    """(epoch, image) -> what the mapper makes of its record."""
+
+    def __init__(self, records: list[dict], mapper: DatasetMapper, seed: int):
+        self.records, self.mapper, self.seed = records, mapper, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        reseed_cpu(self.seed, epoch, index, AUGMENTATION)
+        return self.mapper(self.records[index])  # which copies it
+
+
 class _Keeper(HookBase):
     """Writes metrics and checkpoints, and ends the training after a signal. `begun`: as if the training had never been stopped."""
 
-    def __init__(self, run: Run, checkpointer: DetectionCheckpointer, seconds: float):
-        self.run, self.checkpointer, self.seconds = run, checkpointer, seconds
+    def __init__(self, run: Run, checkpointer: DetectionCheckpointer, seconds: float, seed: int):
+        self.run, self.checkpointer, self.seconds, self.seed = run, checkpointer, seconds, seed
         self.begun = self.saved = time.perf_counter()
+        self.save_seconds = 0.0
 
     @property
     def hours(self) -> float:
         return (time.perf_counter() - self.begun) / 3600
+
+    def before_step(self) -> None:
+        reseed(self.seed, self.trainer.iter)
 
     def after_step(self) -> None:
         step, last = self.trainer.iter + 1, self.trainer.max_iter
@@ -180,9 +216,10 @@ class _Keeper(HookBase):
             self.run.record(step, latest)
             self.run.say(f"step {step}/{last}, loss {latest.get('total_loss', float('nan')):.4g}")
         stopping = stop_requested()
-        if stopping or step == last or time.perf_counter() - self.saved > self.seconds:
+        begun = time.perf_counter()
+        if stopping or step == last or begun - self.saved > max(self.seconds, 50 * self.save_seconds):  # as in common.train.fit
             self.checkpointer.save("last", hours=self.hours)
-            self.saved = time.perf_counter()
+            self.saved, self.save_seconds = time.perf_counter(), time.perf_counter() - begun
         if stopping and step < last:
             self.run.say(f"stopped by a signal after step {step} of {last}; checkpoint saved, the same command resumes from here")
             raise Stopped
@@ -203,7 +240,7 @@ def train(
     checkpoint_seconds: float,
 ) -> tuple[nn.Module, float]:
     """Train by detectron2's loop. Returns the model and the hours."""
-    seed_all_rng(seed + 1)  # 0 would mean a random seed
+    reseed(seed, 1)  # every encoder gets the same heads
     lazy = config(backbone, data, stage, size=size, mean=mean, std=std, seed=seed, workers=workers)
     model = instantiate(lazy.model).to(fabric.device)
     lazy.optimizer.params.model = model
@@ -215,13 +252,13 @@ def train(
     folder = run.directory / "detectron2"
     folder.mkdir(exist_ok=True)
     checkpointer = DetectionCheckpointer(model, str(folder), trainer=trainer)
-    keeper = _Keeper(run, checkpointer, max(checkpoint_seconds, 60.0))
+    keeper = _Keeper(run, checkpointer, checkpoint_seconds, seed)
     trainer.register_hooks([hooks.LRScheduler(scheduler=instantiate(lazy.lr_multiplier)), keeper])
     started = checkpointer.has_checkpoint()
     if started:
         keeper.begun -= 3600 * checkpointer.resume_or_load("", resume=True)["hours"]
     model.train()
-    first = trainer.iter + 1 if started else 0
+    first = loader.first = trainer.iter + 1 if started else 0
     if started:
         run.say(f"resuming from step {first} of {lazy.max_iter}")
     run.forget_after(first)
