@@ -7,7 +7,7 @@ settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)'
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
-.PHONY: help setup tokens reproduce compare segment report submit status cancel test test-all test-slurm lint table verify-results speed
+.PHONY: help setup tokens reproduce compare segment detect report submit status cancel test test-all test-slurm lint table verify-results speed
 
 help:  ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,13 @@ help:  ## show this help
 #:   ENCODER=file.safetensors   an encoder of your own, which takes part without pre-training
 #:   TABLE=1                    only print the table and draw the intervals, of the scores in OUT or else of the recorded ones
 #:   RECORD=1                   copy scores, logs and report to benchmarks/compare/<arena>
+#:
+#: Variables of make detect: PAPER, RECIPE, DEVICE, OUT, RECORD, EPOCHS, ARGS as above, and
+#:   CKPT=runs/droppos/...      a run (PAPER is not needed then), or a file with an encoder; default: random weights
+#:   DATA=/datasets/coco        a folder in COCO's format
+#:   ENGINE=detectron2          torchvision or detectron2
+#:   IMAGE_SIZE=1024            side of the square input in pixels
+#:   SEED=0                     of heads and images
 #:
 #: Variables of make report:
 #:   RUN=runs/droppos/digits-200ep-seed0   a run, or a comparison such as runs/compare/digits
@@ -86,6 +93,11 @@ segment: .venv/installed  ## judge an encoder by semantic segmentation: benchmar
 	  $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ENGINE),--engine '$(ENGINE)') $(if $(FROZEN),--frozen) $(if $(SIZE),--size $(SIZE)) \
 	  $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(BATCH),--batch '$(BATCH)') $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)') \
 	  $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
+
+detect: .venv/installed  ## judge an encoder by object detection with ViTDet: benchmarks/detection/README.md
+	@$(python) -m benchmarks.detection $(if $(DATA),--data '$(DATA)') $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(if $(CKPT),--checkpoint '$(CKPT)') $(if $(RECIPE),--recipe '$(RECIPE)') \
+	  $(if $(ENGINE),--engine '$(ENGINE)') $(if $(IMAGE_SIZE),--image-size '$(IMAGE_SIZE)') $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(SEED),--seed '$(SEED)') \
+	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
 
 report: .venv/installed  ## write RUN/report.html, one page with the figures of a run or a comparison
 	@$(python) -m benchmarks.report '$(RUN)' $(if $(DATA),--data '$(DATA)') $(ARGS)

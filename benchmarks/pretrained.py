@@ -36,6 +36,11 @@ class Pretrained:
         return "" if self.file is None else self.file.name
 
     @property
+    def start(self) -> str:
+        """As in the ledger, of an encoder that is trained: pretrained, or scratch."""
+        return "scratch" if self.file is None else "pretrained"
+
+    @property
     def label(self) -> str:
         """A name for the folder of a downstream run: paper and run, file or recipe."""
         run = "" if self.file is None else self.file.parent.parent.name if self.file.name == ENCODER else self.file.stem

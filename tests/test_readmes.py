@@ -142,7 +142,7 @@ def test_the_target_of_every_relative_link_exists(readme: Path) -> None:
 @each_readme
 def test_every_make_command_uses_documented_targets_and_variables(readme: Path) -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):.*## ", makefile(), re.MULTILINE))
-    shown = set(re.findall(r"\b([A-Z]+)=", "\n".join(re.findall(r"^#:.*", makefile(), re.MULTILINE))))
+    shown = set(re.findall(r"\b([A-Z_]+)=", "\n".join(re.findall(r"^#:.*", makefile(), re.MULTILINE))))
     for words in commands(readme.read_text(encoding="utf-8")):
         if words[0] == "make":
             wanted, variables = make_words(words)

@@ -11,6 +11,7 @@ from benchmarks.ledger.tables import log_link, markdown, number
 # The metrics of a task with their titles, in percent.
 DOWNSTREAM = {
     "segmentation": {"miou": "mean IoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"},
+    "detection": {"ap_box": "box AP", "ap50_box": "box AP50", "ap_mask": "mask AP", "ap50_mask": "mask AP50"},
 }
 
 

@@ -166,7 +166,8 @@ def segment(options: Options) -> list[Row]:
 
 def start(pretrained: Pretrained, options: Options) -> str:
     """As in the ledger: pretrained, scratch (random weights that are trained) or random (that stay frozen)."""
-    return "pretrained" if pretrained.file is not None else "random" if options.frozen or options.engine == "knn" else "scratch"
+    frozen = options.frozen or options.engine == "knn"
+    return "random" if frozen and pretrained.file is None else pretrained.start
 
 
 def default_size(scenes: Scenes, patch: int | None) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Judge an encoder by object detection and instance segmentation, with the architecture of ViTDet."""
