@@ -44,7 +44,7 @@ def pages(root: Path) -> dict[str, Tables]:
         path.parent.name: partial(comparison_table, path.parent) for path in sorted(root.glob("benchmarks/compare/*/scores.csv"))
     }
     found |= {"benchmarks/compare/README.md": compared} if compared else {}
-    for task in DOWNSTREAM:
+    for task in (task for task in DOWNSTREAM if (root / "benchmarks" / task).is_dir()):
         found[f"benchmarks/{task}/README.md"] = {task: partial(downstream_table, task, root)}
     for name in [*papers(root), *baselines(root)]:
         tables, behind = found.setdefault(f"{folder(name, root)}/README.md", {}), f" {name}" * (folder(name, root) == BASELINES)
