@@ -7,7 +7,7 @@ settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)'
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
-.PHONY: help setup tokens reproduce compare segment detect report submit status cancel test test-all test-slurm lint table verify-results speed
+.PHONY: help setup tokens reproduce compare segment detect pictures report submit status cancel test test-all test-slurm lint table verify-results speed
 
 help:  ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,10 @@ help:  ## show this help
 #:   EPOCHS=32 BATCH=16 SEED=0  of the training
 #:   RECORD=1                   add the results to benchmarks/segmentation/results.csv
 #:
+#: Variables of make pictures: PAPER, RECIPE, CKPT, SIZE as above, and
+#:   IMAGES=photographs         a folder of images, or one image
+#:   OUT=pictures.png           the file that is written
+#:
 #: make submit takes the variables of make reproduce and, for the jobs:
 #:   PAPER="droppos mp3"        one or several papers
 #:   PARTITION=gpu              partition of the cluster
@@ -98,6 +102,10 @@ detect: .venv/installed  ## judge an encoder by object detection with ViTDet: be
 	@$(python) -m benchmarks.detection $(if $(DATA),--data '$(DATA)') $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(if $(CKPT),--checkpoint '$(CKPT)') $(if $(RECIPE),--recipe '$(RECIPE)') \
 	  $(if $(ENGINE),--engine '$(ENGINE)') $(if $(IMAGE_SIZE),--image-size '$(IMAGE_SIZE)') $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(SEED),--seed '$(SEED)') \
 	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
+
+pictures: .venv/installed  ## draw the attention and the features of an encoder on a few images
+	@$(python) -m benchmarks.pictures $(if $(IMAGES),--images '$(IMAGES)') $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(if $(CKPT),--checkpoint '$(CKPT)') \
+	  $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SIZE),--size $(SIZE)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 report: .venv/installed  ## write RUN/report.html, one page with the figures of a run or a comparison
 	@$(python) -m benchmarks.report '$(RUN)' $(if $(DATA),--data '$(DATA)') $(ARGS)

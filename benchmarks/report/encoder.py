@@ -77,12 +77,19 @@ def test_images(recipe: Recipe, data: Data, count: int) -> Loader:
     )
 
 
-@torch.no_grad()
 def attention_maps(encoder: ViT, images_BCHW: Tensor) -> Tensor:
     """How much the class token attends to each patch in the last block, mean over heads: (B, H, W) of patches.
 
     Without a class token it is the mean over the attention of all patches.
     """
+    weight_BTT = attention_weights(encoder, images_BCHW)
+    weight_BT = weight_BTT[:, 0] if encoder.prefix_tokens else weight_BTT.mean(1)
+    return weight_BT[:, encoder.prefix_tokens :].unflatten(1, encoder.grid)
+
+
+@torch.no_grad()
+def attention_weights(encoder: ViT, images_BCHW: Tensor) -> Tensor:
+    """The attention of each token (dim 1) to each (dim 2) in the last block, mean over heads, (B, T, T)."""
     attention: Any = encoder.blocks[-1].attn
     seen: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -92,9 +99,7 @@ def attention_maps(encoder: ViT, images_BCHW: Tensor) -> Tensor:
     score_BZTT = q_BZTD @ k_BZTD.transpose(-1, -2) / q_BZTD.shape[-1] ** 0.5
     if attention.rel_pos is not None:
         score_BZTT = score_BZTT + attention.rel_pos.get_bias()
-    weight_BTT = score_BZTT.softmax(-1).mean(1)
-    weight_BT = weight_BTT[:, 0] if encoder.prefix_tokens else weight_BTT.mean(1)
-    return weight_BT[:, encoder.prefix_tokens :].unflatten(1, encoder.grid)
+    return score_BZTT.softmax(-1).mean(1)
 
 
 @torch.no_grad()

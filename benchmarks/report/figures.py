@@ -90,10 +90,13 @@ def cell_map(values_HW: numpy.ndarray, title: str) -> Figure:
 
 
 @rc_context(STYLE | {"axes.grid": False})
-def image_rows(columns: Mapping[str, numpy.ndarray]) -> Figure:
-    """A row per image and a column per title: images (B, H, W, 3), or (B, H, W) in grey under the title image, else in false colours."""
+def image_rows(columns: Mapping[str, numpy.ndarray], width: float = WIDTH) -> Figure:
+    """A row per image and a column per title: images (B, H, W, 3), or (B, H, W) in grey under the title image, else in false colours.
+
+    width: of the figure in inches.
+    """
     count = len(next(iter(columns.values())))
-    figure = Figure(figsize=(WIDTH, WIDTH / len(columns) * count + 0.3), layout="constrained")
+    figure = Figure(figsize=(width, width / len(columns) * count + 0.3), layout="constrained")
     for axes, (title, shown) in zip(figure.subplots(count, len(columns), squeeze=False).T, columns.items(), strict=True):
         axes[0].set_title(title, fontsize=9)
         for axis, part in zip(axes, shown, strict=True):
