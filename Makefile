@@ -7,7 +7,7 @@ settings = $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(EVERY),--every '$(EVERY)'
 resources = $(if $(PARTITION),--partition '$(PARTITION)') $(if $(ACCOUNT),--account '$(ACCOUNT)') $(if $(HOURS),--hours '$(HOURS)') $(if $(NODES),--nodes '$(NODES)') \
             $(if $(GPUS),--gpus '$(GPUS)') $(if $(CPUS),--cpus '$(CPUS)') $(if $(PARALLEL),--parallel '$(PARALLEL)') $(if $(CHAIN),--chain '$(CHAIN)') $(SLURM)
 
-.PHONY: help setup tokens reproduce compare segment detect pictures report submit status cancel test test-all test-slurm lint table verify-results speed
+.PHONY: help setup tokens reproduce compare segment detect pictures propagate report submit status cancel test test-all test-slurm lint table verify-results speed
 
 help:  ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,10 @@ help:  ## show this help
 #:   SIZE="512 512"             height and width of the crops in pixels
 #:   EPOCHS=32 BATCH=16 SEED=0  of the training
 #:   RECORD=1                   add the results to benchmarks/segmentation/results.csv
+#:
+#: Variables of make propagate: PAPER, RECIPE, CKPT, DEVICE as above, and
+#:   DATA=/datasets/DAVIS       DAVIS 2017, or a folder with frames/ and masks/
+#:   OUT=found                  folder for the masks; default: none are written
 #:
 #: Variables of make pictures: PAPER, RECIPE, CKPT, SIZE as above, and
 #:   IMAGES=photographs         a folder of images, or one image
@@ -106,6 +110,10 @@ detect: .venv/installed  ## judge an encoder by object detection with ViTDet: be
 pictures: .venv/installed  ## draw the attention and the features of an encoder on a few images
 	@$(python) -m benchmarks.pictures $(if $(IMAGES),--images '$(IMAGES)') $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(if $(CKPT),--checkpoint '$(CKPT)') \
 	  $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SIZE),--size $(SIZE)) $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+propagate: .venv/installed  ## follow the objects of a first frame through a video, with frozen features: benchmarks/segmentation/README.md
+	@$(python) -m benchmarks.propagation $(if $(DATA),--data '$(DATA)') $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(if $(CKPT),--checkpoint '$(CKPT)') \
+	  $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 report: .venv/installed  ## write RUN/report.html, one page with the figures of a run or a comparison
 	@$(python) -m benchmarks.report '$(RUN)' $(if $(DATA),--data '$(DATA)') $(ARGS)
