@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.papers import choose_recipe, paper_module
 from common.convert import load_encoder, read_checkpoint
 from common.data.sets import IMAGENET_MEAN, IMAGENET_STD
+from common.files import digest
 from common.recipe import Recipe, RecipeError, TrainConfig, override
 from common.run import RunError
 from common.vit import SIZES, ViT
@@ -39,6 +40,17 @@ class Pretrained:
     def start(self) -> str:
         """As in the ledger, of an encoder that is trained: pretrained, or scratch."""
         return "scratch" if self.file is None else "pretrained"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Settings that identify the encoder, with the digest of its weights."""
+        weights = "random" if self.file is None else f"{self.file.name}, sha256 {digest(self.file)}"
+        return {"paper": self.paper, "recipe": self.name, "arm": self.arm, "overrides": self.overrides, "weights": weights}
+
+    @property
+    def trained_positions(self) -> dict[str, str]:
+        """Options of an encoder that is trained: one without positions (MP3) gets learned ones."""
+        return {"position": "learned"} if self.recipe.encoder.get("position") == "none" else {}
 
     @property
     def label(self) -> str:

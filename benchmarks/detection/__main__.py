@@ -4,30 +4,27 @@ python -m benchmarks.detection --paper droppos --checkpoint runs/droppos/... --d
 """
 
 import math
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from lightning.fabric import Fabric
 from rich.table import Table
 
+from benchmarks.downstream import ledger_row, run_command
 from benchmarks.ledger.rows import Row, record
 from benchmarks.papers import ROOT
 from benchmarks.pretrained import Pretrained, find_pretrained
-from benchmarks.reproduce import TYRO, USER_ERRORS
-from common import keep_freed_memory
+from benchmarks.reproduce import TYRO
 from common.data.workers import default_workers
 from common.environment import device_name
-from common.files import digest
 from common.processes import once
 from common.randomness import reseed
 from common.recipe import RecipeError, TrainConfig, as_json
 from common.run import Run, RunError, console
-from common.stopping import Stopped, stop_on_signals, stop_with_parent
+from common.stopping import stop_on_signals
 from common.train import make_fabric
 
 try:
@@ -178,9 +175,8 @@ def detection(options: Options) -> list[Row]:
 
 def changes(pretrained: Pretrained, options: Options) -> dict[str, Any]:
     """Options of the encoder besides those of its pre-training. One without positions (MP3) gets learned ones."""
-    learned = {"position": "learned"} if pretrained.recipe.encoder.get("position") == "none" else {}
     drop_path = BY_SIZE.get(pretrained.recipe.size, BASE)[0] if options.drop_path is None else options.drop_path
-    return {"drop_path": drop_path, "grad_checkpointing": options.grad_checkpointing, **learned}
+    return {"drop_path": drop_path, "grad_checkpointing": options.grad_checkpointing, **pretrained.trained_positions}
 
 
 def with_torchvision(
@@ -217,13 +213,11 @@ def with_detectron2(
 
 def describe(options: Options, stage: TrainConfig, data: Detections, pretrained: Pretrained, precision: str) -> dict[str, Any]:
     """All settings that determine the result."""
-    weights = "random" if pretrained.file is None else f"{pretrained.file.name}, sha256 {digest(pretrained.file)}"
-    encoder = {"paper": pretrained.paper, "recipe": pretrained.name, "arm": pretrained.arm, "overrides": pretrained.overrides}
     drop_path = changes(pretrained, options)["drop_path"]
     return {
         "protocol": "detection",
         "engine": options.engine,
-        "encoder": encoder | {"weights": weights, "drop_path": drop_path, "mean": list(pretrained.mean), "std": list(pretrained.std)},
+        "encoder": pretrained.identity | {"drop_path": drop_path, "mean": list(pretrained.mean), "std": list(pretrained.std)},
         "data": {"name": data.name, "train": len(data.train), "val": len(data.val), **{f"{k}_file": v for k, v in data.identity.items()}},
         "image_size": options.image_size,
         "window": options.window,
@@ -244,32 +238,9 @@ def row(
     facts = f"engine={options.engine} image_size={options.image_size} iterations={steps} window={options.window}"
     facts += f" global_blocks={options.global_blocks} relative_positions={options.relative_positions} epochs={stage.epochs}"
     facts += f" batch={stage.batch_size} lr={stage.lr:g} layer_decay={stage.layer_decay}"
-    return Row(
-        date=result["date"],
-        commit=result["environment"]["commit"],
-        paper=pretrained.paper,
-        recipe=pretrained.name,
-        arm=pretrained.arm,
-        base_arm="",
-        overrides=pretrained.overrides,
-        encoder_file=pretrained.given,
-        split="",
-        data=data.name,
-        backbone=pretrained.recipe.backbone,
-        pretrain_epochs=pretrained.epochs,
-        seed=options.seed,
-        protocol="detection",
-        start=pretrained.start,
-        metric=metric,
-        value=round(result[metric], 4),
-        device=result["environment"]["device"],
-        precision=settings["precision"],
-        hours=round(result["hours"], 5),
-        versions=result["environment"]["versions"],
-        settings=facts,
-        log=f"benchmarks/detection/logs/{root.name}.txt",
-        recipe_sha256=result["recipe_sha256"],
-    )
+    own: dict = {"data": data.name, "protocol": "detection", "start": pretrained.start, "seed": options.seed}
+    own |= {"precision": settings["precision"], "settings": facts, "run": root.name}
+    return ledger_row("detection", pretrained, result, metric, **own)
 
 
 def show(title: str, result: dict) -> None:
@@ -282,22 +253,11 @@ def show(title: str, result: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for a user error. After a signal it raises Stopped, which exits with 75."""
-    keep_freed_memory()
-    if "LOCAL_RANK" in os.environ:  # started by a launcher
-        stop_with_parent()
-    try:
+
+    def work() -> None:
         detection(tyro.cli(Options, args=arguments, prog="python -m benchmarks.detection", description=__doc__, config=TYRO))
-    except Stopped:
-        console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
-        raise
-    except torch.OutOfMemoryError as error:
-        advice = "lower --device-batch or IMAGE_SIZE, or use --grad-checkpointing"
-        console.print(f"error: the memory of the GPU is too small ({error}): {advice}", style="bold red", markup=False)
-        return 2
-    except USER_ERRORS as error:
-        console.print(f"error: {error}", style="bold red", markup=False)
-        return 2
-    return 0
+
+    return run_command(work, "lower --device-batch or IMAGE_SIZE, or use --grad-checkpointing")
 
 
 if __name__ == "__main__":

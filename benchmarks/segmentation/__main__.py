@@ -4,7 +4,6 @@ python -m benchmarks.segmentation --paper droppos --checkpoint runs/droppos/... 
 """
 
 import math
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,26 +15,25 @@ from lightning.fabric import Fabric
 from rich.table import Table
 from torch import nn
 
+from benchmarks.downstream import ledger_row, run_command
 from benchmarks.ledger.rows import Row, record
 from benchmarks.papers import ROOT
 from benchmarks.pretrained import Pretrained, find_pretrained
-from benchmarks.reproduce import TYRO, USER_ERRORS
+from benchmarks.reproduce import TYRO
 from benchmarks.segmentation.crops import Crops
 from benchmarks.segmentation.data import Scenes, open_scenes
 from benchmarks.segmentation.linear import Retrieval, Segmenter, shares
 from benchmarks.segmentation.pictures import draw
 from benchmarks.segmentation.score import View, confusion, score, windows
 from benchmarks.segmentation.upernet import UPerNet
-from common import keep_freed_memory
 from common.data import DataError
 from common.data.workers import default_workers
 from common.environment import device_name
-from common.files import digest
 from common.processes import once
 from common.randomness import generator, reseed
 from common.recipe import RecipeError, TrainConfig, as_json
 from common.run import Run, console
-from common.stopping import Stopped, stop_on_signals, stop_with_parent
+from common.stopping import stop_on_signals
 from common.train import device_batch, fit, make_fabric
 from common.vit import ViT
 
@@ -183,8 +181,7 @@ def changes(pretrained: Pretrained, options: Options) -> dict[str, Any]:
     """Options of the encoder besides those of its pre-training. One without positions (MP3) gets learned ones if it is trained."""
     if options.frozen or options.engine == "knn":
         return {}
-    learned = {"position": "learned"} if pretrained.recipe.encoder.get("position") == "none" else {}
-    return {"drop_path": options.drop_path, **learned}
+    return {"drop_path": options.drop_path, **pretrained.trained_positions}
 
 
 def train(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View, options: Options) -> tuple[nn.Module, float]:
@@ -237,13 +234,11 @@ def retrieve(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View,
 def describe(options: Options, scenes: Scenes, pretrained: Pretrained, view: View, precision: str) -> dict[str, Any]:
     """All settings that determine the result."""
     stage = {} if options.engine == "knn" else {"stage": as_json(options.stage)}
-    weights = "random" if pretrained.file is None else f"{pretrained.file.name}, sha256 {digest(pretrained.file)}"
-    encoder = {"paper": pretrained.paper, "recipe": pretrained.name, "arm": pretrained.arm, "overrides": pretrained.overrides}
     images = {"name": scenes.name, "classes": len(scenes.classes), **scenes.identity}
     shown = {"size": list(view.size), "mean": list(view.mean), "std": list(view.std), "short_side": view.short_side}
     return {
         "protocol": options.protocol,
-        "encoder": encoder | {"weights": weights},
+        "encoder": pretrained.identity,
         "data": images,
         "view": shown,
         "seed": options.seed,
@@ -262,32 +257,9 @@ def row(
     if options.engine != "knn":
         steps = stage.epochs * (len(scenes.train) // stage.batch_size)
         facts += f" epochs={stage.epochs} iterations={steps} batch={stage.batch_size} lr={stage.lr:g} layer_decay={stage.layer_decay}"
-    return Row(
-        date=result["date"],
-        commit=result["environment"]["commit"],
-        paper=pretrained.paper,
-        recipe=pretrained.name,
-        arm=pretrained.arm,
-        base_arm="",
-        overrides=pretrained.overrides,
-        encoder_file=pretrained.given,
-        split="",
-        data=scenes.name,
-        backbone=pretrained.recipe.backbone,
-        pretrain_epochs=pretrained.epochs,
-        seed=options.seed,
-        protocol=options.protocol,
-        start=start(pretrained, options),
-        metric=metric,
-        value=round(result[metric], 4),
-        device=result["environment"]["device"],
-        precision=settings["precision"],
-        hours=round(result["hours"], 5),
-        versions=result["environment"]["versions"],
-        settings=facts,
-        log=f"benchmarks/segmentation/logs/{root.name}.txt",
-        recipe_sha256=result["recipe_sha256"],
-    )
+    own: dict = {"data": scenes.name, "protocol": options.protocol, "start": start(pretrained, options), "seed": options.seed}
+    own |= {"precision": settings["precision"], "settings": facts, "run": root.name}
+    return ledger_row("segmentation", pretrained, result, metric, **own)
 
 
 def show(title: str, scenes: Scenes, result: dict) -> None:
@@ -305,21 +277,11 @@ def show(title: str, scenes: Scenes, result: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for a user error. After a signal it raises Stopped, which exits with 75."""
-    keep_freed_memory()
-    if "LOCAL_RANK" in os.environ:  # started by a launcher
-        stop_with_parent()
-    try:
+
+    def work() -> None:
         segment(tyro.cli(Options, args=arguments, prog="python -m benchmarks.segmentation", description=__doc__, config=TYRO))
-    except Stopped:
-        console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
-        raise
-    except torch.OutOfMemoryError as error:
-        console.print(f"error: the memory of the GPU is too small ({error}): lower --device-batch", style="bold red", markup=False)
-        return 2
-    except USER_ERRORS as error:
-        console.print(f"error: {error}", style="bold red", markup=False)
-        return 2
-    return 0
+
+    return run_command(work, "lower --device-batch")
 
 
 if __name__ == "__main__":

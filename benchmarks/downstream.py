@@ -1,0 +1,80 @@
+"""What the downstream tasks share: the rows of the ledger, and the command line around a training."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.ledger.rows import Row
+from benchmarks.pretrained import Pretrained
+from benchmarks.reproduce import USER_ERRORS
+from common import keep_freed_memory
+from common.run import console
+from common.stopping import Stopped, stop_with_parent
+
+
+def ledger_row(
+    task: str,
+    pretrained: Pretrained,
+    result: Mapping[str, Any],
+    metric: str,
+    *,
+    data: str,
+    seed: int,
+    protocol: str,
+    start: str,
+    precision: str,
+    settings: str,
+    run: str,
+) -> Row:
+    """A row of the ledger of benchmarks/<task>, from the result.json of a training. run: the name of its folder, which names the log."""
+    environment = result["environment"]
+    return Row(
+        date=result["date"],
+        commit=environment["commit"],
+        paper=pretrained.paper,
+        recipe=pretrained.name,
+        arm=pretrained.arm,
+        base_arm="",
+        overrides=pretrained.overrides,
+        encoder_file=pretrained.given,
+        split="",
+        data=data,
+        backbone=pretrained.recipe.backbone,
+        pretrain_epochs=pretrained.epochs,
+        seed=seed,
+        protocol=protocol,
+        start=start,
+        metric=metric,
+        value=round(result[metric], 4),
+        device=environment["device"],
+        precision=precision,
+        hours=round(result["hours"], 5),
+        versions=environment["versions"],
+        settings=settings,
+        log=f"benchmarks/{task}/logs/{run}.txt",
+        recipe_sha256=result["recipe_sha256"],
+    )
+
+
+def run_command(work: Callable[[], object], memory_advice: str) -> int:
+    """Do the work of a command line. Returns the exit code: 0, or 2 for a user error. After a signal it raises Stopped (exit code 75).
+
+    memory_advice: what to lower if the memory of the GPU is too small.
+    """
+    keep_freed_memory()
+    if "LOCAL_RANK" in os.environ:  # started by a launcher
+        stop_with_parent()
+    try:
+        work()
+    except Stopped:
+        console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
+        raise
+    except torch.OutOfMemoryError as error:
+        console.print(f"error: the memory of the GPU is too small ({error}): {memory_advice}", style="bold red", markup=False)
+        return 2
+    except USER_ERRORS as error:
+        console.print(f"error: {error}", style="bold red", markup=False)
+        return 2
+    return 0
