@@ -352,6 +352,12 @@ def test_each_protocol_runs_to_its_end_and_is_not_run_again(options, folder, tmp
     assert f"{found['miou']:.2f}" in capsys.readouterr().out and result.stat().st_mtime_ns == when
 
 
+def test_a_run_with_another_stochastic_depth_is_not_taken_for_the_same(folder, tmp_path, capsys):
+    given = ["--data", str(folder), *SMALL, "--epochs", "1", "--workers", "0", "--out", str(tmp_path / "runs")]
+    assert main(given) == 0 and main([*given, "--drop-path", "0.3"]) == 2
+    assert "encoder.drop_path: 0.1 there, 0.3 requested" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(folder, tmp_path):
     given = [sys.executable, "-m", "benchmarks.segmentation", "--data", str(folder), *SMALL, "--epochs", "60", "--checkpoint-seconds", "0"]

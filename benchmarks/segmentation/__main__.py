@@ -238,7 +238,7 @@ def describe(options: Options, scenes: Scenes, pretrained: Pretrained, view: Vie
     shown = {"size": list(view.size), "mean": list(view.mean), "std": list(view.std), "short_side": view.short_side}
     return {
         "protocol": options.protocol,
-        "encoder": pretrained.identity,
+        "encoder": pretrained.identity | changes(pretrained, options),
         "data": images,
         "view": shown,
         "seed": options.seed,
