@@ -32,6 +32,7 @@ help:  ## show this help
 #:   PAPERS="mae stop"          methods besides the references; default: all
 #:   BUDGET=images:500000       of each pre-training: images seen, flops:1e15, or minutes:8
 #:   EVALUATIONS="knn location" default: all
+#:   SCENES=/datasets/streets   images with masks, as of make segment: one more evaluation, segmentation with the frozen encoder
 #:   ENCODER=file.safetensors   an encoder of your own, which takes part without pre-training
 #:   TABLE=1                    only print the table and draw the intervals, of the scores in OUT or else of the recorded ones
 #:   RECORD=1                   copy scores, logs and report to benchmarks/compare/<arena>
@@ -93,7 +94,7 @@ tokens: .venv/installed  ## make the tokens of PAPER=mapet, and the copy of CACH
 
 compare: .venv/installed  ## all methods with one encoder, budget and set of evaluations: benchmarks/compare/README.md
 	@$(python) -m benchmarks.compare $(if $(DATA),--data '$(DATA)') $(if $(PAPERS),--papers $(PAPERS)) $(if $(SEEDS),--seeds '$(SEEDS)') \
-	  $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EVALUATIONS),--evaluations $(EVALUATIONS)) $(if $(ENCODER),--encoder '$(ENCODER)') \
+	  $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EVALUATIONS),--evaluations $(EVALUATIONS)) $(if $(SCENES),--scenes '$(SCENES)') $(if $(ENCODER),--encoder '$(ENCODER)') \
 	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(TABLE),--table) $(if $(RECORD),--record) $(ARGS)
 
 segment: .venv/installed  ## judge an encoder by semantic segmentation: benchmarks/segmentation/README.md

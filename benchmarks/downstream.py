@@ -61,7 +61,7 @@ def ledger_row(
 def run_command(work: Callable[[], object], memory_advice: str) -> int:
     """Do the work of a command line. Returns the exit code: 0, or 2 for a user error. After a signal it raises Stopped (exit code 75).
 
-    memory_advice: what to lower if the memory of the GPU is too small.
+    memory_advice: what to lower if the memory of the GPU, or that for tensors on the CPU, is too small.
     """
     keep_freed_memory()
     if "LOCAL_RANK" in os.environ:  # started by a launcher
@@ -71,10 +71,12 @@ def run_command(work: Callable[[], object], memory_advice: str) -> int:
     except Stopped:
         console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
         raise
-    except torch.OutOfMemoryError as error:
-        console.print(f"error: the memory of the GPU is too small ({error}): {memory_advice}", style="bold red", markup=False)
-        return 2
     except USER_ERRORS as error:
         console.print(f"error: {error}", style="bold red", markup=False)
+        return 2
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        console.print(f"error: the memory is too small ({error}): {memory_advice}", style="bold red", markup=False)
         return 2
     return 0

@@ -63,6 +63,11 @@ class Pretrained:
         """The weights in words."""
         return "random weights" if self.file is None else str(self.file)
 
+    def check_colour(self, task: str) -> None:
+        """Raise RecipeError if the encoder was trained on grey images, which the images of a task are not."""
+        if len(self.mean) != 3:
+            raise RecipeError(f"{self.source} was trained on grey images: {task} needs an encoder of colour images (3 channels)")
+
     def encoder(self, image_size: tuple[int, int], **changes: Any) -> tuple[ViT, str]:
         """The encoder for images of (height, width) pixels, and a line that says what was loaded.
 
@@ -82,7 +87,7 @@ class Pretrained:
             return encoder, "random weights"
         added = ("pos_embed",) if self.recipe.encoder.get("position") == "none" else ()
         coverage = load_encoder(encoder, read_checkpoint(self.file), allow_missing=added, allow_unused=("cls_token",))
-        return encoder, f"{self.file}: {coverage}"
+        return encoder, f"{self.label}, {self.given}: {coverage}"  # no path: logs are recorded
 
 
 def find_pretrained(

@@ -160,8 +160,7 @@ def run(options: Options) -> dict[str, tuple[float, float]]:
     fabric = make_fabric(options.device)
     fabric.launch()
     pretrained = find_pretrained(options.checkpoint, options.paper, options.recipe, options.set)
-    if len(pretrained.mean) != 3:
-        raise RecipeError(f"{pretrained.source} was trained on grey images: an encoder of colour images (3 channels) is needed")
+    pretrained.check_colour("label propagation")
     videos, patch = find_videos(options.data), pretrained.recipe.patch_size or 1
     scores: dict[str, tuple[float, float]] = {}
     for video in videos:

@@ -22,7 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end of the block the file is synced to disk and renamed to `path`.
 
     The file gets the permissions of a new file under the umask, also where the writer (safetensors) chooses others.
-    A crash at any moment leaves the old file or the new one. If writing fails, the old file is kept and the error is raised.
+    A crash at any moment leaves the old file or the new one. If writing fails, the old file is kept and the error is raised; an OSError
+    names the file, which those of a write do not.
     """
     temporary = partial(path)
     try:
@@ -34,6 +35,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)

@@ -302,7 +302,7 @@ def as_json(recipe: Recipe | TrainConfig | Protocol) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
-LATER = {"linear_decay": False}  # settings of TrainConfig that earlier runs lack, with what they did
+LATER = {"linear_decay": False, "held_out": 0}  # settings of TrainConfig and of arenas that earlier runs lack, with what they did
 
 
 def without_later(settings: Any) -> Any:

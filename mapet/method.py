@@ -21,18 +21,20 @@ from common.method import Output
 from common.vit import ViT
 
 
-def visibility(tokens: int, context: int, last: int) -> Window:
+def visibility(tokens: int, context: int, last: int, content: int) -> Window:
     """The attention mask. N + 1 = `tokens` have ranks 0 (the class token), 1, 2, ...; those of rank `context` to `last` are predicted.
 
-    One row: the content tokens of rank 0 to last - 1, the placeholders of rank `context` to N, and the query tokens, which are never keys.
+    One row: the content tokens of rank 0 to `content` - 1, the placeholders of rank `context` to N, and the query tokens, never keys.
     With e = max(rank, context - 1), a content token is visible from time e on, a placeholder before time e. Content tokens attend at time
     e, placeholders at context - 1, query tokens at rank - 1. So each token sees every position once, as content or as placeholder.
+
+    Permuted prediction has `last` content tokens, masked prediction `context`: its query tokens attend at context - 1.
     """
     rank = torch.arange(tokens)
-    content, hidden, asked = rank[:last].clamp(min=context - 1), rank[context:], rank[context : last + 1]
-    time = torch.cat([content, torch.full_like(hidden, context - 1), asked - 1])
-    visible_from = torch.cat([content, torch.zeros_like(hidden)])
-    visible_until = torch.cat([torch.full_like(content, tokens), hidden])
+    seen, hidden, asked = rank[:content].clamp(min=context - 1), rank[context:], rank[context : last + 1]
+    time = torch.cat([seen, torch.full_like(hidden, context - 1), (asked - 1).clamp(max=content - 1)])
+    visible_from = torch.cat([seen, torch.zeros_like(hidden)])
+    visible_until = torch.cat([torch.full_like(seen, tokens), hidden])
     return Window(*(row.int()[None] for row in (time, visible_from, visible_until)))
 
 
@@ -41,6 +43,7 @@ class MaPeT(nn.Module):
 
     context: number of tokens that are always visible, with the class token (official `least_number`: 50 of 197). target_limit: highest
     rank that is predicted (official `upper_limit`); default: the last patch. vocabulary: number of tokens of the tokenizer.
+    prediction: "permuted", or "masked": each prediction sees the context and no hidden patch, as in BEiT (ours, for the comparison).
     initialise: "official" (matrices, positions and placeholder: truncated normal, std .02; class token: normal, std 1e-6; patch
     convolution: torch's default) or "mae" (the encoder keeps the initialisation of common.vit, as in the other methods).
     Raises ValueError for an encoder without class token or positions, and for numbers that leave nothing visible or nothing to predict.
@@ -53,6 +56,7 @@ class MaPeT(nn.Module):
         context: int = 50,
         target_limit: int | None = None,
         vocabulary: int = 8192,
+        prediction: Literal["permuted", "masked"] = "permuted",
         initialise: Literal["official", "mae"] = "official",
     ):
         super().__init__()
@@ -69,12 +73,15 @@ class MaPeT(nn.Module):
             raise ValueError(f"target_limit={last} is the highest rank that is predicted: use {context} (the context) to {patches}")
         if initialise not in ("official", "mae"):
             raise ValueError(f"initialise={initialise!r} is not known; choose 'official' or 'mae'")
+        if prediction not in ("permuted", "masked"):
+            raise ValueError(f"prediction={prediction!r} is not known; choose 'permuted' or 'masked'")
         if vocabulary < 2:
             raise ValueError(f"vocabulary={vocabulary} is too small: use at least 2 tokens")
         self.encoder, self.context, self.last, self.vocabulary = encoder, context, last, vocabulary
         self.placeholder = nn.Parameter(torch.empty(1, 1, encoder.width))
         self.head = TokenHead(encoder.width, vocabulary)
-        rows = (nn.Buffer(row, persistent=False) for row in visibility(patches + 1, context, last))
+        self.content = last if prediction == "permuted" else context  # the class token and the patches that any token sees
+        rows = (nn.Buffer(row, persistent=False) for row in visibility(patches + 1, context, last, self.content))
         self.time, self.visible_from, self.visible_until = rows
         nn.init.trunc_normal_(self.placeholder, std=0.02)
         initialise_layers([self.head])
@@ -99,10 +106,10 @@ class MaPeT(nn.Module):
         # Permutation: the class token comes first (rank 0), then the patches. Tokens are in rank order, so one window fits all images.
         order_BN = random_order(torch.rand(targets.shape, device=images.device)) if order is None else order
         first, last = self.context - 1, self.last
-        seen_BC, hidden_BP, asked_BQ = order_BN[:, : last - 1], order_BN[:, first:], order_BN[:, first:last]
+        seen_BC, hidden_BP, asked_BQ = order_BN[:, : self.content - 1], order_BN[:, first:], order_BN[:, first:last]
 
-        # Content stream: the class token, the patches before the last predicted one (no token sees the others), and a placeholder for
-        # each hidden patch. Query stream: the same placeholders, for the predicted patches.
+        # Content stream: the class token, the patches that any token sees (not the last predicted one), and a placeholder for each
+        # hidden patch. Query stream: the same placeholders, for the predicted patches.
         position_1ND = encoder.patch_positions
         class_B1D = encoder.first_token.expand(len(images), -1, -1)
         patch_BCD = encoder.embed(images, seen_BC) + gather_tokens(position_1ND, seen_BC)

@@ -9,16 +9,17 @@ Shapes: B images, K classes, N tokens (and cells), M visible patches, T tokens (
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.evaluate import Supervision, best_five, position_parameters
-from common.heads import AbsoluteLabelHead, PixelDecoder, RelativeLabelHead, initialise_layers
+from common import backbones
+from common.backbones import Backbone, check_windows, feature_map, new_classifier, patch_tokens
+from common.evaluate import Supervision, position_parameters
+from common.heads import AbsoluteLabelHead, PixelDecoder, RelativeLabelHead
 from common.masking import kept_tokens, random_order
 from common.method import Output
 from common.positions import Grid, absolute_targets
 from common.vit import ViT
-from positional_label.backbones import Backbone, check_windows, feature_map, patch_tokens, release_swin
+from positional_label.backbones import release_swin
 
 Label = Literal["none", "absolute", "relative"]
 
@@ -55,9 +56,7 @@ class PositionalLabel(nn.Module):
         self.encoder, self.weight = encoder, weight
         width, self.grid = feature_map(encoder)
         self.cell_N = nn.Buffer(absolute_targets(self.grid), persistent=False)
-        encoder.reset_classifier(classes)
-        classifiers = encoder.get_classifier()  # a distilled DeiT has two
-        initialise_layers(classifiers if isinstance(classifiers, tuple) else (classifiers,))
+        new_classifier(encoder, classes)
         self.head = make_head(label, width, self.grid, queries)
         self.supervision = Supervision(classes, mixup=mixup, cutmix=cutmix, smoothing=smoothing)
 
@@ -73,7 +72,7 @@ class PositionalLabel(nn.Module):
         # The network's own task: classification from the pooled tokens.
         features = self.encoder.forward_features(images)
         logits_BK = self.encoder.forward_head(features).float()
-        loss, metrics = self._classification(logits_BK, targets)
+        loss, metrics = self.supervision.judge(logits_BK, targets, self.training)
 
         # Positional labels: the cell of each last-layer token, after the final norm, on the grid of the augmented image.
         tokens_BND, grid = patch_tokens(features, self.encoder)
@@ -81,15 +80,6 @@ class PositionalLabel(nn.Module):
             raise ValueError(f"the grid is {grid[0]} x {grid[1]}, but was {self.grid[0]} x {self.grid[1]} at first; use images of one size")
         loss = add_position_loss(self, loss, metrics, tokens_BND, self.cell_N.expand(len(images), -1))
         return Output(loss, metrics, {"logits": logits_BK, "tokens": tokens_BND})
-
-    def _classification(self, logits_BK: Tensor, targets: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.training:
-            return self.supervision.loss(logits_BK, targets), {}
-        if targets is None:
-            return logits_BK.new_zeros(()), {}
-        right_B5 = best_five(logits_BK, targets)
-        metrics = {"top1": 100 * right_B5[:, 0].float().mean(), "top5": 100 * right_B5.any(1).float().mean()}
-        return F.cross_entropy(logits_BK, targets), metrics
 
     def no_weight_decay(self) -> set[str]:
         return position_parameters(self)
@@ -164,9 +154,7 @@ def make_head(label: Label, width: int, grid: Grid, queries: int | None) -> Abso
 _HEAD = {"To2D.": "head.", "head_coordinate.": "head.classify."}
 OFFICIAL_VIT_NAMES = {"": "encoder.", **_HEAD}
 OFFICIAL_SWIN_NAMES = {
-    "": "encoder.",
-    "head.": "encoder.head.fc.",
-    **{f"layers.{stage}.downsample.": f"encoder.layers.{stage + 1}.downsample." for stage in range(3)},  # timm merges before a stage
+    **backbones.OFFICIAL_SWIN_NAMES,
     "layers.2.FinalLayer_norm.": "encoder.layers.3.downsample.norm.",  # with absolute labels, instead of the last merging
     "layers.2.FinalLayer_Mlp.": "encoder.layers.3.downsample.reduction.",
     **_HEAD,

@@ -180,7 +180,7 @@ class StoP(nn.Module):
     def _noise(self, shape: torch.Size, given: Tensor | None) -> Tensor:
         """The noise added to tokens (..., P): sigma n; if tied, projected by the weights of the context projection, without its bias."""
         tied, weight_PD = self.covariance == "tied", self.predictor.embed.weight
-        n = torch.randn(*shape, weight_PD.shape[int(tied)], device=weight_PD.device) if given is None else given
+        n = weight_PD.new_empty(*shape, weight_PD.shape[int(tied)]).normal_() if given is None else given
         return F.linear(self.sigma * n, weight_PD) if tied else self.sigma * n
 
     @property

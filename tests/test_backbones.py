@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from timm.models import Nest, SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr, VisionTransformer, VisionTransformerDistilled
 from torch import Tensor, nn
 
+from common.backbones import check_windows, feature_map, patch_tokens
 from common.positions import Grid
 from common.recipe import choose_arms
-from positional_label.backbones import ReleasedBlock, check_windows, feature_map, patch_tokens, release_swin
+from positional_label.backbones import ReleasedBlock, release_swin
 from positional_label.method import PositionalLabel
 from positional_label.recipe import build, cifar10, digits
 from tests.test_vit import redraw

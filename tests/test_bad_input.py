@@ -26,7 +26,7 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_unknown_names_are_refused_with_the_nearest_known_name(capsys, tmp_path):
-    assert "PAPER='drpopos' is not known; did you mean droppos?" in refused(capsys, "drpopos")
+    assert "PAPER='drpopos' is not known; did you mean droppos or drloc?" in refused(capsys, "drpopos")
     assert "RECIPE='digit' is not known for droppos; did you mean digits?" in refused(capsys, "droppos", "--recipe", "digit")
     assert "did you mean cifar10" in refused(capsys, "droppos", "--data", "cifar1")
     assert "did you mean sigma" in refused(capsys, "droppos", "--set", "method.sgima=1", "--out", str(tmp_path))

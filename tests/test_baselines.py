@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks import reproduce
 from benchmarks.baselines import deit as deit_module
-from benchmarks.baselines import distillation, mae
+from benchmarks.baselines import distillation, drloc, jigsaw, mae
 from benchmarks.baselines.deit import DeiT
 from benchmarks.ledger.rows import load
 from benchmarks.papers import BASELINES, ROOT, baselines, paper_module, recipes
@@ -21,7 +21,7 @@ from benchmarks.reproduce import main
 from common.convert import ConversionError
 from common.evaluate import Classifier
 from common.randomness import reseed
-from common.recipe import DEIT, Protocol, RecipeError, override
+from common.recipe import DEIT, Protocol, RecipeError, choose_arms, override
 from common.vit import ViT
 
 TEACHER, CLASSES = "test_efficientnet", 5
@@ -297,10 +297,11 @@ def test_the_distilled_recipe_uses_the_papers_teacher(monkeypatch):
 # ---- in the reproduce command
 
 
-def test_the_baselines_are_these_three_and_each_is_one_short_file():
-    assert baselines() == ["deit", "ijepa", "mae"]
+def test_the_baselines_are_these_five_and_each_is_one_file():
+    assert baselines() == ["deit", "drloc", "ijepa", "jigsaw", "mae"]
     for name in baselines():
-        assert len((ROOT / BASELINES / f"{name}.py").read_text().splitlines()) <= 160
+        relative = name in ("drloc", "jigsaw")  # two methods each, as a paper has in two files
+        assert len((ROOT / BASELINES / f"{name}.py").read_text().splitlines()) <= (470 if relative else 160)
 
 
 def test_deit_reports_its_own_accuracy_as_training_from_scratch(tmp_path, monkeypatch, capsys):
@@ -365,3 +366,15 @@ def test_the_imagenet_recipes_of_the_baselines_equal_the_papers_tables():
     assert (deit_b.pretrain.epochs, deit_b.pretrain.batch_size, deit_b.pretrain.lr) == (300, 1024, 1e-3)
     assert deit_b.method == {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1} and deit_b.encoder == {"position": "learned", "drop_path": 0.1}
     assert deit_b.pretrain.augmentation.repeats == 3 and recipes(paper_module("deit"))["imagenet_vits16"]().size == "small"
+
+
+@pytest.mark.parametrize("module", [jigsaw, drloc])
+@pytest.mark.parametrize("recipe", ["digits", "digits_mae"])
+def test_the_arms_of_a_relative_start_from_the_same_encoder(module, recipe):
+    arms, starts = choose_arms(recipes(module)[recipe]()), {}
+    for arm, own in arms.items():
+        reseed(0)
+        starts[arm] = module.build(own, own.build_encoder(1), 10).encoder.state_dict()
+        assert own.pretrain == arms[arm.partition("+")[0]].pretrain
+    for arm, state in starts.items():
+        assert all(torch.equal(value, state[name]) for name, value in starts[arm.partition("+")[0]].items())

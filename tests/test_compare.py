@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import numpy
 import pandas
 import pytest
 import timm
@@ -18,12 +20,13 @@ from safetensors.torch import save_file
 
 from benchmarks.compare import __main__ as program
 from benchmarks.compare.__main__ import RECORDS, Options, main, prepare, read_budget
-from benchmarks.compare.arena import ARENAS, choose_arena, enter, entries
+from benchmarks.compare.arena import ARENAS, ARMS, CLAIMS, GAP, TUNED, UNTUNED, choose_arena, enter, entries, trials
 from benchmarks.compare.scores import add, load
-from benchmarks.compare.table import accuracies
+from benchmarks.compare.table import accuracies, claims, location, tuning
 from benchmarks.compare.units import Plan, read_plan, read_scores
 from benchmarks.compare.units import run as run_unit
 from benchmarks.ledger.verify import verify
+from benchmarks.report.comparison import comparison_page
 from common.data import open_data
 from common.evaluate import labelled_images
 from common.recipe import RecipeError
@@ -67,7 +70,8 @@ def test_a_folder_takes_part_in_a_named_arena_with_the_recipes_of_its_data(tmp_p
 
 
 @pytest.mark.parametrize("name", ["cifar10", "folder"])
-def test_decoders_and_rates_are_those_of_the_papers_recipes_for_an_encoder_of_this_size(name):
+def test_decoders_and_rates_are_those_of_the_papers_recipes_for_an_encoder_of_this_size(name, monkeypatch):
+    monkeypatch.setattr("benchmarks.compare.arena.TUNED", {})
     found, fitting = entries(ARENAS[name]), entries(ARENAS["digits"])
     for method in ("mae", "droppos", "stop", "positional_label, mae+rpl"):
         own, other = found[method].recipe, fitting[method].recipe
@@ -77,14 +81,99 @@ def test_decoders_and_rates_are_those_of_the_papers_recipes_for_an_encoder_of_th
         assert own.pretrain.augmentation != other.pretrain.augmentation
 
 
-def test_the_arena_of_the_recorded_comparison_is_still_the_same():
-    recorded = json.loads((RECORDS / "digits" / "plan.json").read_text())
-    assert ARENAS["digits"].hash == recorded["hash"]
+@pytest.mark.parametrize("plan", sorted(RECORDS.glob("*/plan.json")), ids=lambda path: path.parent.name)
+def test_the_arena_of_a_recorded_comparison_is_still_the_same(plan):
+    recorded = json.loads(plan.read_text())
+    assert ARENAS[recorded["arena"]].hash == recorded["hash"]
+
+
+def test_methods_are_tuned_with_equally_many_trials_and_without_the_test_images():
+    arena, digits = ARENAS["cifar10_tuning"], open_data("digits")
+    methods = entries(arena)
+    trained = [entry for entry in entries(replace(ARENAS["cifar10"], name="cifar10_gpu")).values() if entry.trains and entry.name != GAP]
+    assert [*methods] == ["from scratch", *(trial.name for entry in trained for trial in trials(entry).values())]
+    assert {len(trials(entry)) for entry in trained} == {5}
+    recipes = {name: enter(arena, entry, 2) for name, entry in methods.items()}
+    for entry in trained:
+        own = [recipes[trial.name] for trial in trials(entry).values()]
+        assert len({str(recipe) for recipe in own}) == 5
+        assert {str(replace(recipe, pretrain=own[0].pretrain, method=own[0].method)) for recipe in own} == {str(own[0])}
+    small, tuned = replace(ARENAS["cifar10"], limit=400).limited(digits), replace(arena, limit=400, held_out=100).limited(digits)
+    assert tuned.train.digest() == small.train.digest()
+    images = {name: {image.numpy().tobytes() for image in part.images} for name, part in (("own", tuned.val), ("train", tuned.train))}
+    assert len(tuned.val) == 100 and not images["own"] & images["train"]
+    assert images["own"] <= {image.numpy().tobytes() for image in digits.train.images}
+
+
+def test_the_tuned_recipes_are_the_best_trials_of_the_recorded_tuning():
+    recorded = tuning(load(RECORDS / "cifar10_tuning" / "scores.csv"))
+    best = {row.Method: row.Best for row in recorded.itertuples() if row.Best != "recipe"}
+    assert TUNED["cifar10"] == best
+    found, own = entries(ARENAS["cifar10"]), entries(replace(ARENAS["cifar10"], name="cifar10_gpu"))
+    for method, title in best.items():
+        assert found[method].recipe == trials(own[method])[title].recipe != own[method].recipe
+    assert found[UNTUNED].recipe == own["mae"].recipe
+
+
+def test_a_trial_without_a_score_is_a_dash_in_its_own_column_and_seeds_are_averaged():
+    scores = load(RECORDS / "cifar10_tuning" / "scores.csv")
+    missing = scores[~scores["method"].isin(["mapet, lr x 2", "mapet, context=9"])]
+    row = tuning(missing).set_index("Method").loc["mapet"]
+    assert [*row] == ["47.4", "43.5", "-", "-", "context=33: 46.5", "recipe", "+0.0"]
+    assert tuning(pandas.concat([scores, scores.assign(seed=1)])).equals(tuning(scores))
 
 
 def test_a_new_paper_takes_part_without_a_change_here(monkeypatch):
     monkeypatch.setattr("benchmarks.compare.arena.papers", lambda: ["droppos"])
-    assert list(entries(ARENAS["digits"])) == ["from scratch", "mae", "deit", "ijepa", "droppos", "mae, half the lr"]
+    own = ["deit", "drloc, mae+drloc", "ijepa", "jigsaw, mae+jigsaw"]
+    assert list(entries(ARENAS["digits"])) == ["from scratch", "mae", *own, "droppos", "mae, half the lr"]
+
+
+def test_the_arms_of_the_claims_differ_from_their_method_only_in_what_is_claimed():
+    arena = ARENAS["cifar10"]
+    own, found = entries(arena), entries(arena, claims=True)
+    assert found.keys() - own.keys() == {"mp3, none", "mp3, relative", "positional_label, mae+apl", "mapet, masked"}
+    assert {method for pair in CLAIMS.values() for method in pair} <= found.keys()
+    assert list(entries(arena, ("mapet",), claims=True)) == ["from scratch", "mae", "mapet", "mapet, masked"]
+    names = ("positional_label, mae+rpl", "positional_label, mae+apl", "mapet", "mapet, masked", "mp3", "mp3, none", "mp3, relative")
+    rpl, apl, mapet, masked, mp3, none, relative = (enter(arena, found[name], 10) for name in names)
+    assert apl == replace(rpl, method=rpl.method | {"label": "absolute"})
+    assert masked == replace(mapet, method=mapet.method | {"prediction": "masked"})
+    tunings = [protocol for protocol in mp3.protocols if protocol.kind == "finetune"]
+    for recipe, position in ((none, "none"), (relative, "relative")):
+        assert recipe == replace(mp3, protocols=tuple(replace(one, position=position) for one in tunings))
+    assert len({(found[name].module.__name__, found[name].arm) for name in names}) == len(names)  # their runs have different folders
+
+
+def test_a_claim_is_decided_undecided_or_not_measured():
+    values = {"stop": [50, 51, 52], "ijepa": [49, 50, 51.1], "mp3": [50, 51, 52], "mp3, none": [50, 52, 51]}
+    rows = [{"method": m, "seed": s, "value": v, "evaluation": "finetune"} for m, own in values.items() for s, v in enumerate(own)]
+    rows += [{"method": m, "seed": 0, "value": 40.0, "evaluation": "knn"} for m in ("mp3", "stop", "ijepa")]
+    found = claims(pandas.DataFrame(rows)).set_index("Claim")
+    assert list(found.columns) == ["fine-tuned", "k-NN"] and list(found.index) == list(CLAIMS)
+    assert list(found.loc["StoP over I-JEPA"]) == ["+1.0 ± 0.1", "+0.0, undecided"]
+    assert list(found.loc["MP3: absolute positions over none"]) == ["+0.0 ± 2.5, undecided", "-"]
+    assert list(found.loc["RPL over APL"]) == ["not measured yet", "not measured yet"]
+
+
+def test_arms_of_claims_change_no_rank_and_no_difference_of_the_methods():
+    scores = load(RECORDS / "digits" / "scores.csv")
+    scores = scores[~scores["method"].isin(ARMS)]
+    arm = scores[scores["method"] == "mapet"].assign(method="mapet, masked")
+    before, after = (accuracies(one).set_index("Method") for one in (scores, pandas.concat([scores, arm])))
+    assert after.drop(index="mapet, masked").equals(before)
+    assert after.loc["mapet, masked", "k-NN"] == before.loc["mapet", "k-NN"].partition("\n")[0].partition(",")[0]
+
+
+@pytest.mark.slow
+def test_an_arm_of_a_claim_runs_and_is_complete(tmp_path, monkeypatch):
+    call = [*QUICK[:-2], "finetune", "knn", "--papers", "mp3", "--claims", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(call) == 0
+    scores = load(tmp_path / "compare" / "digits" / "scores.csv")
+    found = {name: set(own["evaluation"]) for name, own in scores.groupby("method")}
+    assert found["mp3, none"] == found["mp3, relative"] == found["mp3"] - {"knn"} and "finetune_shuffled" in found["mp3, none"]
+    monkeypatch.setattr(program, "side_by_side", lambda commands, *_: pytest.fail("trained again") if commands else None)
+    assert main(call) == 0
 
 
 def test_draws_of_labels_are_nested_and_the_same_for_all_seeds_and_methods():
@@ -122,6 +211,17 @@ def test_a_second_call_trains_nothing_and_more_seeds_train_only_these(compared, 
     assert ran[1] == ["from_scratch-seed2", "mae-seed2", "droppos-seed2"]
 
 
+def test_scores_that_a_killed_program_did_not_add_are_added_by_the_next(compared, tmp_path, monkeypatch):
+    shutil.copytree(compared / "compare", tmp_path / "compare")
+    ledger = tmp_path / "compare" / "digits" / "scores.csv"
+    whole = load(ledger)
+    whole[(whole["method"] != "mae") | (whole["seed"] != 1)].to_csv(ledger, index=False)
+    monkeypatch.setattr(program, "side_by_side", lambda commands, *_: pytest.fail("trained again") if commands else None)
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    key = ["method", "evaluation", "seed", "draw"]
+    assert load(ledger).sort_values(key, ignore_index=True).equals(whole.sort_values(key, ignore_index=True))
+
+
 def test_a_method_that_fails_is_a_row_that_says_so_until_it_succeeds(compared, tmp_path):
     path = tmp_path / "scores.csv"
     folder = compared / "compare" / "digits"
@@ -132,6 +232,26 @@ def test_a_method_that_fails_is_a_row_that_says_so_until_it_succeeds(compared, t
     assert table.loc["droppos", "failed"] == "seed 0: error: the loss is nan"
     add(path, read_scores(folder, "droppos", 0))
     assert "failed" not in accuracies(load(path))
+
+
+def test_a_failure_is_the_exit_code_and_is_printed_as_it_is(compared, tmp_path, monkeypatch, capsys):
+    def fails(commands, parallel, done, root):
+        for log in commands:
+            log.write_text("error: checkpoint.pt could not be written ([enforce fail at a.cc:672] . 0 MiB free)\n")
+            done(log, 2)
+
+    shutil.copytree(compared / "compare", tmp_path / "compare")
+    monkeypatch.setattr(program, "side_by_side", fails)
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "2", "--out", str(tmp_path)]) == 0  # nothing is missing
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "3", "--out", str(tmp_path)]) == 1
+    table = capsys.readouterr().out.rpartition("┏")[2]
+    assert "[enforce" in table and len(load(tmp_path / "compare" / "digits" / "scores.csv").query("evaluation == 'failed'")) == 3
+
+
+def test_location_by_block_is_the_mean_over_seeds():
+    scores = load(RECORDS / "digits" / "scores.csv")
+    own = scores[(scores["method"] == "mp3") & (scores["evaluation"] == "location_2")]["value"]
+    assert len(own) == 5 and location(scores).set_index("Method").loc["mp3", 2] == f"{own.mean():.1f}"
 
 
 def test_a_narrow_terminal_shows_whole_cells(compared, monkeypatch, capsys):
@@ -160,9 +280,17 @@ def test_a_recorded_comparison_has_its_logs_and_is_found_again_in_them(compared,
     assert {"plan.json", "scores.csv", "report.html"} < {path.name for path in record.iterdir()} and len(
         list((record / "logs").iterdir())
     ) == 6
-    assert str(compared) not in (record / "plan.json").read_text()
+    assert not [path for path in record.rglob("*.*") if str(compared) in path.read_text()]
+    written = json.loads((record / "plan.json").read_text())
+    (record / "plan.json").write_text(json.dumps(written | {"data": str(tmp_path / "photographs")}))
+    assert "Comparison on photographs" in comparison_page(record).read_text()
+    (record / "plan.json").write_text(json.dumps(written))
     assert main(["--device", "cpu", "--table", "--out", str(tmp_path / "none")]) == 0 and "k-NN" in capsys.readouterr().out
     assert verify(tmp_path)[1] == []
+    shutil.copytree(record, tmp_path / "out" / "compare" / "digits")  # a recorded comparison goes on without its runs
+    monkeypatch.setattr(program, "side_by_side", lambda commands, *_: pytest.fail("trained again") if commands else None)
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "2", "--record", "--out", str(tmp_path / "out")]) == 0
+    assert len(list((record / "logs").iterdir())) == 6 and verify(tmp_path)[1] == []
     text = (record / "scores.csv").read_text()
     scores = load(record / "scores.csv")
     assert verify(tmp_path)[0][-1] == f"benchmarks/compare/digits: {len(scores)} of {len(scores)} rows verified"
@@ -171,6 +299,47 @@ def test_a_recorded_comparison_has_its_logs_and_is_found_again_in_them(compared,
     assert len(verify(tmp_path)[1]) == 6 and "its log says" in verify(tmp_path)[1][0]
     (record / "scores.csv").write_text(text + text.splitlines()[1] + "\n")
     assert "another row is of the same score" in verify(tmp_path)[1][0]
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """A folder with digits in colour, and one with 17 scenes: the left half of an image is dark, the right half is bright."""
+    root, data = tmp_path_factory.mktemp("coloured"), open_data("digits").limited(200)
+    for split, part in (("train", data.train), ("val", data.val)):
+        for index, (image, label) in enumerate(zip(part.images, part.labels.tolist(), strict=True)):
+            (root / "digits" / split / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).convert("RGB").save(root / "digits" / split / str(label) / f"{index}.png")
+    class_HW = (numpy.arange(64) >= 32).astype(numpy.uint8)[None].repeat(48, 0)
+    for split, count in (("train", 16), ("val", 1)):
+        for kind in ("images", "masks"):
+            (root / "scenes" / kind / split).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(200 * class_HW + index).convert("RGB").save(root / "scenes" / "images" / split / f"{index}.png")
+            Image.fromarray(class_HW).save(root / "scenes" / "masks" / split / f"{index}.png")
+    (root / "scenes" / "classes.json").write_text('{"names": ["left", "right"]}')
+    return root
+
+
+@pytest.mark.slow
+def test_segmentation_is_one_more_evaluation_where_scenes_are_given(coloured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "RECORDS", tmp_path / "benchmarks" / "compare")
+    call = [*QUICK[:-2], "knn", "--data", str(coloured / "digits"), "--papers", "mae", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(call) == 0
+    scenes = ["--scenes", str(coloured / "scenes")]
+    assert main([*call, *scenes]) == 2  # among the evaluations is only knn
+    assert "add it to EVALUATIONS" in " ".join(capsys.readouterr().out.split())
+    assert main([*call, "--evaluations", "knn", "segmentation", *scenes, "--record"]) == 0
+    scores = load(tmp_path / "compare" / "folder" / "scores.csv")
+    found = scores[scores["evaluation"] == "segmentation"].set_index("method")
+    stages = found["stage"].str.rpartition("/")[2].to_dict()  # rows are in the order in which the units ended
+    assert stages == {"from scratch": "segmentation-random", "mae": "segmentation-pretrained"}
+    assert found["value"].between(40, 100).all() and (found["note"].str.contains("epochs=32")).all()
+    assert not accuracies(scores)["segmentation"].str.contains("nan").any()
+    assert verify(tmp_path)[1] == []
+    assert read_plan(tmp_path / "benchmarks" / "compare" / "folder").scenes is None  # a path of this machine
+    monkeypatch.setattr(program, "side_by_side", lambda commands, *_: pytest.fail("trained again") if commands else None)
+    assert main([*call, "--evaluations", "knn", "segmentation"]) == 0  # a comparison keeps its scenes
+    assert main([*call, "--evaluations", "segmentation", "--scenes", str(coloured)]) == 2
 
 
 @pytest.mark.slow
@@ -203,7 +372,9 @@ def test_each_arena_runs_to_its_end_on_a_few_images(arena, tmp_path, monkeypatch
     (tmp_path / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
     run_unit(tmp_path, "mae", 0)
     scores = read_scores(tmp_path, "mae", 0)
-    assert plan.complete(scores) and {score.draw for score in scores if "per_class" in score.evaluation} == {0, 1}
+    assert plan.complete([score.evaluation for score in scores]) and {
+        score.draw for score in scores if "per_class" in score.evaluation
+    } == {0, 1}
 
 
 def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeypatch):
@@ -223,11 +394,13 @@ def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--papers", "dropos"], "PAPERS='dropos' is not known; did you mean droppos?"),
+        (["--papers", "dropos"], "PAPERS='dropos' is not known; did you mean droppos or drloc?"),
         (["--evaluations", "kn"], "EVALUATIONS='kn' is not known; did you mean knn?"),
         (["--budget", "image:5"], "BUDGET='image:5': did you mean images?"),
         (["--budget", "images:many"], "the amount is not a number above 0"),
         (["--budget", "images:150"], "two epochs of 240 images are the least"),
+        (["--evaluations", "segmentation"], "EVALUATIONS=segmentation needs images with masks: SCENES=/datasets/streets"),
+        (["--scenes", "streets"], "SCENES=streets: digits-240 is grey, but segmentation needs encoders of colour images"),
         (["--limit", "50"], "a class of digits-50 has 5 training images, but 20 labels per class are used"),
     ],
 )

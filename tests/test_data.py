@@ -633,3 +633,18 @@ def test_loading_with_workers_does_not_change_the_callers_random_state(folder):
     list(batches(data.train, data, workers=1).epoch(0))
     list(batches(data.val, data, None).epoch(0))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_held_out_images_are_the_last_training_images_of_each_class_and_replace_the_test_images(folder):
+    data = open_data(str(folder))
+    held = data.hold_out(5)  # rounded up to two of each of the three classes
+    assert (len(held.train), len(held.val)) == (6, 6)
+    kept = [*(held.train.paths or ()), *(held.val.paths or ())] if held.train.images is None else [*held.train.images, *held.val.images]
+    assert len({str(one) for one in kept}) == len(kept)
+    for label in range(3):
+        rows = (data.train.labels == label).nonzero()[:, 0]
+        assert (
+            held.val.subset((held.val.labels == label).nonzero()[:, 0].tolist()).digest() == data.train.subset(rows[-2:].tolist()).digest()
+        )
+    with pytest.raises(DataError, match="4 of 4 training images of class 0 cannot be held out: add images"):
+        data.hold_out(12)

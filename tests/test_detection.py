@@ -228,6 +228,13 @@ def test_both_layouts_of_folders_give_the_same(tmp_path):
     assert [photo.objects for photo in one.train] == [photo.objects for photo in other.train]
 
 
+def test_another_content_of_an_image_is_other_data(tmp_path):
+    before = open_detections(write(tmp_path / "data"))
+    path = Path(before.val[0].path)
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert open_detections(tmp_path / "data").identity["val"] != before.identity["val"]
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -336,6 +343,7 @@ def test_the_schedule_is_that_of_vitdet_for_base_and_large():
         (["--batch", "5"], "BATCH=5, but there are 4 training images"),
         (["--checkpoint", "lost.pt"], "CKPT=lost.pt does not exist"),
         (["--data", "/lost"], "DATA=/lost is not a folder"),
+        (["--engine", "detectron2", "--precision", "bf16-mixed", "--device", "cpu"], "--precision bf16-mixed: the loop of detectron2"),
     ],
 )
 def test_a_wrong_command_says_what_to_change(options, message, tmp_path, capsys):

@@ -28,9 +28,9 @@ def test_keep_freed_memory_reuses_the_memory_of_the_previous_step():
     def count(before: str) -> int:
         return int(subprocess.run([sys.executable, "-c", FAULTS.format(before=before)], cwd=ROOT, capture_output=True, check=True).stdout)
 
-    before = count("")
-    assert count("import common; common.keep_freed_memory()") < before / 4
-    assert count("import common") > before / 2  # a plain import does not change the allocator
+    kept = count("import common; common.keep_freed_memory()")
+    for program in ("", "import common"):  # a plain import does not change the allocator; the counts vary by a factor of two
+        assert count(program) > 4 * kept
 
 
 def test_an_unsupported_system_is_refused_with_one_sentence():

@@ -9,6 +9,7 @@ from common import attention, heads
 from common.attention import Window, window_mask
 from common.data import open_data
 from common.heads import TokenHead
+from common.masking import gather_tokens
 from common.optim import make_optimizer
 from common.recipe import RecipeError, TrainConfig, override
 from common.vit import ViT
@@ -58,7 +59,7 @@ def dense(order: list[int], context: int) -> Tensor:
 @pytest.mark.parametrize(("tokens", "context"), PAIRS)
 def test_the_attention_window_follows_the_rule_of_the_paper(tokens, context):
     order = [0, *(1 + torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(0))).tolist()]
-    whole, ours = dense(order, context), seen(visibility(tokens, context, tokens - 1))
+    whole, ours = dense(order, context), seen(visibility(tokens, context, tokens - 1, tokens - 1))
     # No token that affects the loss sees the content of the last target, so our code leaves it out.
     rows = [row for row in range(len(whole)) if row != tokens - 1]
     columns = [column for column in range(whole.shape[1]) if column != tokens - 1]
@@ -68,7 +69,7 @@ def test_the_attention_window_follows_the_rule_of_the_paper(tokens, context):
 
 @pytest.mark.parametrize(("tokens", "context"), PAIRS)
 def test_each_token_sees_every_position_once(tokens, context):
-    window = visibility(tokens, context, tokens - 1)
+    window = visibility(tokens, context, tokens - 1, tokens - 1)
     visible = seen(window)
     assert (visible.sum(1) == tokens - torch.cat([torch.zeros(tokens - 1), torch.zeros(2 * (tokens - context))])).all()
     content, hidden = visible[:, : tokens - 1], visible[:, tokens - 1 :]
@@ -81,7 +82,7 @@ def test_each_token_sees_every_position_once(tokens, context):
 def test_the_papers_worked_example():
     """Nine tokens without class token in the order 1 8 4 2 7 6 | 3 5 9: query rows by token, then the placeholders of 3, 5, 9."""
     order, targets = [1, 8, 4, 2, 7, 6, 3, 5, 9], [3, 5, 9]
-    visible = seen(visibility(9, 6, 8))
+    visible = seen(visibility(9, 6, 8, 8))
     column = {("content", token): index for index, token in enumerate(order[:-1])}
     column |= {("placeholder", token): 8 + index for index, token in enumerate(targets)}
 
@@ -112,6 +113,20 @@ def features_by_cell(model: MaPeT, images: Tensor, order: Tensor) -> Tensor:
     named = model(images, torch.zeros_like(order), order=order).named
     empty = torch.full((len(images), 16, 32), torch.nan)
     return empty.scatter(1, named["cells"][..., None].expand(-1, -1, 32), named["features"])
+
+
+@pytest.mark.parametrize("limit", [None, 9])
+def test_a_masked_prediction_is_that_of_a_plain_encoder_with_placeholders(limit):
+    model, (images, tokens, order) = mapet(prediction="masked", target_limit=limit).eval(), inputs()
+    output = model(images, tokens, order=order)
+    position, hidden = model.encoder.patch_positions.expand(2, -1, -1), order[:, 4:]
+    seen = model.encoder.embed(images, order[:, :4]) + gather_tokens(position, order[:, :4])
+    x = torch.cat([model.encoder.first_token.expand(2, -1, -1), seen, model.placeholder + gather_tokens(position, hidden)], 1)
+    for block in model.encoder.blocks:
+        x = block(x)
+    count = (limit or 16) - 4
+    assert torch.equal(output.named["cells"], hidden[:, :count])
+    torch.testing.assert_close(output.named["features"], model.encoder.norm(x)[:, 5 : 5 + count])
 
 
 def test_a_prediction_depends_only_on_the_patches_before_it():
@@ -176,7 +191,7 @@ def test_a_target_limit_drops_the_last_targets_and_changes_nothing_else(limit, c
 
 @pytest.mark.parametrize(("limit", "count"), [(147, 98), (99, 50), (None, 147)])
 def test_target_limits_give_the_official_number_of_targets(limit, count):
-    assert visibility(197, 50, limit or 196).time.shape[1] == (limit or 196) + 147 + count
+    assert visibility(197, 50, limit or 196, limit or 196).time.shape[1] == (limit or 196) + 147 + count
 
 
 # ---- random permutations
@@ -273,7 +288,7 @@ def test_the_content_stream_with_everything_visible_is_the_exported_encoder():
     encoder, (images, _, _) = mapet().eval().encoder, inputs()
     class_B1D = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1)
     x_BTD = torch.cat([class_B1D, encoder.embed(images) + encoder.patch_positions], dim=1)
-    window = visibility(17, context=17, last=17)
+    window = visibility(17, context=17, last=17, content=17)
     assert seen(window).all() and seen(window).shape == (17, 17)
     for block in encoder.blocks:
         x_BTD = block(x_BTD, keys=17, window=window)
@@ -343,6 +358,7 @@ def test_options_reach_the_model():
         ({"target_limit": 4}, "target_limit=4 .* use 5 .* to 16"),
         ({"target_limit": 17}, "target_limit=17"),
         ({"vocabulary": 1}, "vocabulary=1"),
+        ({"prediction": "causal"}, "prediction='causal' is not known"),
         ({"initialise": "xavier"}, "initialise='xavier' is not known"),
     ],
 )

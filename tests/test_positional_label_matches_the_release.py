@@ -31,17 +31,6 @@ def new_model(case: dict, label: str) -> PositionalLabel:
     return PositionalLabel(prepared(encoder, (224, 224)), 1000, label=label, swin="released").eval()
 
 
-def shift_mask(windows: int, cells: int) -> Tensor:
-    """The official buffer (W, T, T) of a square grid: 0 for two patches of a shifted window that are neighbours in the image, else -100."""
-    side, window = round((windows * cells) ** 0.5), round(cells**0.5)
-    place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).reshape(side, side, 2)
-    shifted = place.roll((-(window // 2), -(window // 2)), (0, 1))
-    count = side // window
-    cell_WT2 = shifted.reshape(count, window, count, window, 2).transpose(1, 2).reshape(windows, cells, 2)
-    near_WTT = ((cell_WT2[:, :, None] - cell_WT2[:, None]).abs() < window).all(-1)
-    return torch.where(near_WTT, 0.0, -100.0)
-
-
 def official_state(name: str, model: PositionalLabel) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return a case's state dict as the official code saves it, with masks, and the map from our names to the official ones."""
     case, official = GOLDEN[name], OFFICIAL_VIT_NAMES if name.startswith("vit") else OFFICIAL_SWIN_NAMES
@@ -49,7 +38,7 @@ def official_state(name: str, model: PositionalLabel) -> tuple[dict[str, Tensor]
     to_official = {ours: theirs for theirs, ours in official.items() if "FinalLayer" not in theirs or name.startswith("swin_apl")}
     state = rename(model.state_dict(), to_official)
     for key, (shape, zeros, values) in case.get("attn_mask", {}).items():
-        mask = state[key] = shift_mask(*shape[:2])
+        mask = state[key] = parity.shift_mask(*shape[:2])
         assert (list(mask.shape), int((mask == 0).sum()), mask.unique().tolist()) == (shape, zeros, values)
     assert len(state) == case["keys"]
     return parity.patternless_weights(state, case["fill"], case["seed"]), to_official
@@ -75,11 +64,6 @@ def test_generated_weights_and_images_have_the_expected_values():
     assert norm.tolist() == pytest.approx([1.1535072327, 1.0258982182, 0.5226014853], abs=1e-7)
 
 
-def relative_error(found: list[float], official: list[float]) -> float:
-    """Return the largest difference divided by the largest official value."""
-    return max(abs(a - b) for a, b in zip(found, official, strict=True)) / max(map(abs, official))
-
-
 @pytest.mark.parametrize("name", GOLDEN)
 def test_all_values_of_a_whole_network_equal_the_official_ones(name):
     case, (model, to_official) = GOLDEN[name], load_case(name)
@@ -103,7 +87,7 @@ def test_all_values_of_a_whole_network_equal_the_official_ones(name):
             figures[key] = position[tuple(place)][:8].tolist()
     official = {key: [value] if isinstance(value, float) else value for key, value in case["float64"].items() if key != "grad_norm"}
     assert figures.keys() == official.keys()
-    assert {key: found for key in official if (found := relative_error(figures[key], official[key])) > LOSSES} == {}
+    assert {key: found for key in official if (found := parity.relative_error(figures[key], official[key])) > LOSSES} == {}
     answers = position.flatten(0, -2)
     assert [list(logits_BK.shape), list(answers.shape)] == [case["class_logits"], case["position_logits"]]
     assert output.metrics["position_top1"].item() * len(answers) / 100 == pytest.approx(case["position_right"], abs=1e-3)
@@ -123,9 +107,11 @@ def test_a_checkpoint_with_shift_masks_of_another_window_size_is_refused():
     key = "layers.0.blocks.1.attn_mask"
     state = rename(other.state_dict(), {ours: theirs for theirs, ours in OFFICIAL_SWIN_NAMES.items() if "FinalLayer" not in theirs})
     with pytest.raises(ConversionError, match=rf"{key}: not the shift masks of this window and image size"):
-        load_method(model, state | {key: shift_mask(64, 49)}, OFFICIAL_SWIN_NAMES)
+        load_method(model, state | {key: parity.shift_mask(64, 49)}, OFFICIAL_SWIN_NAMES)
     with pytest.raises(ConversionError, match=rf"{key}: not the shift masks"):
         load_method(model, state | {key: torch.zeros(16, 196, 196)}, OFFICIAL_SWIN_NAMES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    coverage = load_method(model, state | {key: shift_mask(16, 196).half()}, OFFICIAL_SWIN_NAMES)  # a file in half precision also loads
+    coverage = load_method(
+        model, state | {key: parity.shift_mask(16, 196).half()}, OFFICIAL_SWIN_NAMES
+    )  # a file in half precision also loads
     assert coverage.unexpected == ()

@@ -15,9 +15,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import reproduce
-from benchmarks.compare.scores import Score, add
+from benchmarks.compare.scores import Score, add, load
 from benchmarks.compare.units import Plan
 from benchmarks.report.__main__ import main
+from benchmarks.report.comparison import draw_curves
 from benchmarks.report.encoder import attention_maps, feature_colours, position_accuracy, read_recipe
 from benchmarks.report.figures import GREY, interval_plot
 from benchmarks.report.page import write_svg
@@ -83,10 +84,10 @@ def comparison(tmp_path_factory) -> Path:
     epochs = dict.fromkeys(METHODS, 30)
     plan = Plan(**plan, papers=(), encoder_file=None, epochs=epochs, evaluations=())  # type: ignore[arg-type]
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
-    for run in ("mae/digits-30ep-seed0", "droppos/digits-30ep-seed0", "mae/digits-30ep-seed1"):
-        path = folder / run / "pretrain" / "metrics.jsonl"
+    runs = ("mae/digits-30ep-seed0/pretrain/log.txt", "droppos/digits-30ep-seed0/pretrain/log.txt", "logs/mae-seed1.txt")  # one is recorded
+    for path in map(folder.joinpath, runs):
         path.parent.mkdir(parents=True)
-        path.write_text("".join(json.dumps({"step": step, "epoch": step, "lr": 1, "loss": 1 / step}) + "\n" for step in range(1, 31)))
+        path.write_text("".join(f"pretrain step {step}/30, 9 images/s, loss {1 / step:.3g}, 0 s left\n" for step in (3, 15, 9, 15, 30)))
     assert main([str(folder)]) == 0
     return folder
 
@@ -123,6 +124,13 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.tags[-1:] == ["h2"] and data.strip():
             self.headings.append(data)
+
+
+def test_learning_curves_are_from_the_logs_of_runs_and_of_recorded_runs(comparison):
+    axes = draw_curves(comparison, load(comparison / "scores.csv"))["loss, mae"].axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["seed 0", "seed 1"]
+    for line in axes.lines:
+        assert [*zip(*line.get_data(), strict=True)] == [(3, 0.333), (9, 0.111), (15, 0.0667), (30, 0.0333)]
 
 
 def test_the_page_of_a_comparison_has_all_parts(comparison):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from sklearn.metrics import jaccard_score
 from torch import nn
 
+from benchmarks.downstream import run_command
 from benchmarks.pretrained import find_pretrained
 from benchmarks.segmentation import crops as module
 from benchmarks.segmentation.__main__ import Options, main, segment
@@ -293,7 +295,7 @@ def test_wrong_data_is_refused_before_the_training(spoil, message, folder):
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "DATA=nowhere is not a folder"),
-        (["--paper", "dropos"], "PAPER='dropos' is not known; did you mean droppos?"),
+        (["--paper", "dropos"], "PAPER='dropos' is not known; did you mean droppos or drloc?"),
         (["--checkpoint", "nowhere.pth"], "CKPT=nowhere.pth does not exist"),
         (["--size", "30", "48"], "30 x 48 pixels are not a multiple of the encoder's patch size 4"),
         (["--set", "patch_size=64"], "0.png has 48 x 64 pixels, less than a patch of 64 x 64"),
@@ -386,3 +388,10 @@ def test_street_scenes_are_learned_from_a_few_images(tmp_path):
     options.size, options.epochs, options.out, options.lr, options.workers = (176, 240), 40, tmp_path, 1e-3, 1
     rows = {row.metric: row.value for row in segment(options)}
     assert rows["pixel_accuracy"] > 50 and rows["miou"] > 10  # the largest class alone: a third of the pixels, and 3
+
+
+def test_too_little_memory_says_which_setting_to_lower(capsys):
+    assert run_command(lambda: torch.empty(10**15), "lower --device-batch") == 2
+    assert re.search("the memory is too small .*: lower --device-batch", " ".join(capsys.readouterr().out.split()))
+    with pytest.raises(RuntimeError, match="size mismatch|shape"):  # another error is a fault of the program
+        run_command(lambda: torch.zeros(2) @ torch.zeros(3, 3), "")

@@ -160,6 +160,7 @@ def test_a_run_stopped_in_training_resumes_to_the_same_results(data, tmp_path, m
     assert once_more("stopped") == whole == once_more("whole") and whole["tuned"] != whole["tuned_shuffled"]
 
 
+# In float64 and at a low learning rate: otherwise training amplifies the rounding of gradients that are summed in another order.
 PROGRAM = """
 import json, sys, torch, common
 from dataclasses import replace
@@ -170,12 +171,12 @@ from common.run import Run
 from common.train import make_fabric
 from tests.test_shuffle import TUNED, encoder
 
-fabric = make_fabric("cpu", "32-true")
+fabric = make_fabric("cpu", "64-true")
 fabric.launch()
 whole = open_data("digits")
 data = replace(whole, train=whole.train.subset(range(400)), val=whole.val.subset(range(101)))
 torch.manual_seed(0)
-protocols = TUNED, replace(LOCATION, images=51)
+protocols = replace(TUNED, stage=replace(TUNED.stage, base_lr=0.001)), replace(LOCATION, images=51)
 found = []
 for number, protocol in enumerate(protocols):
     with Run(f"{sys.argv[1]}/{number}", {}, fabric.device, main=fabric.is_global_zero) as run:
@@ -190,9 +191,7 @@ def test_two_processes_have_the_results_of_one_in_the_shuffle_test_and_the_locat
     said = [finish(launch(processes, script(tmp_path, PROGRAM), str(tmp_path / f"{processes}"))) for processes in (1, 2)]
     alone, *both = [json.loads(line.partition("found ")[2]) for text in said for line in text.splitlines() if "found {" in line]
     assert len(both) == 2 and both[0] == both[1] and [*alone] == ["tuned_shuffled", "tuned", "location_1", "location_2"]
-    for name, (top1, settings) in alone.items():
-        near = 1e-3 if name.startswith("location") else 5  # training with another order of summation changes some predictions
-        assert both[0][name] == [pytest.approx(top1, abs=near), settings]
+    assert both[0] == {name: [pytest.approx(top1, abs=1e-3), settings] for name, (top1, settings) in alone.items()}
     assert both[0]["tuned"][0] == both[0]["tuned_shuffled"][0] > 30
 
 

@@ -22,7 +22,7 @@ IMAGENET = replace(ROW, recipe="imagenet-b16", data="imagenet1k", backbone=BASE,
 def root(tmp_path: Path) -> Path:
     """A repository with one paper, two published results, no measured result, and empty tables."""
     markers = "<!-- table: {} -->\n<!-- /table -->\n"
-    for page, names in {"README.md": ("speed",), "RESULTS.md": ("results", "together")}.items():
+    for page, names in {"README.md": ("speed",), "RESULTS.md": ("results", "together", "comparisons")}.items():
         (tmp_path / page).write_text("# Title\n\n" + "\nbetween\n\n".join(markers.format(name) for name in names) + "\nend")
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "recipe.py").touch()
@@ -63,6 +63,7 @@ def test_tables_are_generated_only_from_the_csv_files(root: Path, capsys: pytest
         ("README.md:3", "speed"),
         ("RESULTS.md:3", "results"),
         ("RESULTS.md:8", "together"),
+        ("RESULTS.md:13", "comparisons"),
         ("droppos/README.md:1", "published"),
         ("droppos/README.md:3", "measured"),
     ]

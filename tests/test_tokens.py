@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from benchmarks.reproduce import main
 from benchmarks.stages import Stages
 from common.data import Augmentation, Data, DataError, Loader, open_data
 from common.recipe import RecipeError
-from common.run import RunError
+from common.stopping import Stopped, stop_on_signals
 from common.train import make_fabric
 from mapet import tokenizers
 from mapet.tokenizers import Tokenization, prepare_tokens, store
@@ -412,14 +413,25 @@ with pytest.MonkeyPatch.context() as patch:
     assert "fit_centroids" not in actions.done
 
 
-def test_two_processes_do_not_make_the_same_store(folder, tmp_path):
+def test_a_process_waits_while_another_makes_the_same_store(folder, tmp_path, capsys):
+    """As two seeds of a comparison do that run side by side."""
     data = open_data(str(folder))
     prepare(data, tmp_path / "other")
     place = tmp_path / "tokens" / only_dir(tmp_path / "other").name
-    with making(place), pytest.raises(RunError, match=f"{place} is being made by another process; wait for it"):
-        prepare(data, tmp_path / "tokens")
-    assert not place.exists()
-    prepare(data, tmp_path / "tokens")
+    waiting = threading.Thread(target=prepare, args=(data, tmp_path / "tokens"))
+    with making(place):
+        waiting.start()
+        waiting.join(1.5)
+        assert waiting.is_alive() and not place.exists()
+    waiting.join(60)
+    assert TokenStore(place).names and f"waiting for {place}: another process is making it" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_signal_ends_the_waiting_for_a_store(tmp_path):
+    with making(tmp_path / "store"), pytest.raises(Stopped), stop_on_signals():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with making(tmp_path / "store"):
+            pass
 
 
 def test_a_store_just_made_by_another_process_is_not_made_again(folder, tmp_path, monkeypatch):

@@ -18,12 +18,13 @@ import tyro
 from benchmarks.compare import table
 from benchmarks.compare.arena import ARENAS, Arena, Entry, choose_arena, conditions, enter, entries
 from benchmarks.compare.scores import add, load, record, unit_name
-from benchmarks.compare.units import DRAW, Plan, failure, read_plan, read_scores
+from benchmarks.compare.units import DRAW, SEGMENTATION, Plan, failure, read_plan, read_scores
 from benchmarks.launch import side_by_side
 from benchmarks.papers import ROOT
 from benchmarks.report.comparison import comparison_page, draw_intervals
 from benchmarks.report.page import write_svg
 from benchmarks.reproduce import TYRO, USER_ERRORS
+from benchmarks.segmentation.data import open_scenes
 from benchmarks.speed.steps import gflop_per_image, images_per_second
 from common import keep_freed_memory
 from common.convert import load_encoder, read_checkpoint
@@ -50,10 +51,14 @@ class Options:
     """Papers and baselines that take part besides the references (from scratch, MAE); by default all."""
     seeds: int = 5
     """Number of seeds; with fewer than 3 nothing is decided."""
+    claims: bool = False
+    """Also compare the arms of the papers' own claims: MP3's position embeddings, RPL and APL, MaPeT and masked prediction."""
     budget: str | None = None
     """Of each pre-training: images:500000, flops:1e15, or minutes:8 on this device; by default the images of the arena."""
     evaluations: tuple[str, ...] = ()
     """Names of evaluations, such as finetune_5_per_class knn location; by default all."""
+    scenes: Path | None = None
+    """Images with masks, as of make segment, for one more evaluation: segmentation, by a linear layer on the frozen encoder."""
     encoder: Path | None = None
     """An encoder of your own, which takes part without pre-training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -115,14 +120,20 @@ def prepare(options: Options) -> tuple[Path, Plan]:
     device = make_fabric(options.device).device
     arena = choose_arena(options.arena or options.data, device.type, options.limit)
     data = arena.limited(open_data(options.data, options.data_root))
-    methods = entries(arena, options.papers, options.encoder)
+    methods = entries(arena, options.papers, options.encoder, options.claims)
     if options.encoder is not None:
         encoder = enter(arena, [*methods.values()][-1], 2).build_encoder(data.channels)
         load_encoder(encoder, read_checkpoint(options.encoder), allow_unused=("cls_token",))
-    known = list(dict.fromkeys(DRAW.sub("", protocol.name) for protocol in arena.protocols("mean", None)))
+    known = [*dict.fromkeys(DRAW.sub("", protocol.name) for protocol in arena.protocols("mean", None)), SEGMENTATION]
     for evaluation in options.evaluations:
         if evaluation not in known:
             raise RecipeError(f"EVALUATIONS={evaluation!r} is not known; {nearest(evaluation, known)}")
+    if options.scenes is not None:
+        if options.evaluations and SEGMENTATION not in options.evaluations:
+            raise RecipeError(f"SCENES={options.scenes} is for the evaluation {SEGMENTATION}: add it to EVALUATIONS, or leave SCENES out")
+        if data.channels != 3:
+            raise RecipeError(f"SCENES={options.scenes}: {data.name} is grey, but {SEGMENTATION} needs encoders of colour images")
+        open_scenes(options.scenes).check(arena.patch_size)
     least = int(torch.bincount(data.train.labels, minlength=data.classes).min())
     if max(arena.labels) > least:
         raise RecipeError(
@@ -132,6 +143,13 @@ def prepare(options: Options) -> tuple[Path, Plan]:
     own: dict = {"arena": arena.name, "hash": arena.hash, "limit": arena.limit, "data": options.data, "budget": budget}
     own |= {"device": device.type}
     held = read_plan(folder) if (folder / "plan.json").exists() else None
+    scenes = str(options.scenes.absolute()) if options.scenes is not None else held.scenes if held else None
+    if scenes is None and SEGMENTATION in options.evaluations:
+        raise RecipeError(f"EVALUATIONS={SEGMENTATION} needs images with masks: SCENES=/datasets/streets")
+    own |= {"scenes": scenes}
+    held = held and replace(held, scenes=held.scenes or scenes)  # they may be added to a comparison
+    if held is not None and held.data == Path(options.data).name:  # of a recorded comparison, whose plan has only the folder's name
+        held = replace(held, data=options.data)
     if held is not None and (old := [f"{name}: {getattr(held, name)} there" for name in own if getattr(held, name) != own[name]]):
         raise RunError(f"{folder} holds another comparison ({', '.join(old)}): use another OUT")
     new = {name: entry for name, entry in methods.items() if held is None or name not in held.epochs}
@@ -139,6 +157,7 @@ def prepare(options: Options) -> tuple[Path, Plan]:
         **own,
         data_root=str(options.data_root.absolute()),
         papers=options.papers,
+        claims=options.claims,
         encoder_file=str(options.encoder.absolute()) if options.encoder else None,
         epochs=epochs_of(budget, arena, new, data, device) | (held.epochs if held else {}),
         evaluations=options.evaluations,
@@ -150,29 +169,39 @@ def prepare(options: Options) -> tuple[Path, Plan]:
     return folder, plan
 
 
-def train(folder: Path, plan: Plan, seeds: int, parallel: int | None) -> None:
-    """Run the units that are missing, and add the scores of all to the ledger."""
-    units = {folder / "logs" / f"{unit_name(name, seed)}.txt": (name, seed) for seed in range(seeds) for name in plan.methods}
+def train(folder: Path, plan: Plan, seeds: int, parallel: int | None) -> int:
+    """Run the units that are missing in the ledger, and add their scores to it. Returns how many failed."""
+    methods = plan.methods
+    units = {folder / "logs" / f"{unit_name(name, seed)}.txt": (name, seed) for seed in range(seeds) for name in methods}
     program = [sys.executable, "-m", "benchmarks.compare.units", str(folder)]
-    count, began = itertools.count(1), time.time()
+    failed, count, began = 0, itertools.count(1), time.monotonic()
+    ledger = folder / "scores.csv"
     with locked(folder / ".lock"):
-        missing = {log: unit for log, unit in units.items() if not plan.complete(read_scores(folder, *unit))}
+        if ended := [score for unit in units.values() for score in read_scores(folder, *unit)]:
+            add(ledger, ended)  # of a unit that ended when this program was killed
+        held = load(ledger).groupby(["method", "seed"])["evaluation"].unique()
+        missing = {log: unit for log, unit in units.items() if not plan.complete(methods[unit[0]], held.get(unit, ()))}
 
         def done(log: Path, code: int) -> None:
+            nonlocal failed
             (name, seed), lines = missing[log], [line for line in log.read_text().splitlines() if line.strip()]
             fault = f"{lines[-1] if lines else f'exit code {code}'} (see logs/{log.name})" if code else ""
-            add(folder / "scores.csv", [failure(plan, name, seed, fault)] if fault else read_scores(folder, name, seed))
-            place = f"[{next(count)}/{len(missing)}, {(time.time() - began) / 60:.1f} min]"
+            failed += bool(fault)
+            add(ledger, [failure(plan, name, seed, fault)] if fault else read_scores(folder, name, seed))
+            place = f"[{next(count)}/{len(missing)}, {(time.monotonic() - began) / 60:.1f} min]"
             console.print(f"{place} {name}, seed {seed}" + (f" failed: {fault}" if fault else ""), markup=False)
 
         if missing:
             said = f"arena {plan.arena}, {plan.budget}: {len(missing)} of {len(units)} runs are missing; kept in {folder}"
             console.print(said, markup=False)
         side_by_side({log: [*program, name, str(seed)] for log, (name, seed) in missing.items()}, parallel, done, ROOT)
+    return failed
 
 
-def compare(options: Options) -> None:
-    """Train and evaluate what is missing, add the scores to the ledger, print the table, and draw the intervals."""
+def compare(options: Options) -> int:
+    """Train and evaluate what is missing, add the scores to the ledger, print the table, and draw the intervals. Returns 1 if a method
+    has failed, else 0."""
+    failed = 0
     if options.table:
         arena = choose_arena(options.arena or options.data, make_fabric(options.device).device.type).name
         places = [options.out / "compare" / arena, RECORDS / arena]
@@ -182,7 +211,7 @@ def compare(options: Options) -> None:
         plan = read_plan(folder)
     else:
         folder, plan = prepare(options)
-        train(folder, plan, options.seeds, options.parallel)
+        failed = train(folder, plan, options.seeds, options.parallel)
     scores = load(folder / "scores.csv")
     table.show(scores, plan, f"{plan.data}, {plan.budget}, arena {plan.arena} {plan.hash}")
     write_svg(draw_intervals(scores), folder / "figures" / "intervals.svg")
@@ -190,23 +219,23 @@ def compare(options: Options) -> None:
     if options.record:
         comparison_page(folder)
         record(folder, RECORDS / plan.arena)
-        kept = replace(plan, data=Path(plan.data).name, data_root="data", encoder_file=None)
+        kept = replace(plan, data=Path(plan.data).name, data_root="data", encoder_file=None, scenes=None)
         write_text(RECORDS / plan.arena / "plan.json", json.dumps(asdict(kept), indent=1) + "\n")
         console.print(f"recorded in {RECORDS / plan.arena}; `make table` updates its README", markup=False)
+    return min(failed, 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 for a user error."""
+    """The command line. Returns the exit code: 0, 1 if a method has failed, or 2 for a user error."""
     keep_freed_memory()
     try:
-        compare(tyro.cli(Options, args=arguments, prog="python -m benchmarks.compare", description=__doc__, config=TYRO))
+        return compare(tyro.cli(Options, args=arguments, prog="python -m benchmarks.compare", description=__doc__, config=TYRO))
     except Stopped:
         console.print("stopped by a signal: progress is saved; run the same command again to resume", markup=False)
         raise
     except USER_ERRORS as error:
         console.print(f"error: {error}", style="bold red", markup=False)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from common.recipe import (
     TrainConfig,
     choose_arms,
     nearest,
+    override,
     without_later,
 )
 
@@ -28,7 +29,8 @@ REFERENCES = ("from scratch", "mae")  # what the differences are from
 # The data whose recipes are made for an encoder of this size: decoders, initial values and learning rates follow the encoder, not the data.
 # With the decoder of MAE's recipe for a ViT-S, 512 wide and 8 deep, MAE takes 22 times as long as with that for this encoder.
 SIZED = {"micro": "digits"}
-GAP = "mae, half the lr"  # a second recipe of one method: how much of a difference between methods a recipe can make
+# A second recipe of one method: how much of a difference between methods a recipe can make. UNTUNED where MAE is tuned.
+GAP, UNTUNED = "mae, half the lr", "mae, untuned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Arena:
     draws: int = 2  # of these labels; each is used with all seeds of the training
     batch_size: int | None = None  # the largest of a pre-training; learning rates follow it
     limit: int | None = None  # at most this many training and test images
+    held_out: int = 0  # training images on which the arena is judged instead of the test images: methods are tuned in it
 
     @property
     def hash(self) -> str:
@@ -56,14 +59,18 @@ class Arena:
     @property
     def data(self) -> str:
         """The data whose recipes the methods take: digits, cifar10 or folder."""
-        return self.name.removesuffix("_gpu")
+        return self.name.removesuffix("_tuning").removesuffix("_gpu")
 
     def limited(self, data: Data) -> Data:
-        """The data within the arena's limit."""
+        """The data within the arena's limit, without the test images if training images are held out."""
+        data = data.hold_out(self.held_out) if self.held_out else data
         return data.limited(self.limit) if self.limit else data
 
     def protocols(self, pool: Any, position: Any) -> tuple[Protocol, ...]:
         """The evaluations. pool: mean or class, as in the method's own k-NN. position: for fine-tuning, None as in the pre-training."""
+        linear = Protocol(name="linear", kind="logistic", pool=pool)
+        if self.held_out:
+            return (linear,)
         tune: dict = {"kind": "finetune", "drop_path": 0.1, "smoothing": 0.1, "pool": pool, "position": position}
         more = {count: max(self.labels) // count for count in self.labels}  # epochs, for the same number of steps
         lengths = {count: (self.few.epochs * more[count], self.few.warmup_epochs * more[count]) for count in self.labels}
@@ -76,7 +83,7 @@ class Arena:
         return (
             Protocol(name="finetune", stage=self.finetune, shuffle_test=True, **tune),
             *few,
-            Protocol(name="linear", kind="logistic", pool=pool),
+            linear,
             Protocol(name="knn", kind="knn", pool=pool),
             LOCATION,
         )
@@ -102,9 +109,10 @@ _DIGITS = Arena(
     few=_FEW,
     batch_size=32,
 )
-# Two CPU cores: a method and seed in about ten minutes.
-_CIFAR = replace(_DIGITS, name="cifar10", image_size=32, patch_size=4, images=400_000, batch_size=64, limit=20_000)
+# Two CPU cores: a method and seed in 6 to 25 minutes of one core, two of them at a time.
+_CIFAR = replace(_DIGITS, name="cifar10", image_size=32, patch_size=4, images=200_000, batch_size=64, limit=20_000)
 _CIFAR = replace(_CIFAR, finetune=replace(_TUNE, epochs=5, warmup_epochs=1, augmentation=_PADDED), few=replace(_FEW, augmentation=_PADDED))
+_CIFAR_TUNING = replace(_CIFAR, name="cifar10_tuning", images=40_000, held_out=2_000)
 # A folder of photographs, on two CPU cores.
 _FOLDER = replace(_DIGITS, name="folder", image_size=64, patch_size=8, images=20_000)
 _FOLDER = replace(_FOLDER, finetune=replace(_TUNE, epochs=10, augmentation=_CROPPED), few=replace(_FEW, augmentation=_CROPPED))
@@ -114,7 +122,48 @@ _GPU = replace(_GPU, finetune=_MAE, few=replace(_MAE, epochs=200, batch_size=50)
 _FOLDER_GPU = replace(_GPU, name="folder_gpu", size="small", image_size=224, patch_size=16, images=5_000_000, batch_size=1024)
 _PHOTOGRAPHS = replace(MAE_FINETUNE, batch_size=512, epochs=50)
 _FOLDER_GPU = replace(_FOLDER_GPU, finetune=_PHOTOGRAPHS, few=replace(_PHOTOGRAPHS, batch_size=50, epochs=100))
-ARENAS = {arena.name: arena for arena in (_DIGITS, _CIFAR, _FOLDER, _GPU, _FOLDER_GPU)}
+ARENAS = {arena.name: arena for arena in (_DIGITS, _CIFAR, _CIFAR_TUNING, _FOLDER, _GPU, _FOLDER_GPU)}
+
+# The trials of a method: its recipe, half and twice its learning rate, and two other values of one of its own options.
+RATES = {"lr x 0.5": 0.5, "lr x 2": 2}
+OPTIONS = {
+    "mae": ("mask_ratio=0.5", "mask_ratio=0.85"),
+    "ijepa": ("momentum=0.99", "momentum=0.999"),
+    "deit": ("mixup=0", "cutmix=0"),
+    "droppos": ("position_mask_ratio=0.5", "position_mask_ratio=0.9"),
+    "mapet": ("context=9", "context=33"),
+    "mp3": ("eta=0.25", "eta=0.75"),
+    "positional_label, mae+rpl": ("weight=0.1", "weight=2"),
+    "stop": ("sigma=0.1", "sigma=0.5"),
+    "jigsaw, mae+jigsaw": ("weight=0.02", "weight=0.5"),
+    "drloc, mae+drloc": ("weight=0.1", "weight=2"),
+}
+# Claims of the papers, as pairs of methods. MP3: positions of the fine-tuning.
+CLAIMS = {
+    "StoP over I-JEPA": ("stop", "ijepa"),
+    "MP3: absolute positions over none": ("mp3", "mp3, none"),
+    "MP3: relative positions over absolute": ("mp3, relative", "mp3"),
+    "RPL over APL": ("positional_label, mae+rpl", "positional_label, mae+apl"),
+    "MaPeT over masked prediction": ("mapet", "mapet, masked"),
+}
+# The arms that only the claims need: of which method, and what they change, in its recipe or as position embedding of the fine-tuning.
+ARMS = {
+    "mp3, none": ("mp3", "position=none"),
+    "mp3, relative": ("mp3", "position=relative"),
+    "positional_label, mae+apl": ("positional_label, mae+rpl", "method.label=absolute"),
+    "mapet, masked": ("mapet", "method.prediction=masked"),
+}
+# The best trial of a method in the tuning of an arena, where that is not its recipe.
+TUNED = {
+    "cifar10": {
+        "mae": "lr x 2",
+        "deit": "cutmix=0",
+        "droppos": "lr x 0.5",
+        "mapet": "context=9",
+        "positional_label, mae+rpl": "weight=0.1",
+        "stop": "sigma=0.1",
+    }
+}
 
 
 def choose_arena(data: str, device: str, limit: int | None = None) -> Arena:
@@ -137,6 +186,7 @@ class Entry:
     arm: str = ""
     start: str = "pretrained"  # or "scratch": nothing is pre-trained
     encoder_file: Path | None = None
+    position: str | None = None  # of the fine-tuning, the only evaluation then; None: as the encoder's, learned where it has none
 
     @property
     def trains(self) -> bool:
@@ -144,9 +194,10 @@ class Entry:
         return self.start == "pretrained" and self.encoder_file is None
 
 
-def entries(arena: Arena, names: tuple[str, ...] = (), encoder_file: Path | None = None) -> dict[str, Entry]:
+def entries(arena: Arena, names: tuple[str, ...] = (), encoder_file: Path | None = None, claims: bool = False) -> dict[str, Entry]:
     """The methods that take part, by name, the references first. A paper enters with its recipe for the data: as it is, or with each arm
-    that adds something; or with the recipes and arms that its COMPARED lists for the data, {data: [(recipe, arm), ...]}.
+    that adds something; or with the recipes and arms that its COMPARED lists for the data, {data: [(recipe, arm), ...]}. With `claims`,
+    their ARMS take part, too.
 
     Raises RecipeError for an unknown name.
     """
@@ -160,13 +211,43 @@ def entries(arena: Arena, names: tuple[str, ...] = (), encoder_file: Path | None
     for paper in (name for name in known if name != "mae" and name in (names or known)):
         module = paper_module(paper)
         found += [Entry(name, module, own, arm) for (name, arm), own in _recipes(module, arena).items()]
-    if not names:
+    chosen = TUNED.get(arena.name, {})
+    found = [replace(entry, recipe=trials(entry)[chosen[entry.name]].recipe) if entry.name in chosen else entry for entry in found]
+    if claims:
+        methods = {entry.name: entry for entry in found}
+        found += [_arm(methods[method], name, change) for name, (method, change) in ARMS.items() if method in methods]
+    if arena.held_out:
+        found = [found[0], *(trial for entry in found[1:] for trial in trials(entry).values())]
+    elif not names and "mae" in chosen:
+        found.append(Entry(UNTUNED, found[0].module, mae, "untuned"))
+    elif not names:
         halved = replace(mae, pretrain=replace(mae.pretrain, base_lr=mae.pretrain.base_lr / 2))
         found.append(Entry(GAP, found[0].module, halved, "half_lr"))
     if encoder_file is not None:
         name = f"{encoder_file.stem} ({digest(encoder_file)[:6]})"  # two files may have the same name
         found.append(Entry(name, found[0].module, mae, encoder_file=encoder_file))
     return {entry.name: entry for entry in found}
+
+
+def _arm(entry: Entry, name: str, change: str) -> Entry:
+    what, _, value = change.partition("=")
+    own: dict = {"position": value} if what == "position" else {"recipe": override(entry.recipe, [change])}
+    return replace(entry, name=name, arm="-".join(filter(None, [entry.arm, value])), **own)
+
+
+def trial_names(method: str) -> dict[str, str]:
+    """The names of a method's trials by what they change: "" is its own recipe."""
+    return {title: ", ".join(filter(None, [method, title])) for title in ("", *RATES, *OPTIONS.get(method, ()))}
+
+
+def trials(entry: Entry) -> dict[str, Entry]:
+    """The trials of a method by what they change."""
+    found = {}
+    for title, name in trial_names(entry.name).items():
+        change = f"pretrain.base_lr={entry.recipe.pretrain.base_lr * RATES[title]}" if title in RATES else f"method.{title}"
+        arm = "-".join(filter(None, [entry.arm, title.replace(" ", "")]))
+        found[title] = replace(entry, name=name, recipe=override(entry.recipe, [change] if title else []), arm=arm)
+    return found
 
 
 def _recipes(module: ModuleType, arena: Arena) -> dict[tuple[str, str], Recipe]:
@@ -196,9 +277,10 @@ def conditions(arena: Arena, entry: Entry) -> dict[str, str]:
     recipe, options = enter(arena, entry, 100), entry.recipe.encoder
     shared = {
         "Class token": "yes" if options.get("class_token", True) else "no",
-        "Positions": options.get("position", "sincos"),
+        "Positions": options.get("position", "sincos") + (f", then {position}" if (position := recipe.protocols[0].position) else ""),
         "Feature": str(recipe.protocols[0].pool),
     }
+    shared |= {"Tuned": TUNED[arena.name].get(entry.name, "-")} if arena.name in TUNED else {}
     own = {
         "Labels": "all" if recipe.supervised else "none",
         "Batch": str(recipe.pretrain.batch_size),
@@ -214,7 +296,8 @@ def enter(arena: Arena, entry: Entry, epochs: int) -> Recipe:
     batch = min(own.pretrain.batch_size, arena.batch_size or own.pretrain.batch_size)
     length: dict = {"epochs": epochs, "warmup_epochs": own.pretrain.warmup_epochs * share, "freeze_epoch": freeze, "cooldown_epochs": 0}
     pool = next((protocol.pool for protocol in own.protocols if protocol.kind == "knn"), "mean")
-    position = "learned" if own.encoder.get("position") == "none" else None
+    position = entry.position or ("learned" if own.encoder.get("position") == "none" else None)
+    protocols = arena.protocols(pool, position)
     return replace(
         own,
         size=arena.size,
@@ -222,6 +305,6 @@ def enter(arena: Arena, entry: Entry, epochs: int) -> Recipe:
         patch_size=arena.patch_size,
         encoder=own.encoder | arena.encoder,
         pretrain=replace(own.pretrain, batch_size=batch, **length),
-        protocols=arena.protocols(pool, position),
+        protocols=tuple(one for one in protocols if entry.position is None or one.kind == "finetune"),
         arms={},
     )

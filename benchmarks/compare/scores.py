@@ -73,15 +73,23 @@ def add(path: Path, scores: Sequence[Score]) -> None:
 
 
 def record(folder: Path, destination: Path) -> None:
-    """Copy the ledger, report and figure of a comparison, and the logs of its stages, a file for each method and seed."""
+    """Copy the ledger, report and figure of a comparison, and the logs of its stages, a file for each method and seed.
+
+    Units that were recorded before, and whose ledger was continued in `folder`, have no stages there; their recorded logs are kept.
+    """
     scores = load(folder / "scores.csv")
+    texts = {}
+    for row in scores[scores["stage"] != ""].drop_duplicates(["method", "seed"]).itertuples():
+        name = f"{unit_name(row.method, row.seed)}.txt"
+        stages, recorded = (folder / row.stage).parent, destination / "logs" / name
+        texts[name] = joined_logs(stages) if stages.is_dir() else recorded.read_text()
     shutil.rmtree(destination, ignore_errors=True)  # another version of the arena; it is kept by git
     (destination / "logs").mkdir(parents=True)
     (destination / "figures").mkdir()
     for name in ("scores.csv", "report.html", "figures/intervals.svg"):
         shutil.copyfile(folder / name, destination / name)
-    for row in scores[scores["stage"] != ""].drop_duplicates(["method", "seed"]).itertuples():
-        (destination / "logs" / f"{unit_name(row.method, row.seed)}.txt").write_text(joined_logs((folder / row.stage).parent))
+    for name, text in texts.items():
+        (destination / "logs" / name).write_text(text)
 
 
 def unit_name(method: str, seed: int) -> str:

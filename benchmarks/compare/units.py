@@ -10,7 +10,7 @@ import json
 import re
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import torch
 from benchmarks.compare.arena import Entry, choose_arena, enter, entries
 from benchmarks.compare.scores import Score, unit_name
 from benchmarks.ledger.rows import Row
+from benchmarks.pretrained import Pretrained
 from benchmarks.reproduce import USER_ERRORS
+from benchmarks.segmentation.__main__ import Options, segment
 from benchmarks.speed.measure import facts
 from benchmarks.speed.steps import gflop_per_image
 from benchmarks.stages import Stages
@@ -32,6 +34,8 @@ from common.stopping import stop_on_signals, stop_with_parent
 from common.train import make_fabric
 
 DRAW = re.compile(r"_draw(\d+)$")
+SEGMENTATION = "segmentation"  # an evaluation on other images, which the user names; it is not part of the arena
+CROP = (24, 32)  # its crops, in patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +55,26 @@ class Plan:
     evaluations: tuple[str, ...]  # names, without the draw; () = all
     cells: int  # of the patch grid; the location probe's chance is one of these
     conditions: dict[str, dict[str, str]]  # what differs between methods, by method and title
+    claims: bool = False  # whether the arms of the papers' claims take part
+    scenes: str | None = None  # folder with the images and masks of `segmentation`
 
     @property
     def methods(self) -> dict[str, Entry]:
         """The entries by name."""
-        return entries(choose_arena(self.arena, self.device), self.papers, Path(self.encoder_file) if self.encoder_file else None)
+        file = Path(self.encoder_file) if self.encoder_file else None
+        return entries(choose_arena(self.arena, self.device), self.papers, file, self.claims)
 
     def takes(self, protocol: str) -> bool:
-        """Whether a protocol of the arena is requested."""
-        return not self.evaluations or DRAW.sub("", protocol) in self.evaluations
+        """Whether a protocol of the arena, or `segmentation`, is requested."""
+        able = protocol != SEGMENTATION or self.scenes is not None
+        return able and (not self.evaluations or DRAW.sub("", protocol) in self.evaluations)
 
-    def complete(self, scores: Sequence[Score]) -> bool:
-        """Whether the scores of a unit have all requested evaluations."""
-        have = {re.sub(r"^location_\d+$", "location", score.evaluation) for score in scores}
-        arena = choose_arena(self.arena, self.device, self.limit)
-        return all(DRAW.sub("", one.name) in have for one in arena.protocols("mean", None) if self.takes(one.name))
+    def complete(self, entry: Entry, evaluations: Iterable[str]) -> bool:
+        """Whether the evaluations of a unit's scores are all that were requested of a method."""
+        have = {re.sub(r"^location_\d+$", "location", evaluation) for evaluation in evaluations}
+        known = [one.name for one in enter(choose_arena(self.arena, self.device, self.limit), entry, 100).protocols]
+        known += [SEGMENTATION] if entry.position is None else []
+        return all(DRAW.sub("", name) in have for name in known if self.takes(name))
 
 
 def read_plan(folder: Path) -> Plan:
@@ -115,6 +124,9 @@ def run(folder: Path, method: str, seed: int) -> None:
     for protocol in filter(lambda protocol: plan.takes(protocol.name), stages.recipe.protocols):
         begin = start or ("scratch" if protocol.kind == "finetune" else "random")
         done += [(f"{protocol.name}-{begin}", row) for row in stages.evaluate(protocol, begin)]
+    if plan.takes(SEGMENTATION) and entry.position is None:
+        begin = start or "random"
+        done.append((f"{SEGMENTATION}-{begin}", segmentation(stages, plan, begin)))
     own = {"method": method, "recipe": digest(stages.recipe), "epochs": plan.epochs[method]}
     scores = [_accuracy(vars(plan) | asdict(row) | own, stages.root.relative_to(folder) / stage) for stage, row in done]
     about = vars(plan) | asdict(done[-1][1]) | own | {"stage": (stages.root.relative_to(folder) / "pretrain").as_posix()}
@@ -123,10 +135,22 @@ def run(folder: Path, method: str, seed: int) -> None:
     write_text(folder / "scores" / f"{unit_name(method, seed)}.json", json.dumps([asdict(score) for score in scores], indent=1) + "\n")
 
 
+def segmentation(stages: Stages, plan: Plan, start: str) -> Row:
+    """Train a linear layer on the frozen patch tokens; return the row of the mean IoU."""
+    recipe, patch = stages.recipe, stages.recipe.patch_size or 1
+    file = None if start == "random" else stages.encoder_path(start)
+    colours: dict = {"mean": stages.data.mean, "std": stages.data.std}
+    pretrained = Pretrained(paper=stages.paper, name=stages.name, recipe=recipe, file=file, arm=stages.arm, **colours)
+    size = (CROP[0] * patch, CROP[1] * patch)
+    own: dict = {"seed": stages.seed, "limit": plan.limit, "workers": stages.workers, "device": plan.device}
+    options = Options(Path(str(plan.scenes)), frozen=True, size=size, **own)
+    return segment(options, pretrained, stages.root / f"{SEGMENTATION}-{start}")[0]
+
+
 def _accuracy(row: dict[str, Any], stage: Path) -> Score:
     draw = DRAW.search(row["protocol"])
     own = row["protocol"] in ("pretrain", "scratch")  # of the pre-trained model itself
-    evaluation = f"own_{row['metric']}" if own else DRAW.sub("", row["protocol"])
+    evaluation = f"own_{row['metric']}" if own else SEGMENTATION if row["metric"] == "miou" else DRAW.sub("", row["protocol"])
     return _score(row | {"evaluation": evaluation, "draw": int(draw[1]) if draw else 0, "note": row["settings"], "stage": stage.as_posix()})
 
 

@@ -132,14 +132,15 @@ def detection(options: Options) -> list[Row]:
     """Train and evaluate, print the scores, and return the rows."""
     fabric = make_fabric(options.device, options.precision)
     if options.engine == "detectron2" and fabric.device.type == "cpu":
-        fabric = make_fabric("cpu", "32-true")  # its loop has mixed precision only for GPUs
+        if options.precision == "bf16-mixed":
+            raise RecipeError("--precision bf16-mixed: the loop of detectron2 has it only for GPUs: use 32-true, or ENGINE=torchvision")
+        fabric = make_fabric("cpu", "32-true")
     fabric.launch()
     data = open_detections(options.data)
     data = data.limited(options.limit) if options.limit else data
     check_sizes(data, PATCH)
     pretrained = find_pretrained(options.checkpoint, options.paper, options.recipe, options.set)
-    if len(pretrained.mean) != 3:
-        raise RecipeError(f"{pretrained.source} was trained on grey images: detection needs an encoder of colour images (3 channels)")
+    pretrained.check_colour("detection")
     if pretrained.recipe.patch_size not in (None, PATCH):
         patch = f"patches of {pretrained.recipe.patch_size} pixels"
         raise RecipeError(f"the encoder of {pretrained.paper}, {pretrained.name} has {patch}: detection needs {PATCH}")
@@ -245,7 +246,7 @@ def row(
 
 def show(title: str, result: dict) -> None:
     """Print the scores."""
-    table = Table("", "AP", "AP50", title=title, caption="percent, on the validation images")
+    table = Table("", "AP", "AP50", title=title, caption="percent, on the validation images", min_width=min(len(title), console.width))
     for kind in ("box", "mask"):
         table.add_row(kind, f"{result[f'ap_{kind}']:.1f}", f"{result[f'ap50_{kind}']:.1f}")
     console.print(table, soft_wrap=False)

@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from pycocotools.coco import COCO
 
 from common.data import DataError
 from common.data.images import read_image
+
+CHECKED = 1000  # images of a split whose contents identify it
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Detections:
     train: tuple[Photo, ...]  # only those with an object
     val: tuple[Photo, ...]
     left_out: str  # what is not used in the training, in words
-    identity: dict[str, str]  # digests of the annotation files
+    identity: dict[str, str]  # digests of annotations and images of each split
 
     def read(self, photo: Photo) -> Image.Image:
         """The image (RGB). Raises DataError if its size is not that of the annotation file."""
@@ -140,7 +142,7 @@ def open_detections(folder: Path) -> Detections:
     empty = sum(not trained(found, photo) for photo, found in _pairs(train)) - crowds
     left_out = f"{len(train) - len(used)} images without an object, {crowds} crowds, {empty} boxes without area inside their image"
     order = sorted(names[0])
-    digests = {split: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for split, path in zip(("train", "val"), files, strict=True)}
+    digests = {split: _digest(path, photos) for split, path, photos in zip(("train", "val"), files, (train, val), strict=True)}
     return Detections(
         name="coco2017" if original else folder.resolve().name,
         folder=folder,
@@ -151,6 +153,14 @@ def open_detections(folder: Path) -> Detections:
         left_out=left_out,
         identity=digests,
     )
+
+
+def _digest(path: Path, photos: Sequence[Photo]) -> str:
+    """Of an annotation file and, up to CHECKED images, of the contents of the images."""
+    found = hashlib.sha256(path.read_bytes())
+    for photo in photos if len(photos) <= CHECKED else ():
+        found.update(hashlib.sha256(Path(photo.path).read_bytes()).digest())
+    return found.hexdigest()[:16]
 
 
 def _load(path: Path) -> dict:

@@ -84,12 +84,23 @@ class RelativePositions(nn.Module):
         self.rows = nn.Parameter(torch.zeros(2 * grid[0] - 1, width))
         self.columns = nn.Parameter(torch.zeros(2 * grid[1] - 1, width))
 
-    def forward(self, q_QAND: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Queries (Q, A, N, D / A), not scaled, to what is added to the scores, (Q, A, N, N). N patches in row-major order."""
-        q_QAhwD = q_QAND.unflatten(2, grid)
+    def forward(self, q_QAND: Tensor, k_QAND: Tensor, v_QAND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attention with these scores, (Q, A, N, D / A). N patches in row-major order of a grid.
+
+        The scores are part of the product of longer queries and keys: a query has its score for each row and each column, a key has a one
+        at its row and its column. So no scores of all pairs are stored, and the fused kernels of attention take it.
+        """
+        q_QAhwD, width = q_QAND.unflatten(2, grid), q_QAND.shape[-1]
         rows = torch.einsum("qahwd,hkd->qahwk", q_QAhwD, _by_distance(self.rows, grid[0]).to(q_QAND.dtype))
         columns = torch.einsum("qahwd,wkd->qahwk", q_QAhwD, _by_distance(self.columns, grid[1]).to(q_QAND.dtype))
-        return (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
+        scores_QANS = torch.cat([rows, columns], -1).flatten(2, 3) * width**0.5  # attention divides all scores by this
+        ones_h, ones_w = (torch.eye(side, dtype=q_QAND.dtype, device=q_QAND.device) for side in grid)
+        place_NS = torch.cat([ones_h.repeat_interleave(grid[1], 0), ones_w.repeat(grid[0], 1)], -1)
+        query = torch.cat([q_QAND, scores_QANS], -1)
+        key = torch.cat([k_QAND, place_NS.expand(*k_QAND.shape[:2], -1, -1)], -1)
+        # the fused kernels of a GPU want values of the same width; on a CPU the plain one is faster than the fused one at this width
+        value = F.pad(v_QAND, (0, sum(grid))) if v_QAND.is_cuda else v_QAND
+        return F.scaled_dot_product_attention(query, key, value, scale=width**-0.5)[..., :width]
 
 
 def _by_distance(table: Tensor, side: int) -> Tensor:
@@ -111,14 +122,14 @@ def windowed_attention(attention: Attention, x_BhwD: Tensor, window: int | None,
     B, h, w, D = x_BhwD.shape
     sides = (h, w) if window is None else (window, window)
     below, right = -h % sides[0], -w % sides[1]
-    x = F.pad(x_BhwD, (0, 0, 0, right, 0, below)) if below or right else x_BhwD
     down, across = (h + below) // sides[0], (w + right) // sides[1]
-    x_QND = x.view(B, down, sides[0], across, sides[1], D).transpose(2, 3).reshape(-1, sides[0] * sides[1], D)
-    q, k, v = attention.qkv(x_QND).view(*x_QND.shape[:2], 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
-    bias = None if relative is None else relative(q, sides)
-    out_QND = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-    out = attention.proj(out_QND).view(B, down, across, *sides, D).transpose(2, 3).reshape(B, h + below, w + right, D)
-    return out[:, :h, :w]
+    # of a patch that is zero the layer's output is its bias, so only the others are multiplied
+    qkv = F.pad(F.linear(x_BhwD, attention.qkv.weight), (0, 0, 0, right, 0, below)) + attention.qkv.bias
+    qkv = qkv.view(B, down, sides[0], across, sides[1], 3, attention.heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = qkv.reshape(3, B * down * across, attention.heads, sides[0] * sides[1], -1)
+    out_QAND = F.scaled_dot_product_attention(q, k, v) if relative is None else relative(q, k, v, sides)
+    out = out_QAND.view(B, down, across, attention.heads, *sides, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    return attention.proj(out.reshape(B, h + below, w + right, D)[:, :h, :w])
 
 
 class SimpleFeaturePyramid(nn.Module):

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pandas
 
+from benchmarks.compare.arena import ARENAS
 from benchmarks.compare.scores import load as load_scores
-from benchmarks.compare.table import accuracies, caption, costs
+from benchmarks.compare.table import claims, costs, location, main_table
 from benchmarks.compare.units import read_plan
 from benchmarks.ledger.downstream import DOWNSTREAM, downstream_table
-from benchmarks.ledger.overview import results_table, together_table
+from benchmarks.ledger.overview import comparisons_table, results_table, together_table
 from benchmarks.ledger.published import measured, published
 from benchmarks.ledger.rows import load
 from benchmarks.ledger.tables import markdown, measured_table, published_table, side_by_side
@@ -33,7 +34,11 @@ def pages(root: Path) -> dict[str, Tables]:
     """The tables of every page, by its path."""
     found: dict[str, Tables] = {
         "README.md": {"speed": partial(speed_table, root)},
-        "RESULTS.md": {"results": partial(results_table, root), "together": partial(together_table, root)},
+        "RESULTS.md": {
+            "results": partial(results_table, root),
+            "together": partial(together_table, root),
+            "comparisons": partial(comparisons_table, root),
+        },
         "benchmarks/README.md": {
             "speed": partial(speed_table, root),
             "attention": partial(attention_table, root),
@@ -129,8 +134,13 @@ def comparison_table(folder: Path) -> str:
     plan, scores = read_plan(folder), load_scores(folder / "scores.csv")
     devices = "; ".join(scores[["device", "precision"]].drop_duplicates().agg(", ".join, axis=1))
     about = f"{plan.data}, {plan.budget}, arena {plan.hash}; {devices}; commit {', '.join(scores['commit'].unique())}."
-    cells = accuracies(scores).map(lambda cell: cell.replace("\n", "<br>"))
-    return f"{about} {caption(scores)}\n\n{markdown(cells)}\n{markdown(costs(scores, plan))}"
+    table, reading = main_table(scores, plan)
+    cells = table.map(lambda cell: cell.replace("\n", "<br>"))
+    if ARENAS[plan.arena].held_out:  # trials of one evaluation, whose costs are in the ledger
+        return f"{about} {reading}\n\n{markdown(cells)}"
+    depth = f"Location probe after each block, chance {100 / plan.cells:.1f}:\n\n{markdown(location(scores))}"
+    said = f"What the papers claim, as differences of two methods:\n\n{markdown(claims(scores))}"
+    return f"{about} {reading}\n\n{markdown(cells)}\n{said}\n{depth}\n{markdown(costs(scores, plan))}"
 
 
 def attention_table(root: Path) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pandas
 
+from benchmarks.compare.scores import load as load_scores
+from benchmarks.compare.units import read_plan
 from benchmarks.ledger.published import claims, matches, measured, title, with_baselines
 from benchmarks.ledger.rows import GIVEN
 from benchmarks.ledger.tables import NOT_YET, counted, markdown, number, protocol, run_name
@@ -53,6 +55,30 @@ def printed(row: Any) -> dict[str, str]:
 def together_table(root: Path) -> str:
     """All our numbers: a row per run (mean over seeds), a column per kind of protocol."""
     return by_run(measured_lines(root))
+
+
+def comparisons_table(root: Path) -> str:
+    """What the recorded comparisons took: a row for each, with the time of all its runs on one core or GPU each."""
+    rows = []
+    for path in sorted(root.glob("benchmarks/compare/*/scores.csv")):
+        plan, scores = read_plan(path.parent), load_scores(path)
+        runs = scores[scores["evaluation"] == "cost_minutes"]
+        devices = scores[["device", "precision"]].drop_duplicates().agg(", ".join, axis=1)
+        seeds = [counted(many, "seed") for many in sorted(scores.groupby("method")["seed"].nunique().unique())]
+        rows.append(
+            {
+                "Comparison": f"[{plan.arena}](benchmarks/compare/README.md)",
+                "Data": plan.data,
+                "Budget": plan.budget,
+                "Methods": f"{scores['method'].nunique()}, {' or '.join(seeds)}",
+                "Device": "; ".join(devices),
+                "Dates": " to ".join(dict.fromkeys([scores["date"].min(), scores["date"].max()])),
+                "Runs": len(runs),
+                "Hours": f"{runs['value'].sum() / 60:.1f}",
+                "Failed": int((scores["evaluation"] == "failed").sum()),
+            }
+        )
+    return markdown(pandas.DataFrame(rows))
 
 
 def measured_lines(root: Path) -> pandas.DataFrame:

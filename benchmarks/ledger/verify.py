@@ -141,7 +141,8 @@ def score_faults(row: Any, found: Sequence[Stage] | None) -> Iterator[str]:
     if stage is None:
         yield f"no log of it has a finished stage {row.stage}"
         return
-    said = stage.parts.get(row.evaluation, stage.numbers.get(row.evaluation.removeprefix("own_"), stage.numbers.get("top1", math.nan)))
+    said = next((stage.numbers[name] for name in (row.evaluation.removeprefix("own_"), "top1", "miou") if name in stage.numbers), math.nan)
+    said = stage.parts.get(row.evaluation, said)
     days = abs((pandas.Timestamp(row.date) - pandas.Timestamp(stage.day)).days)
     if not same(row.value, said, 4) or not same(row.hours, stage.numbers.get("hours", math.nan), 5) or days > 1:
         own = f"{row.value:g}, {row.hours:g} hours on {row.date}"

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -10,13 +11,15 @@ from matplotlib.figure import Figure
 
 from benchmarks.compare import scores as ledger
 from benchmarks.compare.arena import REFERENCES
-from benchmarks.compare.table import accuracies, caption, columns, costs, measured
+from benchmarks.compare.table import columns, competing, costs, main_table, measured, probed_blocks
 from benchmarks.compare.units import Plan, read_plan
 from benchmarks.report.figures import interval_plot, line_plot
 from benchmarks.report.page import write_page
-from benchmarks.report.run import PER_CLASS, read_metrics
+from benchmarks.report.run import PER_CLASS
 from benchmarks.statistics import differences, means
 from common.run import RunError
+
+STEP = re.compile(r"pretrain step (\d+)/(\d+), .*?loss ([^\s,]+)")
 
 
 def comparison_page(folder: Path) -> Path:
@@ -26,12 +29,14 @@ def comparison_page(folder: Path) -> Path:
     """
     try:
         plan = read_plan(folder)
+        plan = replace(plan, data=Path(plan.data).name)  # a recorded page says nothing of the machine
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / 'plan.json'} is not the plan of a comparison ({error!r}): give the folder of a make compare") from error
     scores = ledger.load(folder / "scores.csv")
     if scores.empty:
         raise RunError(f"{folder} has no scores yet: run its make compare until a method is done")
-    shown, methods = measured(scores), [*scores["method"].unique()]
+    shown = measured(competing(scores))
+    methods = [*competing(scores)["method"].unique()]
     averages, titles = means(shown), columns(shown["evaluation"].unique())
     against = {reference: differences(shown, reference) for reference in REFERENCES if reference in methods}
     panels, paired = _panels({"": averages}, "mean", titles, methods), _panels(against, "difference", titles, methods)
@@ -45,16 +50,17 @@ def comparison_page(folder: Path) -> Path:
         "Location by depth": draw_location(averages, methods, plan),
         "Learning curves": draw_curves(folder, scores),
     }
-    table = accuracies(scores).drop(columns="failed", errors="ignore") if titles else pandas.DataFrame()
+    table, reading = main_table(scores, plan) if titles else (pandas.DataFrame(), "")
+    table = table.drop(columns="failed", errors="ignore")
     failed = scores.loc[scores["evaluation"] == "failed", ["method", "seed", "note"]].rename(columns=str.capitalize)
-    content = {"scores": scores, "caption": caption(scores), "costs": costs(scores, plan), "failed": failed}
+    content = {"scores": scores, "caption": reading, "costs": costs(scores, plan), "failed": failed}
     return write_page("comparison.html", folder, plan=plan, figures=figures, table=table, **content)
 
 
 def draw_intervals(scores: pandas.DataFrame) -> Figure:
     """The means of all evaluations with their intervals, side by side."""
-    shown = measured(scores)
-    panels = _panels({"": means(shown)}, "mean", columns(shown["evaluation"].unique()), [*scores["method"].unique()])
+    shown = measured(competing(scores))
+    panels = _panels({"": means(shown)}, "mean", columns(shown["evaluation"].unique()), [*competing(scores)["method"].unique()])
     return interval_plot(panels, "%")
 
 
@@ -79,9 +85,8 @@ def draw_labels(averages: pandas.DataFrame, methods: list[str]) -> dict[str, Fig
 
 def draw_location(averages: pandas.DataFrame, methods: list[str], plan: Plan) -> dict[str, Figure]:
     """Accuracy of the location probe after each block, with chance; no figure without this probe."""
-    depths = sorted(int(name[9:]) for name in averages["evaluation"].unique() if re.fullmatch(r"location_\d+", name))
-    chance, places = 100 / plan.cells, {f"location_{depth}": str(depth) for depth in depths}
-    return {"location": _lines(averages, methods, places, "Cell of a patch, from its token", "block", chance)} if depths else {}
+    chance, places = 100 / plan.cells, {name: str(block) for name, block in probed_blocks(averages["evaluation"].unique()).items()}
+    return {"location": _lines(averages, methods, places, "Cell of a patch, from its token", "block", chance)} if places else {}
 
 
 def _lines(
@@ -95,9 +100,12 @@ def _lines(
 
 
 def draw_curves(folder: Path, scores: pandas.DataFrame) -> dict[str, Figure]:
-    """The pre-training loss of each method, a line per seed. Losses of two methods are not comparable, so each has its figure."""
+    """The pre-training loss of each method, a line per seed, from the logs: of the runs, or else of a recorded comparison. Losses of two
+    methods are not comparable, so each has its figure."""
     curves: dict[str, dict[str, pandas.Series]] = {}
     for row in scores[scores["evaluation"] == "cost_images_per_second"].itertuples():
-        if (path := folder / row.stage / "metrics.jsonl").exists() and len(curve := read_metrics(path)):
-            curves.setdefault(row.method, {})[f"seed {row.seed}"] = curve.set_index("epoch")["loss"]
+        logs = folder / row.stage / "log.txt", folder / "logs" / f"{ledger.unit_name(row.method, row.seed)}.txt"
+        if (log := next((path for path in logs if path.exists()), None)) and (steps := STEP.findall(log.read_text())):
+            curve = {row.epochs * int(step) / int(total): float(loss) for step, total, loss in steps}
+            curves.setdefault(row.method, {})[f"seed {row.seed}"] = pandas.Series(curve).sort_index()
     return {f"loss, {name}": line_plot(own, name, "epoch", "loss") for name, own in curves.items()}

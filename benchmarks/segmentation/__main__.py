@@ -121,24 +121,24 @@ class Options:
         return replace(base, **length, **batches, base_lr=self.lr or base.base_lr)
 
 
-def segment(options: Options) -> list[Row]:
-    """Train and evaluate, print the scores, and return the rows."""
+def segment(options: Options, pretrained: Pretrained | None = None, directory: Path | None = None) -> list[Row]:
+    """Train and evaluate, print the scores, and return the rows. Encoder and directory of the run are by default those of the options."""
     fabric = make_fabric(options.device, options.precision)
     fabric.launch()
     scenes = open_scenes(options.data)
     scenes = scenes.limited(options.limit) if options.limit else scenes
-    pretrained = find_pretrained(options.checkpoint, options.paper, options.recipe, options.set)
-    if len(pretrained.mean) != 3:
-        raise RecipeError(f"{pretrained.source} was trained on grey images: segmentation needs an encoder of colour images (3 channels)")
+    pretrained = pretrained or find_pretrained(options.checkpoint, options.paper, options.recipe, options.set)
+    pretrained.check_colour("segmentation")
     size = options.size or default_size(scenes, pretrained.recipe.patch_size)
     reseed(options.seed)
     encoder, loaded = pretrained.encoder(size, **changes(pretrained, options))
     once(fabric, lambda: scenes.check(encoder.patch_size))
     view = View(size, pretrained.mean, pretrained.std, scenes.short_side)
-    root = options.out / "segmentation" / f"{pretrained.label}-{scenes.name}-seed{options.seed}"
     settings = once(fabric, lambda: describe(options, scenes, pretrained, view, str(fabric._precision.precision)))
-    stage = f"{options.protocol}-{start(pretrained, options)}"
-    with Run(root / stage, settings, fabric.device, main=fabric.is_global_zero) as run:
+    if directory is None:
+        root = options.out / "segmentation" / f"{pretrained.label}-{scenes.name}-seed{options.seed}"
+        directory = root / f"{options.protocol}-{start(pretrained, options)}"
+    with Run(directory, settings, fabric.device, main=fabric.is_global_zero) as run:
         result: Any = once(fabric, lambda: run.result)
         if result is None:
             where = f"{fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"
@@ -147,18 +147,18 @@ def segment(options: Options) -> list[Row]:
             model, hours = (retrieve if options.engine == "knn" else train)(fabric, run, encoder, scenes, view, options)
             scores = score(confusion(fabric, model, scenes, view))
             if run.main:
-                draw(fabric, model, scenes, view, run.directory / "pictures.png")
+                draw(fabric, model, scenes, view, directory / "pictures.png")
             found = {name: getattr(scores, name) for name in METRICS} | {
                 "iou": [None if math.isnan(one) else one for one in scores.iou],
                 "hours": hours,
             }
             result = once(fabric, lambda: run.finish(found))
-    rows = [row(result, name, options, scenes, pretrained, encoder, settings, root) for name in METRICS]
+    rows = [row(result, name, options, scenes, pretrained, encoder, settings, directory.parent) for name in METRICS]
     if fabric.is_global_zero:
         show(f"{pretrained.label}, {scenes.name}, {options.engine}{', frozen' * options.frozen}", scenes, result)
-        console.print(f"kept in {root / stage}; pictures: {root / stage / 'pictures.png'}", markup=False, soft_wrap=True)
+        console.print(f"kept in {directory}; pictures: {directory / 'pictures.png'}", markup=False, soft_wrap=True)
         if options.record:
-            record(rows, root, ROOT)
+            record(rows, directory.parent, ROOT)
     return rows
 
 

@@ -192,6 +192,19 @@ class Data:
             parts[name] = split.subset(sorted(chosen))
         return replace(self, name=f"{self.name}-{images}", **parts)
 
+    def hold_out(self, images: int) -> "Data":
+        """The same with this many training images in place of the test images: of each class equally many, the last ones.
+
+        Raises DataError if a class has no more than these.
+        """
+        each, kept, held = math.ceil(images / self.classes), list[int](), list[int]()
+        for label in range(self.classes):
+            rows = (self.train.labels == label).nonzero()[:, 0].tolist()
+            if len(rows) <= each:
+                raise DataError(f"{self.name}: {each} of {len(rows)} training images of class {label} cannot be held out: add images")
+            kept, held = kept + rows[:-each], held + rows[-each:]
+        return replace(self, name=f"{self.name}-held_out", train=self.train.subset(sorted(kept)), val=self.train.subset(sorted(held)))
+
     @property
     def identity(self) -> dict[str, str]:
         """The content of the data set, independent of its name: for each split a line with its size and Split.digest."""

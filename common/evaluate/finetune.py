@@ -45,7 +45,7 @@ def position_parameters(model: nn.Module) -> set[str]:
 
 
 class Supervision:
-    """Supervised loss with Mixup and CutMix (of timm; on each micro-batch, with probability 1) and label smoothing. For training only.
+    """Supervised loss with Mixup and CutMix (of timm; on each micro-batch, with probability 1) and label smoothing.
 
     Raises ValueError for a mixup or cutmix that is not a number from 0 up, and for a smoothing outside [0, 1).
     """
@@ -80,6 +80,17 @@ class Supervision:
         assert targets is not None
         smoothing = 0.0 if targets.is_floating_point() else self.smoothing
         return F.cross_entropy(logits_BK.float(), targets, label_smoothing=smoothing)
+
+    def judge(self, logits_BK: Tensor, targets: Tensor | None, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and metrics of a method that learns from labels: in training `loss` and no metrics; in evaluation cross-entropy without
+        smoothing, and top1 and top5 in percent; without targets zero and no metrics."""
+        if training:
+            return self.loss(logits_BK, targets), {}
+        if targets is None:
+            return logits_BK.new_zeros(()), {}
+        right_B5 = best_five(logits_BK, targets)
+        metrics = {"top1": 100 * right_B5[:, 0].float().mean(), "top5": 100 * right_B5.any(1).float().mean()}
+        return F.cross_entropy(logits_BK, targets), metrics
 
 
 class Classifier(nn.Module):

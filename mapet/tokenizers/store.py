@@ -28,7 +28,7 @@ from torch import Tensor
 from common.data import DataError, Loader, Split
 from common.files import Locked, locked
 from common.progress import progress_bar
-from common.run import RunError, write_text
+from common.run import console, write_text
 from mapet.tokenizers.kmeans import NearestCentroid
 from mapet.tokenizers.vqkd import VQKD
 
@@ -184,10 +184,12 @@ def write_tokens(partial: Path, tokenizer: Tokenizer, loaders: dict[str, Loader]
 
 @contextmanager
 def making(folder: Path) -> Iterator[None]:
-    """Hold the lock of a store while it is made. Raises RunError if another process holds it."""
+    """Hold the lock of a store while it is made. While another process makes it, wait; a signal to stop ends the waiting with Stopped."""
+    lock = folder.with_name(f"{folder.name}.lock")
     with ExitStack() as held:
         try:
-            held.enter_context(locked(folder.with_name(f"{folder.name}.lock")))
+            held.enter_context(locked(lock))
         except Locked:
-            raise RunError(f"{folder} is being made by another process; wait for it") from None
+            console.print(f"waiting for {folder}: another process is making it", markup=False)
+            held.enter_context(locked(lock, wait=True))
         yield
