@@ -372,7 +372,7 @@ def test_each_arena_runs_to_its_end_on_a_few_images(arena, tmp_path, monkeypatch
     (tmp_path / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
     run_unit(tmp_path, "mae", 0)
     scores = read_scores(tmp_path, "mae", 0)
-    assert plan.complete([score.evaluation for score in scores]) and {
+    assert plan.complete(plan.methods["mae"], [score.evaluation for score in scores]) and {
         score.draw for score in scores if "per_class" in score.evaluation
     } == {0, 1}
 
