@@ -1,6 +1,7 @@
 """Tests of make verify-results: every recorded number is found again in its log."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from benchmarks.compare.scores import load as load_scores
 from benchmarks.ledger.rows import Row, append, frame, load
-from benchmarks.ledger.verify import main, same, verify
+from benchmarks.ledger.verify import main, same, verify, verify_commits
 from benchmarks.papers import ROOT
 from tests.test_results import ROW
 
@@ -48,10 +49,11 @@ def found(root: Path, *rows: Row) -> list[str]:
 
 def test_every_committed_number_is_found_in_its_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
-    said = capsys.readouterr().out
+    *said, commits = capsys.readouterr().out.splitlines()
+    assert re.match(r"commits: (not checked|(\d+) of \2 in the history)", commits)
     rows = sum(len(load(path)) for path in [*ROOT.glob("*/results.csv"), *ROOT.glob("benchmarks/*/results.csv")])
     rows += sum(len(load_scores(path).query("evaluation != 'failed'")) for path in ROOT.glob("benchmarks/compare/*/scores.csv"))
-    assert rows == sum(int(line.split(": ")[1].split()[0]) for line in said.splitlines()) > 400
+    assert rows == sum(int(line.split(": ")[1].split()[0]) for line in said) > 400
 
 
 def test_rows_that_agree_with_the_log_are_verified(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +100,28 @@ def test_a_row_that_does_not_agree_is_named_with_its_line(root: Path, changes: d
 )
 def test_the_choice_of_a_classifier_is_made_again_from_the_log(root: Path, wrong: dict) -> None:
     assert len(found(root, replace(LINEAR, **wrong))) == 1
+
+
+def test_a_commit_that_cannot_be_checked_out_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def git(*arguments: str, cwd: Path = root) -> str:
+        own = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        return subprocess.run(["git", *own, *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+    def not_checked(folder: Path) -> bool:
+        return verify_commits(folder)[0].startswith("commits: not checked") and not verify_commits(folder)[1]
+
+    assert not_checked(root)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "code")
+    lost = git("rev-parse", "--short=12", "HEAD")
+    git("commit", "-q", "--allow-empty", "--amend", "-m", "the same code, rewritten")  # the first one is still there, but no clone has it
+    kept = git("rev-parse", "--short=12", "HEAD")
+    assert found(root, replace(FINETUNE, commit=kept)) == [] and main([], root) == 0
+    assert "commits: 1 of 1 in the history" in capsys.readouterr().out
+    assert found(root, replace(FINETUNE, commit=kept), replace(LINEAR, commit=f"{lost}+dirty")) == [] and main([], root) == 1
+    assert f"droppos/results.csv: commit {lost} is not in the history" in capsys.readouterr().err
+    git("clone", "-q", "--depth", "1", root.as_uri(), "shallow")
+    assert not_checked(root / "shallow")
 
 
 def test_a_row_that_is_there_twice_is_refused(root: Path) -> None:

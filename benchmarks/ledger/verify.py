@@ -2,17 +2,19 @@
 
 `python -m benchmarks.ledger.verify` reads the results.csv of every paper, of the baselines and of the downstream tasks, the scores.csv of
 recorded comparisons, and their logs. A row is verified if one stage in its log ended on its day, took its hours, and says its value. Of a
-grid of classifiers the choice is made again from the accuracies in the log. What logs do not hold is only checked for presence: commit,
-seed, device, precision, versions, and settings other than those of linear probes. Rows until November 2026 may lack settings and
-recipe_sha256; these are counted.
+grid of classifiers the choice is made again from the accuracies in the log. Its commit must be in the history, so that anyone can check it
+out. What neither holds is only checked for presence: seed, device, precision, versions, and settings other than those of linear probes.
+Rows until November 2026 may lack settings and recipe_sha256; these are counted.
 """
 
 import argparse
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ CLASSIFIER = re.compile(r"(layers=\S+ .*): top1 (\S+?)(?: \((\S+) on the \d+ ima
 PART = re.compile(r"(?:block (\d+) of \d+|(\w+)): top1 (\S+)(?: of the cells)?$")  # a number besides that of the last line
 COMMIT = re.compile(r"[0-9a-f]{12}(\+dirty|\+mixed)*$")
 REQUIRED = ["date", "commit", "recipe", "data", "backbone", "protocol", "start", "metric", "device", "precision", "versions", "log"]
+# Commits that were joined into one before they were published. It has their code, and changes that came after them.
+JOINED = dict.fromkeys(["2a1876f3460f", "240e0498df0b", "2c6d8663e26e", "346c76580f53", "46246eef75b4", "9b0e6c6a34b8"], "8779aaad9502")
 SCORE_REQUIRED = ["hash", "budget", "recipe", "commit", "date", "device", "precision", "versions", "stage"]
 
 
@@ -91,6 +95,17 @@ def same(recorded: float, printed: float, decimals: int) -> bool:
     digits = 5 - math.floor(math.log10(abs(printed))) if printed else decimals  # decimals of the log
     rounding = 0.0 if digits == decimals else 10**-decimals + 10**-digits  # equally rounded numbers are equal
     return abs(recorded - printed) <= 0.5 * rounding + 1e-9
+
+
+def history(root: Path) -> frozenset[str] | None:
+    """The commits of a repository up to the one that is checked out; None outside a full clone, as in an archive or a shallow clone."""
+    try:
+        git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
+        if git(["git", "rev-parse", "--is-shallow-repository", "--show-prefix"]).stdout.split() != ["false"]:
+            return None  # shallow, or a folder inside a repository
+        return frozenset(line[:12] for line in git(["git", "rev-list", "HEAD"]).stdout.splitlines())
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def unmarked(row: Any, required: Sequence[str]) -> Iterator[str]:
@@ -193,13 +208,33 @@ def verify(root: Path) -> tuple[list[str], list[str]]:
     return summaries, found
 
 
+def verify_commits(root: Path) -> tuple[str, list[str]]:
+    """The same as `verify` for the commits of all rows: whether the history of this repository has them."""
+    rows: dict[str, set[str]] = {}
+    for path in [*root.glob("*/results.csv"), *root.glob("benchmarks/*/*.csv"), *root.glob("benchmarks/compare/*/scores.csv")]:
+        for commit in pandas.read_csv(path, dtype=str).get("commit", pandas.Series(dtype=str)).dropna():
+            name = commit.partition("+")[0]
+            rows.setdefault(JOINED.get(name, name), set()).add(path.relative_to(root).as_posix())
+    known = history(root)
+    if known is None or not known & rows.keys():  # the second: an import into another repository
+        return "commits: not checked, as this is not a full clone of the project's history", []
+    found = [
+        f"{', '.join(sorted(files))}: commit {name} is not in the history; record runs of a commit that stays"
+        for name, files in sorted(rows.items())
+        if name not in known
+    ]
+    return f"commits: {len(rows) - len(found)} of {len(rows)} in the history, {len(JOINED)} of earlier ones joined", found
+
+
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The command line. Returns 1 if a row is not verified, else 0."""
     argparse.ArgumentParser(prog="python -m benchmarks.ledger.verify", description="Find every recorded number in its log.").parse_args(
         argv
     )
     summaries, found = verify(root)
-    print(*summaries, sep="\n")
+    summary, absent = verify_commits(root)
+    print(*summaries, summary, sep="\n")
+    found += absent
     print(*found, sep="\n", end="\n" if found else "", file=sys.stderr)
     return int(bool(found))
 
