@@ -258,7 +258,7 @@ def test_tensors_on_two_devices_or_without_four_axes_are_refused(name):
     position = "qkv".index(name)
     for spoilt in (qkv[position].to("meta"), qkv[position][0]):
         with pytest.raises(ValueError, match=rf"one dtype on one device, got .*{name} \({'1, 2' if spoilt.ndim == 4 else 2}, 4, 4\)"):
-            attend(*qkv[:position], spoilt, *qkv[position + 1 :])
+            attend(*[*qkv[:position], spoilt, *qkv[position + 1 :]])
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -183,16 +183,16 @@ def by_hand(block: ReleasedBlock, x_BHWC: Tensor, window: int, shift: int, heads
     out_BHWC = torch.zeros_like(y_BHWC)
     for top in range(0, H, window):
         for left in range(0, W, window):
-            here = slice(top, top + window), slice(left, left + window)
-            region_T = region_HW[here].flatten()
+            rows, columns = slice(top, top + window), slice(left, left + window)
+            region_T = region_HW[rows, columns].flatten()
             mask_TT = -100.0 * (region_T[:, None] != region_T[None])
-            qkv = y_BHWC[(slice(None), *here)].flatten(1, 2) @ attn["qkv"].weight.T + attn["qkv"].bias
+            qkv = y_BHWC[:, rows, columns].flatten(1, 2) @ attn["qkv"].weight.T + attn["qkv"].bias
             outputs = []
             for head in range(heads):
                 q, k, v = (part[..., head * C // heads : (head + 1) * C // heads] for part in qkv.split(C, -1))
                 outputs.append((q * (C // heads) ** -0.5 @ k.mT + mask_TT).softmax(-1) @ v)
             attended = torch.cat(outputs, -1) @ attn["proj"].weight.T + attn["proj"].bias
-            out_BHWC[(slice(None), *here)] = attended.unflatten(1, (window, window))
+            out_BHWC[:, rows, columns] = attended.unflatten(1, (window, window))
     x_BHWC = x_BHWC + out_BHWC.roll((shift, shift), (1, 2))
     hidden = F.gelu(F.layer_norm(x_BHWC, (C,), block.norm2.weight, block.norm2.bias) @ mlp.fc1.weight.T + mlp.fc1.bias)
     return x_BHWC + hidden @ mlp.fc2.weight.T + mlp.fc2.bias

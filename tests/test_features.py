@@ -107,7 +107,7 @@ def test_a_cache_of_another_encoder_or_other_settings_is_refused_and_kept(differ
     (file,) = tmp_path.iterdir()
     before = file.read_bytes()
     with pytest.raises(RunError, match=f"holds features with another {difference}; delete it"):
-        features(*changed(), "mean", 1, tmp_path / "x")
+        features(*changed(), "mean", 1, tmp_path / "x")  # type: ignore[call-arg]
     assert file.read_bytes() == before
 
 

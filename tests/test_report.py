@@ -82,7 +82,7 @@ def comparison(tmp_path_factory) -> Path:
         "conditions": {method: {"Positions": "sincos"} for method in METHODS},
     }
     epochs = dict.fromkeys(METHODS, 30)
-    plan = Plan(**plan, papers=(), encoder_file=None, epochs=epochs, evaluations=())  # type: ignore[arg-type]
+    plan = Plan(**plan, papers=(), encoder_file=None, epochs=epochs, evaluations=())
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
     runs = ("mae/digits-30ep-seed0/pretrain/log.txt", "droppos/digits-30ep-seed0/pretrain/log.txt", "logs/mae-seed1.txt")  # one is recorded
     for path in map(folder.joinpath, runs):

@@ -150,7 +150,7 @@ def test_a_copied_data_set_gets_the_same_tokens(folder, tmp_path, monkeypatch):
 def test_subfolders_of_a_class_are_not_confused_with_classes(tmp_path):
     """train/a/x/0.png is not train/x/0.png, even if it is the only requested image."""
     for name in ("a/x/0", "a/x/1", "a/y/0", "x/0", "x/1", "b/0"):
-        draw(tmp_path / "pictures" / "train" / f"{name}.png", seed=int.from_bytes(name.encode()) % 2**32)
+        draw(tmp_path / "pictures" / "train" / f"{name}.png", seed=int.from_bytes(name.encode(), "big") % 2**32)
         draw(tmp_path / "pictures" / "val" / f"{name}.png", seed=len(name))
     data = open_data(str(tmp_path / "pictures"))
     prepare(data, tmp_path / "tokens")
