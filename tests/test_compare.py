@@ -166,6 +166,7 @@ def test_arms_of_claims_change_no_rank_and_no_difference_of_the_methods():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_an_arm_of_a_claim_runs_and_is_complete(tmp_path, monkeypatch):
     call = [*QUICK[:-2], "finetune", "knn", "--papers", "mp3", "--claims", "--seeds", "1", "--out", str(tmp_path)]
     assert main(call) == 0

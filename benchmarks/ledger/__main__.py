@@ -15,7 +15,7 @@ import pandas
 
 from benchmarks.compare.arena import ARENAS
 from benchmarks.compare.scores import load as load_scores
-from benchmarks.compare.table import claims, costs, location, main_table
+from benchmarks.compare.table import accuracies, claims, competing, costs, location, main_table
 from benchmarks.compare.units import read_plan
 from benchmarks.ledger.downstream import DOWNSTREAM, downstream_table
 from benchmarks.ledger.overview import comparisons_table, results_table, together_table
@@ -49,6 +49,8 @@ def pages(root: Path) -> dict[str, Tables]:
         path.parent.name: partial(comparison_table, path.parent) for path in sorted(root.glob("benchmarks/compare/*/scores.csv"))
     }
     found |= {"benchmarks/compare/README.md": compared} if compared else {}
+    if "cifar10" in compared:
+        found["README.md"]["cifar10"] = partial(means_table, root / "benchmarks/compare/cifar10")
     for task in (task for task in DOWNSTREAM if (root / "benchmarks" / task).is_dir()):
         found[f"benchmarks/{task}/README.md"] = {task: partial(downstream_table, task, root)}
     for name in [*papers(root), *baselines(root)]:
@@ -141,6 +143,12 @@ def comparison_table(folder: Path) -> str:
     depth = f"Location probe after each block, chance {100 / plan.cells:.1f}:\n\n{markdown(location(scores))}"
     said = f"What the papers claim, as differences of two methods:\n\n{markdown(claims(scores))}"
     return f"{about} {reading}\n\n{markdown(cells)}\n{said}\n{depth}\n{markdown(costs(scores, plan))}"
+
+
+def means_table(folder: Path) -> str:
+    """Of a comparison only the accuracies of classifiers, and of a cell only the mean with its interval."""
+    table = accuracies(competing(load_scores(folder / "scores.csv"))).drop(columns=["shuffled", "location"], errors="ignore")
+    return markdown(table.map(lambda cell: re.split(", rank|\n", cell)[0]))
 
 
 def attention_table(root: Path) -> str:
