@@ -37,11 +37,12 @@ help:  ## show this help
 #:   TABLE=1                    only print the table and draw the intervals, of the scores in OUT or else of the recorded ones
 #:   RECORD=1                   copy scores, logs and report to benchmarks/compare/<arena>
 #:
-#: Variables of make detect: PAPER, RECIPE, DEVICE, OUT, RECORD, EPOCHS, ARGS as above, and
+#: Variables of make detect: PAPER, RECIPE, DEVICE, OUT, RECORD, ARGS as above, and
 #:   CKPT=runs/droppos/...      a run (PAPER is not needed then), or a file with an encoder; default: random weights
 #:   DATA=/datasets/coco        a folder in COCO's format
 #:   ENGINE=detectron2          torchvision or detectron2
 #:   IMAGE_SIZE=1024            side of the square input in pixels
+#:   EPOCHS=100 BATCH=64        of the training
 #:   SEED=0                     of heads and images
 #:
 #: Variables of make report:
@@ -105,8 +106,8 @@ segment: .venv/installed  ## judge an encoder by semantic segmentation: benchmar
 
 detect: .venv/installed  ## judge an encoder by object detection with ViTDet: benchmarks/detection/README.md
 	@$(python) -m benchmarks.detection $(if $(DATA),--data '$(DATA)') $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(if $(CKPT),--checkpoint '$(CKPT)') $(if $(RECIPE),--recipe '$(RECIPE)') \
-	  $(if $(ENGINE),--engine '$(ENGINE)') $(if $(IMAGE_SIZE),--image-size '$(IMAGE_SIZE)') $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(SEED),--seed '$(SEED)') \
-	  $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
+	  $(if $(ENGINE),--engine '$(ENGINE)') $(if $(IMAGE_SIZE),--image-size '$(IMAGE_SIZE)') $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(BATCH),--batch '$(BATCH)') \
+	  $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)') $(if $(OUT),--out '$(OUT)') $(if $(RECORD),--record) $(ARGS)
 
 pictures: .venv/installed  ## draw the attention and the features of an encoder on a few images
 	@$(python) -m benchmarks.pictures $(if $(IMAGES),--images '$(IMAGES)') $(if $(filter file,$(origin PAPER)),,--paper '$(PAPER)') $(if $(CKPT),--checkpoint '$(CKPT)') \

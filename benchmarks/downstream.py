@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,13 +11,39 @@ from benchmarks.ledger.rows import Row
 from benchmarks.pretrained import Pretrained
 from benchmarks.reproduce import USER_ERRORS
 from common import keep_freed_memory
+from common.recipe import RecipeError
 from common.run import console
 from common.stopping import Stopped, stop_with_parent
+
+# Options of a command that other columns of its rows tell, or that leave the result as it is; --record excludes limit
+NOT_OVERRIDES = {"data", "paper", "checkpoint", "recipe", "set", "seed", "precision", "engine", "frozen", "limit"}
+NOT_OVERRIDES |= {"out", "device", "workers", "record", "checkpoint_seconds", "device_batch", "compile", "grad_checkpointing"}
+
+
+def check_record(record: bool, limit: int | None) -> None:
+    """Raise RecipeError for --record of a run that used a part of the images: its row would say the name of the whole data."""
+    if record and limit is not None:
+        raise RecipeError(f"--record with --limit {limit}: a result of a part of the images is not recorded; leave one of both out")
+
+
+def given_options(options: Any) -> str:
+    """The options of a command, a dataclass, that change the result and are not the default, as they are written: --epochs 8 --lr 0.001."""
+    found = []
+    for own in fields(options):
+        value, name = getattr(options, own.name), own.name.replace("_", "-")
+        if own.name in NOT_OVERRIDES or value == own.default:
+            continue
+        if isinstance(value, bool):
+            found.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            found.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return " ".join(found)
 
 
 def ledger_row(
     task: str,
     pretrained: Pretrained,
+    options: Any,
     result: Mapping[str, Any],
     metric: str,
     *,
@@ -28,7 +55,10 @@ def ledger_row(
     settings: str,
     run: str,
 ) -> Row:
-    """A row of the ledger of benchmarks/<task>, from the result.json of a training. run: the name of its folder, which names the log."""
+    """A row of the ledger of benchmarks/<task>, from the options and the result.json of a training.
+
+    run: the name of its folder, which names the log.
+    """
     environment = result["environment"]
     return Row(
         date=result["date"],
@@ -37,7 +67,7 @@ def ledger_row(
         recipe=pretrained.name,
         arm=pretrained.arm,
         base_arm="",
-        overrides=pretrained.overrides,
+        overrides=f"{pretrained.overrides} {given_options(options)}".strip(),
         encoder_file=pretrained.given,
         split="",
         data=data,

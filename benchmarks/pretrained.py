@@ -32,9 +32,14 @@ class Pretrained:
     std: tuple[float, ...] = IMAGENET_STD
 
     @property
+    def run(self) -> str:
+        """The name of the run's folder whose own encoder this is, "" for other files and random weights."""
+        return self.file.parent.resolve().parent.name if self.file is not None and self.file.name == ENCODER else ""
+
+    @property
     def given(self) -> str:
-        """The name of the file, "" for random weights."""
-        return "" if self.file is None else self.file.name
+        """The name of the file, "" for random weights; of a run's own encoder also the run: digits-200ep-seed0/encoder.safetensors."""
+        return "" if self.file is None else f"{self.run}/{self.file.name}".lstrip("/")
 
     @property
     def start(self) -> str:
@@ -55,8 +60,7 @@ class Pretrained:
     @property
     def label(self) -> str:
         """A name for the folder of a downstream run: paper and run, file or recipe."""
-        run = "" if self.file is None else self.file.parent.parent.name if self.file.name == ENCODER else self.file.stem
-        return f"{self.paper}-{run or self.name}"
+        return f"{self.paper}-{self.run or (self.name if self.file is None else self.file.stem)}"
 
     @property
     def source(self) -> str:
@@ -87,7 +91,7 @@ class Pretrained:
             return encoder, "random weights"
         added = ("pos_embed",) if self.recipe.encoder.get("position") == "none" else ()
         coverage = load_encoder(encoder, read_checkpoint(self.file), allow_missing=added, allow_unused=("cls_token",))
-        return encoder, f"{self.label}, {self.given}: {coverage}"  # no path: logs are recorded
+        return encoder, f"{self.label}, {self.file.name}: {coverage}"  # no path: logs are recorded
 
 
 def find_pretrained(
@@ -97,7 +101,7 @@ def find_pretrained(
 
     A run knows its own recipe. A file needs a paper and takes its recipe of this name, or else its default one for `data`, as
     `make reproduce` does with --encoder; changes: as of --set. Raises RunError for a path that does not exist or has no encoder, and
-    RecipeError for names that are not known or contradict the run.
+    RecipeError for names that are not known or contradict the run, and for a recipe or changes beside a run.
     """
     if checkpoint is not None and not checkpoint.exists():
         raise RunError(f"CKPT={checkpoint} does not exist: give the folder of a run, or a file with an encoder")
@@ -109,6 +113,8 @@ def find_pretrained(
             )
         checkpoint = found[0]
     if checkpoint is not None and (checkpoint.parent / "card.json").exists():
+        if recipe is not None or changes:
+            raise RecipeError(f"CKPT={checkpoint} is a run and knows its recipe: leave RECIPE= and --set out")
         return _of_run(checkpoint, paper)
     if paper is None:
         raise RecipeError("PAPER= is missing: its recipe says how the encoder is built (with the folder of a run as CKPT it is not needed)")

@@ -36,12 +36,15 @@ class RunError(RuntimeError):
 class Run:
     """An open run directory. Use as a context manager; `main` is True only on the main process, and other processes write nothing.
 
+    checkpoint: the file, relative to the directory, that is there as soon as the training can be resumed.
     Raises RunError if another process has locked the directory, or if it contains a run with other settings.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any], device: torch.device, main: bool = True):
+    def __init__(
+        self, directory: Path, settings: dict[str, Any], device: torch.device, main: bool = True, checkpoint: str = "checkpoint.pt"
+    ):
         self.directory, self.settings, self.main, self.device = Path(directory), settings, main, device
-        self.checkpoint = self.directory / "checkpoint.pt"
+        self.checkpoint = self.directory / checkpoint
         self.metrics = self.directory / "metrics.jsonl"
         self._reported = 0.0
 

@@ -20,13 +20,16 @@ from safetensors.torch import save_file
 pytest.importorskip("pycocotools", reason='pycocotools is not installed: pip install -e ".[det]"')
 
 # ruff: noqa: E402
+from pycocotools import mask as coco_mask
+
 from benchmarks.detection.__main__ import Options, main
 from benchmarks.detection.crops import Crops, jitter
-from benchmarks.detection.data import check_sizes, encoded, open_detections, trained
+from benchmarks.detection.data import detectron2_mask, encoded, open_detections, trained
 from benchmarks.detection.operators import nms, roi_align
 from benchmarks.detection.torchvision_engine import Detector, score
 from benchmarks.detection.vitdet import SimpleFeaturePyramid, WindowedViT
 from benchmarks.ledger.rows import load
+from benchmarks.ledger.verify import verify
 from common.data import DataError
 from common.optim import make_optimizer
 from common.recipe import RecipeError
@@ -265,7 +268,31 @@ def test_an_image_of_another_size_and_one_smaller_than_a_patch_are_refused(tmp_p
     with pytest.raises(DataError, match="80 x 90 pixels, but the annotation file says 80 x 100"):
         data.read(data.train[1])
     with pytest.raises(DataError, match="1.png has 80 x 100 pixels, less than a patch of 90"):
-        check_sizes(data, 90)
+        data.check(90)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: Image.new("RGB", (90, 80)).save(path), "2.png has 80 x 90 pixels, but the annotation file says 80 x 100"),
+        (lambda path: path.write_bytes(b"no image"), "2.png"),
+    ],
+)
+def test_a_wrong_image_is_refused_before_the_training(spoil, message, tmp_path, capsys):
+    folder = write(tmp_path / "data")
+    spoil(folder / "images" / "2.png")
+    assert main([*SMALL, "--data", str(folder), "--out", str(tmp_path / "runs")]) == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_detectron2_gets_polygons_as_they_are_and_run_lengths_encoded():
+    polygons = annotation(1, 1, [10, 20, 40, 30])
+    assert detectron2_mask(polygons, 80, 100) is polygons["segmentation"]
+    runs = {"segmentation": {"counts": [0, 800, 7200], "size": [80, 100]}}  # the first ten columns
+    found = detectron2_mask(runs, 80, 100)
+    assert isinstance(found["counts"], bytes) and detectron2_mask({"segmentation": found}, 80, 100) is found
+    assert coco_mask.decode(found)[:, :10].all() and not coco_mask.decode(found)[:, 10:].any()
 
 
 def test_no_folder_no_annotations_and_a_file_that_is_no_json_are_refused(tmp_path):
@@ -335,6 +362,11 @@ def test_the_schedule_is_that_of_vitdet_for_base_and_large():
         assert stage.milestones == (89, 96) and int(stage.warmup_epochs * (117_266 // 64)) == 250
 
 
+@pytest.mark.parametrize(("epochs", "milestones"), [(1, (1,)), (4, (4,)), (5, (4, 5)), (13, (12, 13)), (14, (12, 13))])
+def test_a_milestone_of_few_epochs_is_at_the_end_where_it_has_no_effect(epochs, milestones):
+    assert Options(Path("x"), epochs=epochs).stage("base", 117_266).milestones == milestones
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -362,6 +394,17 @@ def test_an_engine_that_is_not_installed_is_named_with_the_fix(tmp_path, capsys)
         assert "benchmarks/detection/README.md has the two lines" in " ".join(capsys.readouterr().out.split())
     else:
         pytest.skip("detectron2 is installed")
+
+
+def test_an_interrupted_run_of_detectron2_refuses_other_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "benchmarks.detection.detectron2_engine", None)
+    arguments = [*SMALL, "--data", str(write(tmp_path / "data")), "--out", str(tmp_path / "runs"), "--engine", "detectron2"]
+    assert main(arguments) == 2
+    (run,) = (tmp_path / "runs").glob("detection/*/detectron2-scratch")
+    (run / "detectron2").mkdir()
+    (run / "detectron2" / "last_checkpoint").write_text("last.pth")  # as detectron2 marks its progress
+    assert main([*arguments, "--epochs", "3"]) == 2
+    assert "holds a run with other settings (stage.epochs: 100 there, 3 requested" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
@@ -417,19 +460,28 @@ def test_a_run_that_is_stopped_and_resumed_is_bit_identical(engine, file, tmp_pa
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not COCO.is_dir(), reason="needs the photos of shared/data/coco beside the repository")
-def test_photos_of_coco_are_trained_scored_drawn_and_recorded(tmp_path, monkeypatch, capsys):
+def test_recorded_rows_are_found_in_the_log_and_those_of_other_options_stay(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.detection.__main__.ROOT", tmp_path)
     (tmp_path / "benchmarks" / "detection").mkdir(parents=True)
+    arguments = [*SMALL, "--data", str(write(tmp_path / "data")), "--image-size", "64", "--record"]
+    assert main([*arguments, "--epochs", "1", "--out", str(tmp_path / "one")]) == 0
+    assert main([*arguments, "--epochs", "2", "--no-relative-positions", "--out", str(tmp_path / "two")]) == 0
+    assert verify(tmp_path)[1] == []
+    rows = load(tmp_path / "benchmarks" / "detection" / "results.csv")
+    assert len(rows) == 8 and set(rows["metric"]) == {"ap_box", "ap50_box", "ap_mask", "ap50_mask"}
+    assert set(rows["protocol"]) == {"torchvision"}  # the numbers of two engines are not compared
+    assert "engine=torchvision image_size=64 iterations=2 window=4" in rows["settings"][0]
+    given = "size=micro --image-size 64 --window 4{} --channels 16 --epochs {} --batch 2"
+    assert [*dict.fromkeys(rows["overrides"])] == [given.format("", 1), given.format(" --no-relative-positions", 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COCO.is_dir(), reason="needs the photos of shared/data/coco beside the repository")
+def test_photos_of_coco_are_trained_scored_and_drawn(tmp_path, capsys):
     data = open_detections(COCO)
     assert len(data.classes) == 80 and sum(not trained(own, photo) for photo in data.train for own in photo.objects) == 9
-    arguments = [*SMALL, "--data", str(COCO), "--epochs", "2", "--limit", "6", "--out", str(tmp_path / "runs"), "--record"]
+    arguments = [*SMALL, "--data", str(COCO), "--epochs", "2", "--limit", "6", "--out", str(tmp_path / "runs")]
     assert main(arguments) == 0
-    rows = load(tmp_path / "benchmarks" / "detection" / "results.csv")
-    assert set(rows["metric"]) == {"ap_box", "ap50_box", "ap_mask", "ap50_mask"} and set(rows["protocol"]) == {"detection"}
-    assert "engine=torchvision image_size=128 iterations=6 window=4" in rows["settings"][0]
-    assert (tmp_path / rows["log"][0]).exists()
     (picture,) = (tmp_path / "runs").glob("detection/*/*/pictures.png")
     assert Image.open(picture).size[0] == 1000
     assert "AP50" in capsys.readouterr().out
@@ -457,6 +509,7 @@ def test_detectron2_trains_and_scores_with_the_same_rates(tmp_path):
     [
         ({"window": 0}, "WINDOW=0 is less than 1"),
         ({"epochs": 0}, "EPOCHS=0 is less than 1"),
+        ({"limit": 2, "record": True}, "--record with --limit 2: a result of a part of the images is not recorded"),
         ({"image_size": 100}, "IMAGE_SIZE=100 is not a multiple of 64, the stride of the last map: use 128"),
     ],
 )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -19,9 +20,11 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 
 from benchmarks.downstream import run_command
+from benchmarks.ledger.rows import load
+from benchmarks.ledger.verify import verify
 from benchmarks.pretrained import find_pretrained
 from benchmarks.segmentation import crops as module
-from benchmarks.segmentation.__main__ import Options, main, segment
+from benchmarks.segmentation.__main__ import Options, default_size, main, segment
 from benchmarks.segmentation.crops import MOST, Crops
 from benchmarks.segmentation.data import IGNORED, open_scenes
 from benchmarks.segmentation.linear import Retrieval, Segmenter, shares
@@ -239,6 +242,11 @@ def test_shares_of_a_patch_are_those_of_its_pixels_and_none_without_half_of_them
     torch.testing.assert_close(shares(classes, (1, 2), 3), torch.tensor([[[[2 / 16, 14 / 16, 0], [0, 0, 0]]]]))
 
 
+@pytest.mark.parametrize(("patch", "side"), [(None, 512), (16, 512), (14, 518)])
+def test_the_default_size_of_ade20k_is_whole_patches(patch, side, folder):
+    assert default_size(replace(open_scenes(folder), short_side=512), patch) == (side, side)
+
+
 def test_ade20k_and_pascal_voc_are_read_in_their_layouts(tmp_path):
     image, mask = Image.new("RGB", (20, 10)), Image.fromarray(numpy.array([[0, 1, 150, 7]], numpy.uint8).repeat(10, 0).repeat(5, 1))
     for split in ("training", "validation"):
@@ -300,6 +308,8 @@ def test_wrong_data_is_refused_before_the_training(spoil, message, folder):
         (["--size", "30", "48"], "30 x 48 pixels are not a multiple of the encoder's patch size 4"),
         (["--set", "patch_size=64"], "0.png has 48 x 64 pixels, less than a patch of 64 x 64"),
         (["--recipe", "cifar1"], "RECIPE='cifar1' is not known"),
+        (["--engine", "mmseg", "--batch", "1"], "ENGINE=mmseg normalises over a batch, and BATCH=1 leaves 1 crop for a forward pass"),
+        (["--engine", "mmseg", "--batch", "2", "--device-batch", "1"], "on each device: raise BATCH or --device-batch"),
         (["--batch", "7"], "6 training images are fewer than a batch of 7: lower BATCH"),
     ],
 )
@@ -307,6 +317,11 @@ def test_bad_options_are_refused(arguments, message, folder, capsys, tmp_path):
     given = ["--data", str(folder), "--paper", "mae", "--recipe", "cifar10", "--device", "cpu", "--out", str(tmp_path / "runs"), *arguments]
     assert main(given) == 2
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_part_of_the_images_is_not_recorded(folder):
+    with pytest.raises(RecipeError, match="--record with --limit 2: a result of a part of the images is not recorded"):
+        Options(data=folder, record=True, limit=2)
 
 
 def test_an_encoder_is_found_in_a_run_and_in_a_file_or_refused(tmp_path):
@@ -326,6 +341,7 @@ def test_an_encoder_is_found_in_a_run_and_in_a_file_or_refused(tmp_path):
     for found in (find_pretrained(tmp_path / "run", "mae"), of_file, find_pretrained(tmp_path / "timm.safetensors", "mae", None, changed)):
         encoder, _ = found.encoder((224, 224))
         torch.testing.assert_close(encoder.eval()(images), model.eval().forward_features(images), atol=2e-5, rtol=1e-4)
+    assert of_file.given == "run/encoder.safetensors" and of_file.label == "mae-run"
     assert of_file.epochs == 7 and of_file.mean == (0.1, 0.2, 0.3)
     wide, _ = of_file.encoder((32, 64))
     assert wide.grid == (2, 4) and torch.isfinite(wide(torch.randn(1, 3, 32, 64))).all()
@@ -333,6 +349,9 @@ def test_an_encoder_is_found_in_a_run_and_in_a_file_or_refused(tmp_path):
         find_pretrained(tmp_path / "run", "droppos")
     with pytest.raises(RunError, match=r"has no pretrain/encoder.safetensors"):
         find_pretrained(tmp_path, None)
+    for more in ({"recipe": "mine"}, {"changes": ["size=base"]}):
+        with pytest.raises(RecipeError, match="is a run and knows its recipe: leave RECIPE= and --set out"):
+            find_pretrained(tmp_path / "run", None, **more)
     with pytest.raises(RecipeError, match="PAPER= is missing"):
         find_pretrained(tmp_path / "timm.safetensors", None)
     with pytest.raises(ValueError, match="width 192 in the file, 768 here"):
@@ -348,10 +367,24 @@ def test_each_protocol_runs_to_its_end_and_is_not_run_again(options, folder, tmp
     assert main(given) == 0
     (result,) = (tmp_path / "runs").glob("segmentation/*/*/result.json")
     found, when = json.loads(result.read_text()), result.stat().st_mtime_ns
+    assert found["hours"] > 0
     assert 0 <= found["miou"] <= 100 and len(found["iou"]) == 3 and (result.parent / "pictures.png").stat().st_size > 10_000
     capsys.readouterr()
     assert main(given) == 0
     assert f"{found['miou']:.2f}" in capsys.readouterr().out and result.stat().st_mtime_ns == when
+
+
+def test_recorded_rows_are_found_in_the_log_and_those_of_other_options_stay(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.segmentation.__main__.ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "segmentation").mkdir(parents=True)
+    given = ["--data", str(folder), *SMALL, "--workers", "0", "--record"]
+    for number, options in enumerate((["--epochs", "1"], ["--epochs", "1", "--size", "32", "32", "--lr", "0.01"], ["--engine", "knn"])):
+        assert main([*given, *options, "--out", str(tmp_path / str(number))]) == 0
+    assert verify(tmp_path)[1] == []
+    rows = load(tmp_path / "benchmarks" / "segmentation" / "results.csv")
+    shared = "patch_size=8 encoder.depth=2"
+    options = ["--epochs 1 --batch 2", "--size 32 32 --epochs 1 --batch 2 --lr 0.01", "--batch 2"]
+    assert [*rows["overrides"]] == [f"{shared} {own}" for own in options for _ in range(3)]
 
 
 def test_a_run_with_another_stochastic_depth_is_not_taken_for_the_same(folder, tmp_path, capsys):

@@ -13,7 +13,7 @@ import tyro
 from lightning.fabric import Fabric
 from rich.table import Table
 
-from benchmarks.downstream import ledger_row, run_command
+from benchmarks.downstream import check_record, ledger_row, run_command
 from benchmarks.ledger.rows import Row, record
 from benchmarks.papers import ROOT
 from benchmarks.pretrained import Pretrained, find_pretrained
@@ -29,7 +29,7 @@ from common.train import make_fabric
 
 try:
     from benchmarks.detection import torchvision_engine
-    from benchmarks.detection.data import Detections, check_sizes, open_detections
+    from benchmarks.detection.data import Detections, open_detections
     from benchmarks.detection.pictures import chosen, draw
     from benchmarks.detection.torchvision_engine import METRICS
     from benchmarks.detection.vitdet import PATCH, SimpleFeaturePyramid, WindowedViT
@@ -43,6 +43,7 @@ WARMUP = 250  # steps
 # (stochastic depth, layer decay) of ViTDet, Appendix A.2; smaller models take those of base
 BY_SIZE = {"large": (0.4, 0.8), "huge": (0.5, 0.9)}
 BASE = (0.1, 0.7)
+PROGRESS = {"torchvision": "checkpoint.pt", "detectron2": "detectron2/last_checkpoint"}  # the file from which an engine resumes
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Options:
     batch: int = 64
     """Images per step."""
     device_batch: int = 8
-    """Most images of a forward pass on one device; lower it if the memory is too small."""
+    """Most images of a forward pass on one device; lower it if the memory is too small. detectron2 takes the whole batch at once."""
     lr: float = 1e-4
     """Learning rate of a step."""
     layer_decay: float | None = None
@@ -100,7 +101,7 @@ class Options:
     out: Path = Path("runs")
     """Directory of the runs; this one is in OUT/detection."""
     record: bool = False
-    """Add the results to benchmarks/detection/results.csv and the log to benchmarks/detection/logs."""
+    """Add the results to benchmarks/detection/results.csv and the log to benchmarks/detection/logs; not with --limit."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "window", "channels", "epochs", "batch", "device_batch", "limit"):
@@ -109,11 +110,12 @@ class Options:
         if self.image_size % SQUARE:
             near = max(SQUARE, round(self.image_size / SQUARE) * SQUARE)
             raise RecipeError(f"IMAGE_SIZE={self.image_size} is not a multiple of {SQUARE}, the stride of the last map: use {near}")
+        check_record(self.record, self.limit)
 
     def stage(self, size: str, images: int) -> TrainConfig:
         """The settings of the training: AdamW, a warm-up of 250 steps, and a tenth of the rate after 88.9 % and 96.3 % of the epochs."""
         steps = images // self.batch
-        milestones = {max(1, math.floor(share * self.epochs + 0.5)) for share in (0.889, 0.963)}
+        milestones = {math.floor(share * self.epochs + 0.5) for share in (0.889, 0.963)}
         return TrainConfig(
             epochs=self.epochs,
             batch_size=self.batch,
@@ -138,7 +140,6 @@ def detection(options: Options) -> list[Row]:
     fabric.launch()
     data = open_detections(options.data)
     data = data.limited(options.limit) if options.limit else data
-    check_sizes(data, PATCH)
     pretrained = find_pretrained(options.checkpoint, options.paper, options.recipe, options.set)
     pretrained.check_colour("detection")
     if pretrained.recipe.patch_size not in (None, PATCH):
@@ -149,12 +150,13 @@ def detection(options: Options) -> list[Row]:
     stage = options.stage(pretrained.recipe.size, len(data.train))
     reseed(options.seed)
     encoder, loaded = pretrained.encoder((options.image_size, options.image_size), **changes(pretrained, options))
+    once(fabric, lambda: data.check(PATCH))
     net = WindowedViT(encoder, options.window, options.global_blocks, options.relative_positions)
     backbone = SimpleFeaturePyramid(net, options.channels)
     root = options.out / "detection" / f"{pretrained.label}-{data.name}-seed{options.seed}"
     settings = once(fabric, lambda: describe(options, stage, data, pretrained, str(fabric._precision.precision)))
     part = f"{options.engine}-{pretrained.start}"
-    with Run(root / part, settings, fabric.device, main=fabric.is_global_zero) as run:
+    with Run(root / part, settings, fabric.device, fabric.is_global_zero, PROGRESS[options.engine]) as run:
         result: Any = once(fabric, lambda: run.result)
         if result is None:
             where = f"{fabric.world_size} x {device_name(fabric.device)}, {fabric._precision.precision}"
@@ -239,9 +241,9 @@ def row(
     facts = f"engine={options.engine} image_size={options.image_size} iterations={steps} window={options.window}"
     facts += f" global_blocks={options.global_blocks} relative_positions={options.relative_positions} epochs={stage.epochs}"
     facts += f" batch={stage.batch_size} lr={stage.lr:g} layer_decay={stage.layer_decay}"
-    own: dict = {"data": data.name, "protocol": "detection", "start": pretrained.start, "seed": options.seed}
+    own: dict = {"data": data.name, "protocol": options.engine, "start": pretrained.start, "seed": options.seed}
     own |= {"precision": settings["precision"], "settings": facts, "run": root.name}
-    return ledger_row("detection", pretrained, result, metric, **own)
+    return ledger_row("detection", pretrained, options, result, metric, **own)
 
 
 def show(title: str, result: dict) -> None:
@@ -258,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         detection(tyro.cli(Options, args=arguments, prog="python -m benchmarks.detection", description=__doc__, config=TYRO))
 
-    return run_command(work, "lower --device-batch or IMAGE_SIZE, or use --grad-checkpointing")
+    return run_command(work, "lower --device-batch (with ENGINE=detectron2 BATCH) or IMAGE_SIZE, or use --grad-checkpointing")
 
 
 if __name__ == "__main__":

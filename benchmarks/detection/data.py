@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from pycocotools.coco import COCO
 
 from common.data import DataError
 from common.data.images import read_image
+from common.environment import available_cores
 
-CHECKED = 1000  # images of a split whose contents identify it
+CHECKED = 1000  # images of a split whose contents identify it, and that are read before a training
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,21 @@ class Detections:
             sizes = f"{image.height} x {image.width} pixels, but the annotation file says {photo.height} x {photo.width}"
             raise DataError(f"{photo.path} has {sizes}: correct height and width there")
         return image
+
+    def check(self, patch: int) -> None:
+        """Raise DataError for an image smaller than a patch; up to CHECKED of each split are read: those must be as `read` wants them."""
+        for photo in (*self.train, *self.val):
+            if min(photo.height, photo.width) < patch:
+                size = f"{photo.height} x {photo.width}"
+                raise DataError(f"{photo.path} has {size} pixels, less than a patch of {patch} x {patch}: enlarge the images, or remove it")
+
+        def read(photo: Photo) -> None:  # without a result, which would wait in memory
+            self.read(photo)
+
+        chosen = [photo for split in (self.train, self.val) for photo in split[:: max(1, -(-len(split) // CHECKED))]]
+        with ThreadPoolExecutor(available_cores()) as pool:
+            for _ in pool.map(read, chosen):
+                pass
 
     def target(self, photo: Photo) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Masks (K, H, W) uint8 and classes (K,) int64 of the objects for training."""
@@ -106,6 +123,11 @@ def encoded(found: dict, height: int, width: int) -> dict:
     return coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
 
 
+def detectron2_mask(found: dict, height: int, width: int) -> list | dict:
+    """The mask of an annotation as detectron2 reads it: polygons as they are, run lengths in pycocotools' encoding."""
+    return found["segmentation"] if isinstance(found["segmentation"], list) else encoded(found, height, width)
+
+
 def _pairs(photos: tuple[Photo, ...]) -> Iterator[tuple[Photo, dict]]:
     return ((photo, found) for photo in photos for found in photo.objects)
 
@@ -120,7 +142,7 @@ def open_detections(folder: Path) -> Detections:
     """Open a folder: annotations/instances_{train,val}.json and images/, or COCO 2017's own names (train2017/, instances_train2017.json).
 
     Raises DataError, with names and numbers, for what is missing, categories that do not exist, images that are absent, annotations
-    without mask, an image smaller than a patch, and a split without an object.
+    without mask, and a split without an object. No image is read for its size: see Detections.check.
     """
     if not folder.is_dir():
         raise DataError(f"DATA={folder} is not a folder")
@@ -213,11 +235,3 @@ def _check(found: dict, images: dict, sizes: dict[int, tuple[int, int]], names: 
     if not polygons and not runs:
         fix = f"give polygons of 3 points or more, or run lengths of the image's size {size[0]} x {size[1]}"
         raise DataError(f"{what} has no usable mask (segmentation): {fix}")
-
-
-def check_sizes(data: Detections, patch: int) -> None:
-    """Raise DataError for an image that is smaller than a patch."""
-    for photo in (*data.train, *data.val):
-        if min(photo.height, photo.width) < patch:
-            size = f"{photo.height} x {photo.width}"
-            raise DataError(f"{photo.path} has {size} pixels, less than a patch of {patch} x {patch}: enlarge the images, or remove it")

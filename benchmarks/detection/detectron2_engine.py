@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from pycocotools import mask as coco_mask
 
 from benchmarks.detection.crops import SCALES, fitted, mean_colour
-from benchmarks.detection.data import Detections, Photo, trained
+from benchmarks.detection.data import Detections, Photo, detectron2_mask, trained
 from benchmarks.detection.torchvision_engine import score
 from benchmarks.detection.vitdet import LEVELS, PATCH, SimpleFeaturePyramid
 from common.data.loaders import AUGMENTATION, Schedule, training_order
@@ -150,7 +150,7 @@ def records(data: Detections) -> list[dict]:
                 "bbox": own["bbox"],
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": place[own["category_id"]],
-                "segmentation": own["segmentation"],
+                "segmentation": detectron2_mask(own, photo.height, photo.width),
                 "iscrowd": 0,
             }
             for own in photo.objects
@@ -162,7 +162,7 @@ def records(data: Detections) -> list[dict]:
 
 
 class Batches:
-    """Micro-batches of detectron2's mapper without end, from step `first` on. Their draws depend only on (seed, epoch, image).
+    """Whole batches of detectron2's mapper without end, from step `first` on. Their draws depend only on (seed, epoch, image).
 
     The workers are those of this repository, because detectron2's are ended by the signal that stops a run.
     """

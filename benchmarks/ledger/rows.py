@@ -25,8 +25,8 @@ class Row:
     recipe: str  # name of the recipe: digits
     arm: str  # which of the variants that the recipe runs side by side: vit+rpl; empty where it has none
     base_arm: str  # the arm that it is compared with, see common.recipe.base_arm: vit; empty for an arm that is a base itself
-    overrides: str  # what --set changed, space separated: pretrain.base_lr=1e-3 method.sigma=2
-    encoder_file: str  # name of the file given with --encoder: droppos_vitb16.pth; empty where the run pre-trained
+    overrides: str  # what --set changed, space separated: pretrain.base_lr=1e-3 method.sigma=2; downstream also options: --epochs 8
+    encoder_file: str  # name of the file given with --encoder: droppos_vitb16.pth; empty where the run pre-trained; of a run: run/file
     split: str  # which file says what is trained on, see common.data.Data: name and digest; empty where the data set itself does
     data: str  # name of the data set, as published.csv calls it: digits, cifar10, imagenet1k
     backbone: str  # timm's name where it has one: vit_base_patch16_224

@@ -5,6 +5,7 @@ python -m benchmarks.segmentation --paper droppos --checkpoint runs/droppos/... 
 
 import math
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lightning.fabric import Fabric
 from rich.table import Table
 from torch import nn
 
-from benchmarks.downstream import ledger_row, run_command
+from benchmarks.downstream import check_record, ledger_row, run_command
 from benchmarks.ledger.rows import Row, record
 from benchmarks.papers import ROOT
 from benchmarks.pretrained import Pretrained, find_pretrained
@@ -95,7 +96,7 @@ class Options:
     out: Path = Path("runs")
     """Directory of the runs; this one is in OUT/segmentation."""
     record: bool = False
-    """Add the results to benchmarks/segmentation/results.csv and the log to benchmarks/segmentation/logs."""
+    """Add the results to benchmarks/segmentation/results.csv and the log to benchmarks/segmentation/logs; not with --limit."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "device_batch", "limit"):
@@ -105,6 +106,7 @@ class Options:
             raise RecipeError("FROZEN=1 and ENGINE=mmseg: only ENGINE=linear has a frozen encoder")
         if self.size is not None and min(self.size) < 1:
             raise RecipeError(f"SIZE={self.size[0]} {self.size[1]}: give the height and the width in pixels")
+        check_record(self.record, self.limit)
 
     @property
     def protocol(self) -> str:
@@ -125,6 +127,9 @@ def segment(options: Options, pretrained: Pretrained | None = None, directory: P
     """Train and evaluate, print the scores, and return the rows. Encoder and directory of the run are by default those of the options."""
     fabric = make_fabric(options.device, options.precision)
     fabric.launch()
+    if options.engine == "mmseg" and device_batch(options.stage, fabric.world_size) == 1:
+        few = f"BATCH={options.batch} leaves 1 crop for a forward pass on each device"
+        raise RecipeError(f"ENGINE=mmseg normalises over a batch, and {few}: raise BATCH or --device-batch")
     scenes = open_scenes(options.data)
     scenes = scenes.limited(options.limit) if options.limit else scenes
     pretrained = pretrained or find_pretrained(options.checkpoint, options.paper, options.recipe, options.set)
@@ -169,11 +174,9 @@ def start(pretrained: Pretrained, options: Options) -> str:
 
 
 def default_size(scenes: Scenes, patch: int | None) -> tuple[int, int]:
-    """(height, width) of crops: 512 x 512, or without a short side the size of the first image, rounded up to whole patches."""
-    if scenes.short_side is not None:
-        return (scenes.short_side, scenes.short_side)
-    width, height = scenes.pair(scenes.train, 0)[0].size
-    patch = patch or 1
+    """(height, width) of crops: the short side twice, or without one the size of the first image, rounded up to whole patches."""
+    patch, side = patch or 1, scenes.short_side
+    width, height = (side, side) if side is not None else scenes.pair(scenes.train, 0)[0].size
     return (-(-height // patch) * patch, -(-width // patch) * patch)
 
 
@@ -209,7 +212,8 @@ def train(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View, op
 
 @torch.no_grad()
 def retrieve(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View, options: Options) -> tuple[Retrieval, float]:
-    """Remember patches of the training images. Returns the model and 0 hours. Raises DataError if no patch has a class."""
+    """Remember patches of the training images. Returns the model and the hours. Raises DataError if no patch has a class."""
+    begun = time.perf_counter()
     model = Retrieval(encoder, len(scenes.classes)).to(fabric.device).eval()
     each = -(-MEMORY // len(scenes.train))
     tokens, found = [], []
@@ -228,7 +232,7 @@ def retrieve(fabric: Fabric, run: Run, encoder: ViT, scenes: Scenes, view: View,
     if not len(model.key_RD):
         raise DataError(f"no patch of {scenes.folder} has a class at half of its pixels: check the masks")
     run.say(f"{len(model.key_RD)} patches of {len(scenes.train)} images are remembered")
-    return model, 0.0
+    return model, (time.perf_counter() - begun) / 3600
 
 
 def describe(options: Options, scenes: Scenes, pretrained: Pretrained, view: View, precision: str) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def row(
         facts += f" epochs={stage.epochs} iterations={steps} batch={stage.batch_size} lr={stage.lr:g} layer_decay={stage.layer_decay}"
     own: dict = {"data": scenes.name, "protocol": options.protocol, "start": start(pretrained, options), "seed": options.seed}
     own |= {"precision": settings["precision"], "settings": facts, "run": root.name}
-    return ledger_row("segmentation", pretrained, result, metric, **own)
+    return ledger_row("segmentation", pretrained, options, result, metric, **own)
 
 
 def show(title: str, scenes: Scenes, result: dict) -> None:
