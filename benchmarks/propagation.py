@@ -9,7 +9,7 @@ Shapes: H x W pixels, h x w patches, N = h w, D width, K objects with the backgr
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from scipy import ndimage
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from benchmarks.downstream import run_command
 from benchmarks.pretrained import find_pretrained
-from benchmarks.reproduce import TYRO, USER_ERRORS
+from benchmarks.reproduce import TYRO
 from common.data import DataError
 from common.data.augment import normalize
 from common.data.images import read_image
@@ -84,23 +85,28 @@ class Video:
 
 
 def find_videos(folder: Path) -> list[Video]:
-    """The videos of a folder. Raises DataError that says what is missing."""
-    if (folder / "JPEGImages" / "480p").is_dir():
-        homes = sorted(path for path in (folder / "JPEGImages" / "480p").iterdir() if path.is_dir())
-        places = [(home.name, home, folder / "Annotations" / "480p" / home.name) for home in homes]
+    """The videos of a folder; of DAVIS those of ImageSets/2017/val.txt, if it is there. Raises DataError that says what is missing."""
+    images, masks, listed = folder / "JPEGImages" / "480p", folder / "Annotations" / "480p", folder / "ImageSets" / "2017" / "val.txt"
+    if images.is_dir():
+        names = listed.read_text().split() if listed.exists() else sorted(path.name for path in images.iterdir() if path.is_dir())
+        if absent := [name for name in names if not (images / name).is_dir()]:
+            raise DataError(f"{listed} names {len(names)} videos, and {len(absent)} are not in {images}, the first is {absent[0]}")
+        places = [(name, images / name, masks / name) for name in names]
     elif (folder / "frames").is_dir():
         places = [(folder.resolve().name, folder / "frames", folder / "masks")]
     else:
         raise DataError(f"DATA={folder} has neither JPEGImages/480p (DAVIS 2017) nor frames/ and masks/")
     found = []
-    for name, images, masks in places:
-        frames = tuple(sorted(path for path in images.iterdir() if path.suffix.lower() in IMG_EXTENSIONS))
-        known = {path.stem: path for path in masks.glob("*.png")}
+    for name, home, drawn in places:
+        frames = tuple(sorted(path for path in home.iterdir() if path.suffix.lower() in IMG_EXTENSIONS))
+        known = {path.stem: path for path in drawn.glob("*.png")}
         if len(frames) < 2:
-            raise DataError(f"{images} has {len(frames)} frames: 2 or more are needed")
+            raise DataError(f"{home} has {len(frames)} frames: 2 or more are needed")
         if frames[0].stem not in known:
-            raise DataError(f"{masks / frames[0].stem}.png is missing: the first frame needs a mask")
+            raise DataError(f"{drawn / frames[0].stem}.png is missing: the first frame needs a mask")
         found.append(Video(name, frames, known))
+    if not found:
+        raise DataError(f"DATA={folder} has no video: {listed if listed.exists() else images} is empty")
     return found
 
 
@@ -114,19 +120,32 @@ def read_objects(path: Path) -> numpy.ndarray:
 
 def propagate(features: Iterable[Tensor], first_NK: Tensor, grid: tuple[int, int], options: Options) -> Iterator[Tensor]:
     """The share of each object in each patch, (N, K), for each frame after the first. features: (N, D) of each frame, of length 1."""
-    row_N, column_N = (place.flatten() for place in torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij"))
-    far_NN = torch.stack([(place[:, None] - place).abs() for place in (row_N, column_N)]).amax(0) > options.radius
+    places = [torch.arange(side, device=first_NK.device) for side in grid]
+    far_hh, far_ww = ((place[:, None] - place).abs() > options.radius for place in places)
+    far_NN = (far_hh[:, None, :, None] | far_ww[None, :, None, :]).view(len(first_NK), len(first_NK))
     seen: list[tuple[Tensor, Tensor]] = []  # features and shares of the first frame and the last ones
     for feature_ND in features:
         if not seen:
             seen.append((feature_ND, first_NK))
             continue
-        similar = [(feature_ND @ own_ND.T).masked_fill(far_NN.to(feature_ND.device), -torch.inf) for own_ND, _ in seen]
+        similar = [(feature_ND @ own_ND.T).masked_fill(far_NN, -torch.inf) for own_ND, _ in seen]
         near = torch.cat(similar, 1).topk(min(options.neighbours, len(seen) * len(feature_ND)), dim=1)
         weight_NM = (near.values / options.temperature).softmax(1)
         share_NK = (weight_NM[:, None] @ torch.cat([own_NK for _, own_NK in seen])[near.indices])[:, 0]
         yield share_NK
         seen = [seen[0], *[*seen[1:], (feature_ND, share_NK)][-options.context :]] if options.context else seen
+
+
+def first_shares(objects_HW: numpy.ndarray, numbers: Sequence[int], grid: tuple[int, int]) -> Tensor:
+    """(N, K) of 0 and 1: the object at the middle of each patch, of those with these numbers."""
+    small_hw = torch.from_numpy(numpy.array(Image.fromarray(objects_HW).resize(grid[::-1], Image.Resampling.NEAREST)))
+    return torch.stack([small_hw.flatten() == number for number in numbers], 1).float()
+
+
+def decided(share_KHW: Tensor) -> Tensor:
+    """The place of the object at each pixel (H, W): the largest share after each object's map is scaled to 0..1. A constant map stays."""
+    least_K11, most_K11 = share_KHW.amin((1, 2), keepdim=True), share_KHW.amax((1, 2), keepdim=True)
+    return ((share_KHW - least_K11) / (most_K11 - least_K11)).where(most_K11 > least_K11, share_KHW).argmax(0)
 
 
 def region(found_HW: numpy.ndarray, true_HW: numpy.ndarray) -> float:
@@ -176,8 +195,7 @@ def run(options: Options) -> dict[str, tuple[float, float]]:
         reseed(0)
         encoder, loaded = pretrained.encoder(size)
         encoder.eval().to(fabric.device)
-        masks = F.one_hot(torch.from_numpy(objects_HW).long(), 256)[..., [0, *numbers]].permute(2, 0, 1)[None].float()
-        first_NK = F.interpolate(masks, encoder.grid, mode="area").flatten(2)[0].T.to(fabric.device)
+        first_NK = first_shares(objects_HW, [0, *numbers], encoder.grid).to(fabric.device)
 
         def features(video: Video = video, encoder: ViT = encoder, size: tuple[int, int] = size) -> Iterator[Tensor]:
             for path in video.frames:
@@ -191,8 +209,8 @@ def run(options: Options) -> dict[str, tuple[float, float]]:
             console.print(f"{len(videos)} videos, frames of {size[0]} x {size[1]} px: {loaded}", markup=False, soft_wrap=True)
         values = []
         for path, share_NK in zip(video.frames[1:], propagate(features(), first_NK, encoder.grid, options), strict=True):
-            whole = F.interpolate(share_NK.T.unflatten(1, encoder.grid)[None], (height, width), mode="bilinear")[0].argmax(0)
-            found_HW = numpy.array([0, *numbers], numpy.uint8)[whole.cpu().numpy()]
+            share_KHW = F.interpolate(share_NK.T.unflatten(1, encoder.grid)[None], (height, width), mode="bilinear")[0]
+            found_HW = numpy.array([0, *numbers], numpy.uint8)[decided(share_KHW).cpu().numpy()]
             if options.out is not None:
                 (options.out / video.name).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(found_HW).save(options.out / video.name / f"{path.stem}.png")
@@ -213,16 +231,19 @@ def measure(found_HW: numpy.ndarray, true_HW: numpy.ndarray) -> tuple[float, flo
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for a user error."""
-    try:
-        scores = run(tyro.cli(Options, args=arguments, prog="python -m benchmarks.propagation", description=__doc__, config=TYRO))
-    except USER_ERRORS as error:
-        console.print(f"error: {error}", style="bold red", markup=False)
-        return 2
+
+    def work() -> None:
+        show(run(tyro.cli(Options, args=arguments, prog="python -m benchmarks.propagation", description=__doc__, config=TYRO)))
+
+    return run_command(work, "lower --short-side")
+
+
+def show(scores: dict[str, tuple[float, float]]) -> None:
+    """Print the scores."""
     table = Table("Video", "J", "F", "J and F", title="label propagation", caption="percent; the mean is over videos")
     for name, (j, f) in (scores | {"mean": tuple(numpy.nanmean([*scores.values()], 0))}).items():
         table.add_row(name, f"{j:.1f}", f"{f:.1f}", f"{(j + f) / 2:.1f}")
     console.print(table, soft_wrap=False)
-    return 0
 
 
 if __name__ == "__main__":

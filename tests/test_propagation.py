@@ -7,7 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.propagation import Options, boundary, main, measure, outline, propagate, region, run
+from benchmarks import propagation
+from benchmarks.propagation import (
+    Options,
+    boundary,
+    decided,
+    find_videos,
+    first_shares,
+    main,
+    measure,
+    outline,
+    propagate,
+    region,
+    run,
+)
 from common.data import DataError
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"
@@ -42,6 +55,43 @@ def test_objects_follow_their_features_and_do_not_jump_beyond_the_radius():
     wanted = first_NK.view(*grid, -1).roll(1, 1)
     assert torch.equal(found.view(*grid, -1)[:, 1:], wanted[:, 1:])  # the first column comes from the other side: too far
     assert not torch.equal(found.view(*grid, -1)[:, 0], wanted[:, 0])
+
+
+def test_a_patch_of_the_first_frame_has_the_object_at_its_middle():
+    objects_HW = numpy.zeros((12, 12), numpy.uint8)
+    objects_HW[:4, :] = 7  # the middle of the upper patches is at 3
+    objects_HW[:, 10:] = 3  # the middle of the right patches is at 9
+    assert first_shares(objects_HW, [0, 3, 7], (2, 2)).tolist() == [[0, 0, 1], [0, 0, 1], [1, 0, 0], [1, 0, 0]]
+
+
+def test_the_map_of_each_object_is_scaled_to_one_before_they_are_compared():
+    share_KHW = torch.tensor([[[0.9, 0.8, 0.6]], [[0.1, 0.2, 0.4]], [[0.0, 0.0, 0.0]]])
+    assert decided(share_KHW).tolist() == [[0, 0, 1]]  # of 0.6 against 0.4 remain 0 and 1
+    assert decided(torch.tensor([[[0.7, 0.7]], [[0.3, 0.3]]])).tolist() == [[0, 0]]  # constant maps stay
+
+
+def test_the_videos_of_davis_are_those_of_its_list(tmp_path):
+    for name in ("bear", "cows", "dog"):
+        for kind, ending in (("JPEGImages", "jpg"), ("Annotations", "png")):
+            (tmp_path / kind / "480p" / name).mkdir(parents=True)
+            for index in range(2):
+                Image.new("L", (8, 8)).save(tmp_path / kind / "480p" / name / f"{index}.{ending}")
+    assert [video.name for video in find_videos(tmp_path)] == ["bear", "cows", "dog"]
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("dog\nbear\n")
+    assert [video.name for video in find_videos(tmp_path)] == ["dog", "bear"]
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("dog\nlost\n")
+    with pytest.raises(DataError, match="val.txt names 2 videos, and 1 are not in .*, the first is lost"):
+        find_videos(tmp_path)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("")
+    with pytest.raises(DataError, match="has no video: .*val.txt is empty"):
+        find_videos(tmp_path)
+
+
+def test_too_little_memory_says_what_to_lower(monkeypatch, capsys):
+    monkeypatch.setattr(propagation, "run", lambda _: torch.empty(10**15))
+    assert main([*SMALL, "--data", "."]) == 2
+    assert "lower --short-side" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_context_is_the_first_frame_and_the_last_ones():
