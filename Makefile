@@ -14,7 +14,7 @@ help:  ## show this help
 	@printf '\nVariables of make reproduce:\n'
 	@sed -n 's/^#: //p' Makefile
 
-#:   PAPER=droppos   the paper, by its folder, or a baseline: deit, ijepa, mae
+#:   PAPER=droppos   the paper, by its folder, or a baseline: deit, drloc, ijepa, jigsaw, mae
 #:   EPOCHS=800      epochs of pre-training, instead of the recipe's
 #:   EVERY=100       also evaluate the encoder after each 100 epochs, into OUT/<paper>/epochs.csv
 #:   DATA=digits     digits, cifar10, cifar100, tiny-imagenet, mini-imagenet, or a folder with train/ and val/ in ImageFolder layout

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,11 +66,12 @@ def side_by_side(commands: Mapping[Path, Sequence[str]], parallel: int | None, d
     """Run programs, by their log files, in a directory: several at a time, each with its share of the cores, and one GPU if there are any.
 
     parallel: programs at the same time; by default one for each GPU or core. Calls `done` with the log and exit code of each that has
-    ended by itself. If this process is interrupted, SIGTERM is sent to the running programs, and their end is awaited.
+    ended by itself, never twice at the same time. If this process is interrupted, SIGTERM is sent to the running programs, and their end
+    is awaited.
     """
     gpus, cores = torch.cuda.device_count(), available_cores()
     count = max(1, min(parallel or gpus or cores, len(commands)))
-    free, running = SimpleQueue[int](), set[subprocess.Popen]()
+    free, running, one_at_a_time = SimpleQueue[int](), set[subprocess.Popen](), threading.Lock()
     for place in range(count):
         free.put(place)
 
@@ -85,7 +87,8 @@ def side_by_side(commands: Mapping[Path, Sequence[str]], parallel: int | None, d
         running.discard(process)
         free.put(place)
         if code not in (EXIT_STOPPED, -signal.SIGTERM):
-            done(log, code)
+            with one_at_a_time:
+                done(log, code)
 
     with ThreadPoolExecutor(count) as pool:
         waiting = [pool.submit(run, log, command) for log, command in commands.items()]

@@ -13,6 +13,7 @@ from scipy import stats
 
 LEVEL = 0.95
 LEAST = 3  # with fewer seeds nothing is decided
+ROUNDING = 2e-4  # values have four decimals; a spread below that says nothing: a few test images give equal differences by chance
 
 
 def half_width(values: numpy.ndarray, level: float = LEVEL) -> float:
@@ -22,12 +23,9 @@ def half_width(values: numpy.ndarray, level: float = LEVEL) -> float:
 
 
 def p_value(differences: numpy.ndarray) -> float:
-    """Of a two-sided paired t test; 1 where nothing can be said."""
-    if len(differences) < 2:
+    """Of a two-sided paired t test; 1 where nothing can be said: for one difference, and for equal ones."""
+    if len(differences) < 2 or (spread := differences.std(ddof=1)) < ROUNDING:
         return 1.0
-    spread = differences.std(ddof=1)
-    if spread == 0:
-        return 1.0 if differences.mean() == 0 else 0.0
     return float(2 * stats.t.sf(abs(differences.mean()) / (spread / len(differences) ** 0.5), len(differences) - 1))
 
 
@@ -56,7 +54,7 @@ def paired(scores: pandas.DataFrame, pairs: Sequence[tuple[str, str]]) -> pandas
 
     Columns: method, reference, evaluation, seeds, difference, half (of the paired interval), p (adjusted by Holm over the pairs of an
     evaluation), decided, and least: the smallest difference that these seeds could have shown, with this spread and after the decisions
-    that were made; NaN for fewer seeds than LEAST.
+    that were made; NaN for fewer seeds than LEAST and for equal differences.
     """
     values, found = per_seed(scores).pivot(index=["evaluation", "seed"], columns="method", values="value"), []
     for evaluation in scores["evaluation"].unique():
@@ -74,7 +72,7 @@ def paired(scores: pandas.DataFrame, pairs: Sequence[tuple[str, str]]) -> pandas
                     "reference": b,
                     "evaluation": evaluation,
                     **numbers,
-                    "least": half_width(gap, level) if len(gap) >= LEAST else float("nan"),
+                    "least": half_width(gap, level) if len(gap) >= LEAST and gap.std(ddof=1) >= ROUNDING else float("nan"),
                 }
             )
     columns = ["method", "reference", "evaluation", "seeds", "difference", "half", "p", "decided", "least"]

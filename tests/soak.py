@@ -41,8 +41,8 @@ def usage(runs: Path) -> str:
     return f"{len(files)} files, {sum(files.values()) / 1e6:.1f} MB, logs {logs / 1e6:.2f} MB, unfinished {temporary or 'none'}"
 
 
-def soak(runs: Path, command: list[str], kills: int, seconds: tuple[float, float], seed: int) -> None:
-    """Run the command to its end, killed `kills` times after a random time."""
+def soak(runs: Path, command: list[str], kills: int, seconds: tuple[float, float], seed: int) -> int:
+    """Run the command to its end, killed `kills` times after a random time. Returns its exit code."""
     draw = random.Random(seed)
     for kill in range(kills + 1):
         process = subprocess.Popen(command, start_new_session=True)
@@ -52,23 +52,24 @@ def soak(runs: Path, command: list[str], kills: int, seconds: tuple[float, float
             time.sleep(1)
         if process.poll() is not None:
             print(f"ended with code {process.returncode} after {kill} kills, {largest} MB at most, {usage(runs)}", flush=True)
-            return
+            break
         how = signal.SIGTERM if kill % 2 else signal.SIGKILL
         os.killpg(process.pid, how) if how == signal.SIGKILL else process.send_signal(how)
         code = process.wait()
         print(f"kill {kill + 1} after {wait:.0f} s: {how.name}, code {code}, {largest} MB at most, {usage(runs)}", flush=True)
+    return process.returncode
 
 
 def differences(runs: Path, undisturbed: Path) -> tuple[int, pandas.DataFrame]:
-    """The number of scores that both have, and those that differ; costs are left out."""
+    """The number of scores, and those that differ or that only one has; costs are left out."""
     own, other = (load(path / "scores.csv") for path in (runs, undisturbed))
-    both = own.merge(other, on=KEY, suffixes=("", "_undisturbed"))
+    both = own.merge(other, on=KEY, how="outer", suffixes=("", "_undisturbed"))
     both = both[~both["evaluation"].str.startswith("cost_")]
     return len(both), both[both["value"] != both["value_undisturbed"]][[*KEY, "value", "value_undisturbed"]]
 
 
 def main() -> int:
-    """The command line. Returns 1 if a score differs, or if there is none to compare."""
+    """The command line. Returns 1 if a score differs or is missing, or if the last run failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("undisturbed", type=Path)
@@ -78,10 +79,10 @@ def main() -> int:
     parser.add_argument("arguments", nargs="+", help="of benchmarks.compare")
     options = parser.parse_args()
     command = [sys.executable, "-m", "benchmarks.compare", *options.arguments, "--out", str(options.runs.parents[1])]
-    soak(options.runs, command, options.kills, options.seconds, options.seed)
+    code = soak(options.runs, command, options.kills, options.seconds, options.seed)
     count, found = differences(options.runs, options.undisturbed)
     print(f"{count} scores compared, {len(found)} differ", *([found.to_string(index=False)] if len(found) else []), sep="\n")
-    return int(count == 0 or len(found) > 0)
+    return int(code != 0 or count == 0 or len(found) > 0)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from benchmarks.ledger.verify import verify
 from benchmarks.report.comparison import comparison_page
 from common.data import open_data
 from common.evaluate import labelled_images
+from common.files import locked
 from common.recipe import RecipeError
 from common.run import RunError, console
 
@@ -166,7 +167,6 @@ def test_arms_of_claims_change_no_rank_and_no_difference_of_the_methods():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_an_arm_of_a_claim_runs_and_is_complete(tmp_path, monkeypatch):
     call = [*QUICK[:-2], "finetune", "knn", "--papers", "mp3", "--claims", "--seeds", "1", "--out", str(tmp_path)]
     assert main(call) == 0
@@ -238,6 +238,7 @@ def test_a_method_that_fails_is_a_row_that_says_so_until_it_succeeds(compared, t
 def test_a_failure_is_the_exit_code_and_is_printed_as_it_is(compared, tmp_path, monkeypatch, capsys):
     def fails(commands, parallel, done, root):
         for log in commands:
+            log.parent.mkdir(exist_ok=True)
             log.write_text("error: checkpoint.pt could not be written ([enforce fail at a.cc:672] . 0 MiB free)\n")
             done(log, 2)
 
@@ -247,6 +248,30 @@ def test_a_failure_is_the_exit_code_and_is_printed_as_it_is(compared, tmp_path, 
     assert main([*QUICK, "--papers", "droppos", "--seeds", "3", "--out", str(tmp_path)]) == 1
     table = capsys.readouterr().out.rpartition("┏")[2]
     assert "[enforce" in table and len(load(tmp_path / "compare" / "digits" / "scores.csv").query("evaluation == 'failed'")) == 3
+    assert main([*QUICK, "--papers", "droppos", "--seeds", "1", "--out", str(tmp_path / "new")]) == 2
+    assert "no method has a score" in capsys.readouterr().out
+
+
+def test_a_folder_in_use_and_seeds_of_another_recipe_are_refused(compared, tmp_path, capsys):
+    folder = tmp_path / "compare" / "digits"
+    shutil.copytree(compared / "compare", tmp_path / "compare")
+    plan, more = (folder / "plan.json").read_text(), [*QUICK, "--papers", "droppos", "mp3", "--seeds", "3", "--out", str(tmp_path)]
+    with locked(folder / ".lock"):
+        assert main(more) == 2 and "in use by another make compare" in " ".join(capsys.readouterr().out.split())
+    assert (folder / "plan.json").read_text() == plan  # the running one reads it
+    load(folder / "scores.csv").replace({"recipe": {load(folder / "scores.csv")["recipe"].iloc[0]: "0" * 12}}).to_csv(
+        folder / "scores.csv", index=False
+    )
+    shutil.rmtree(folder / "scores")
+    assert main(more) == 2 and "seeds of two recipes are no sample" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_resumed_unit_has_no_memory_because_its_process_did_not_run_all_of_it(compared, tmp_path):
+    folder = tmp_path / "compare" / "digits"
+    shutil.copytree(compared / "compare", tmp_path / "compare")
+    costs = {score.evaluation for score in read_scores(folder, "mae", 0)}
+    run_unit(folder, "mae", 0)
+    assert costs - {score.evaluation for score in read_scores(folder, "mae", 0)} == {"cost_memory_gb"}
 
 
 def test_location_by_block_is_the_mean_over_seeds():
@@ -287,6 +312,9 @@ def test_a_recorded_comparison_has_its_logs_and_is_found_again_in_them(compared,
     assert "Comparison on photographs" in comparison_page(record).read_text()
     (record / "plan.json").write_text(json.dumps(written))
     assert main(["--device", "cpu", "--table", "--out", str(tmp_path / "none")]) == 0 and "k-NN" in capsys.readouterr().out
+    held = {path: path.read_text() for path in [record / "scores.csv", *record.glob("logs/*")]}
+    assert main(["--device", "cpu", "--table", "--record", "--out", str(tmp_path / "none")]) == 0  # copied onto itself
+    assert {path: path.read_text() for path in held} == held and read_plan(record).epochs == written["epochs"]
     assert verify(tmp_path)[1] == []
     shutil.copytree(record, tmp_path / "out" / "compare" / "digits")  # a recorded comparison goes on without its runs
     monkeypatch.setattr(program, "side_by_side", lambda commands, *_: pytest.fail("trained again") if commands else None)
@@ -402,6 +430,8 @@ def test_a_signal_stops_all_units_and_the_same_command_goes_on(tmp_path, monkeyp
         (["--budget", "images:150"], "two epochs of 240 images are the least"),
         (["--evaluations", "segmentation"], "EVALUATIONS=segmentation needs images with masks: SCENES=/datasets/streets"),
         (["--scenes", "streets"], "SCENES=streets: digits-240 is grey, but segmentation needs encoders of colour images"),
+        (["--arena", "cifar10_tuning", "--claims"], "--claims: cifar10_tuning is for trials of one evaluation; leave it out"),
+        (["--arena", "cifar10_tuning", "--scenes", "streets"], "SCENES=: cifar10_tuning is for trials of one evaluation"),
         (["--limit", "50"], "a class of digits-50 has 5 training images, but 20 labels per class are used"),
     ],
 )

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.launch import launch
+from benchmarks.launch import launch, side_by_side
 from benchmarks.reproduce import main
 from common.environment import ROOT
 
@@ -153,3 +154,16 @@ def test_the_handlers_of_signals_are_as_before_after_a_launch(tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     before = signal.getsignal(signal.SIGUSR1)
     assert launch(1, "nothing", []) == 0 and signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_the_ends_of_programs_are_reported_one_at_a_time(tmp_path):
+    busy, ended = threading.Lock(), []
+
+    def done(log, code):
+        assert busy.acquire(blocking=False), "called twice at the same time"
+        time.sleep(0.2)
+        ended.append(code)
+        busy.release()
+
+    side_by_side({tmp_path / f"{number}.txt": ["true"] for number in range(4)}, 4, done, tmp_path)
+    assert ended == [0] * 4

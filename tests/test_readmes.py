@@ -122,6 +122,12 @@ def test_the_main_readme_is_short() -> None:
     assert len(text.splitlines()) < 180 and len(text.encode()) < 14_000
 
 
+def test_the_losses_in_the_main_readme_are_where_it_says() -> None:
+    found = re.findall(r"\]\(([\w/]+\.py)#L(\d+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    lines = {path: (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1] for path, line in found}
+    assert len(lines) == 6 and not [path for path, line in lines.items() if "loss" not in line]
+
+
 @each_readme
 def test_the_target_of_every_relative_link_exists(readme: Path) -> None:
     text = prose(readme.read_text(encoding="utf-8"))

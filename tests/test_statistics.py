@@ -23,6 +23,7 @@ def test_the_interval_covers_the_true_mean_of_three_seeds_in_95_percent():
 def test_p_values_and_holm_agree_with_scipy_and_a_worked_example():
     one, other = numpy.array([3.0, 4.1, 5.2, 3.9]), numpy.array([2.0, 3.9, 4.1, 3.0])
     assert p_value(one - other) == pytest.approx(stats.ttest_rel(one, other).pvalue)
+    assert p_value(numpy.array([0.2778, 0.2777, 0.2778])) == 1.0  # one test image of 360 in each seed: nothing is known of the spread
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
 

@@ -141,7 +141,7 @@ class DRLoc(nn.Module):
     the opposite, as we do), normalize, hidden_*, reduction: see PairHead. after_norm: read tokens after the final norm. pool: of the map
     before: "3x3" with stride 2, without counting the border (the release, for T2T and CvT), or "2x2" (paper). multiscale: a map, pairs and
     head for each stage of a Swin, after merging; losses are added. mixup, cutmix, smoothing: see common.evaluate.Supervision.
-    Raises ValueError for options that are out of range or have no effect, and for backbones without a grid or whose windows do not fit it.
+    Raises ValueError for options out of range, for most that have no effect, and for backbones without a grid or whose windows do not fit.
     """
 
     def __init__(
@@ -436,8 +436,8 @@ def cifar10_mae() -> Recipe:
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, ViT and Swin, alone and with DRLoc: `make reproduce PAPER=drloc`. Ours; not in the paper.
 
-    Backbones and training of Positional Label's digits recipe; maps of 4 x 4 cells. Two CPU cores, three and four minutes a
-    seed on one AVX2 core. Expected of the ViT: 95.1 alone, 96.6 with DRLoc; of the Swin: not measured yet.
+    Backbones and training of Positional Label's digits recipe; maps of 4 x 4 cells. Two CPU cores, on average four and five
+    minutes a seed on one of them (AMD EPYC). Expected of the ViT: 95.1 alone, 96.6 with DRLoc; of the Swin: not measured yet.
     """
     vit = ("size=VisionTransformer", "patch_size=2", "encoder.embed_dim=96", "encoder.depth=6", "encoder.num_heads=3")
     swin = ("size=SwinTransformer", "patch_size=1", "encoder.embed_dim=48", "encoder.depths=[2, 4]", "encoder.num_heads=[2, 4]")

@@ -270,8 +270,9 @@ def cifar10_mae() -> Recipe:
 def digits() -> Recipe:
     """scikit-learn's handwritten digits, ViT and Swin, alone and with the branch: `make reproduce PAPER=jigsaw`. Ours; not in the paper.
 
-    The trainings of DRLoc's recipe, so that the two methods can be compared; half of the 16 patches are kept. Two CPU cores, three and
-    five minutes a seed on one AVX2 core. Expected of the ViT: 94.7 alone, 94.8 with the branch; of the Swin: not measured yet.
+    The trainings of DRLoc's recipe, so that the two methods can be compared; half of the 16 patches are kept. Two CPU cores, on
+    average seven minutes a seed on one of them (AMD EPYC). Expected of the ViT: 94.7 alone, 94.8 with the branch; of the Swin: not
+    measured yet.
     """
     own, swin = drloc.digits(), drloc.digits().arms["swin+drloc"]
     arms = _vit_arms("micro", 2, 8) | _arms("swin", *swin, "encoder.drop_path_rate=0.1", *_SWIN)

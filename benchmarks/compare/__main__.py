@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ import tyro
 from benchmarks.compare import table
 from benchmarks.compare.arena import ARENAS, Arena, Entry, choose_arena, conditions, enter, entries
 from benchmarks.compare.scores import add, load, record, unit_name
-from benchmarks.compare.units import DRAW, SEGMENTATION, Plan, failure, read_plan, read_scores
+from benchmarks.compare.units import DRAW, SEGMENTATION, Plan, digest, failure, read_plan, read_scores
 from benchmarks.launch import side_by_side
 from benchmarks.papers import ROOT
 from benchmarks.report.comparison import comparison_page, draw_intervals
@@ -29,7 +30,7 @@ from benchmarks.speed.steps import gflop_per_image, images_per_second
 from common import keep_freed_memory
 from common.convert import load_encoder, read_checkpoint
 from common.data import Data, open_data
-from common.files import locked
+from common.files import Locked, locked
 from common.recipe import RecipeError, nearest
 from common.run import RunError, console, write_text
 from common.stopping import Stopped, stop_on_signals
@@ -116,9 +117,11 @@ def epochs_of(budget: str, arena: Arena, methods: Mapping[str, Entry], data: Dat
 
 
 def prepare(options: Options) -> tuple[Path, Plan]:
-    """Check the options, and write plan.json; a comparison that was interrupted keeps its epochs. Raises RecipeError or RunError."""
+    """Check the options; a comparison that was interrupted keeps its epochs. Writes nothing. Raises RecipeError or RunError."""
     device = make_fabric(options.device).device
     arena = choose_arena(options.arena or options.data, device.type, options.limit)
+    if arena.held_out and (options.claims or options.scenes is not None):
+        raise RecipeError(f"{'SCENES=' if options.scenes else '--claims'}: {arena.name} is for trials of one evaluation; leave it out")
     data = arena.limited(open_data(options.data, options.data_root))
     methods = entries(arena, options.papers, options.encoder, options.claims)
     if options.encoder is not None:
@@ -164,23 +167,35 @@ def prepare(options: Options) -> tuple[Path, Plan]:
         cells=(arena.image_size // arena.patch_size) ** 2,
         conditions=(held.conditions if held else {}) | {name: conditions(arena, entry) for name, entry in methods.items()},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
     return folder, plan
 
 
 def train(folder: Path, plan: Plan, seeds: int, parallel: int | None) -> int:
-    """Run the units that are missing in the ledger, and add their scores to it. Returns how many failed."""
+    """Write plan.json, run the units that are missing in the ledger, and add their scores to it. Returns how many failed.
+
+    Raises RunError if another program works in the folder, or if the ledger has other seeds of a missing unit with another recipe.
+    """
     methods = plan.methods
     units = {folder / "logs" / f"{unit_name(name, seed)}.txt": (name, seed) for seed in range(seeds) for name in methods}
     program = [sys.executable, "-m", "benchmarks.compare.units", str(folder)]
     failed, count, began = 0, itertools.count(1), time.monotonic()
     ledger = folder / "scores.csv"
-    with locked(folder / ".lock"):
+    with ExitStack() as held_lock:
+        try:
+            held_lock.enter_context(locked(folder / ".lock"))
+        except Locked:
+            raise RunError(f"{folder} is in use by another make compare; wait for it, or set another folder with OUT=") from None
+        write_text(folder / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
         if ended := [score for unit in units.values() for score in read_scores(folder, *unit)]:
             add(ledger, ended)  # of a unit that ended when this program was killed
-        held = load(ledger).groupby(["method", "seed"])["evaluation"].unique()
+        scores = load(ledger)
+        held = scores.groupby(["method", "seed"])["evaluation"].unique()
         missing = {log: unit for log, unit in units.items() if not plan.complete(methods[unit[0]], held.get(unit, ()))}
+        for name in dict.fromkeys(name for name, _ in missing.values()):
+            recipe = digest(enter(choose_arena(plan.arena, plan.device, plan.limit), methods[name], plan.epochs[name]))
+            if other := {*scores.loc[scores["method"] == name, "recipe"]} - {recipe, ""}:
+                known = f"{name} with recipe {', '.join(other)}, which is {recipe} now"
+                raise RunError(f"{ledger} has scores of {known}: seeds of two recipes are no sample; use another OUT")
 
         def done(log: Path, code: int) -> None:
             nonlocal failed
@@ -214,13 +229,14 @@ def compare(options: Options) -> int:
         failed = train(folder, plan, options.seeds, options.parallel)
     scores = load(folder / "scores.csv")
     table.show(scores, plan, f"{plan.data}, {plan.budget}, arena {plan.arena} {plan.hash}")
+    if table.measured(scores).empty:
+        raise RunError(f"no method has a score: {folder / 'logs'} says why")
     write_svg(draw_intervals(scores), folder / "figures" / "intervals.svg")
     console.print(f"intervals: {folder / 'figures' / 'intervals.svg'}; all figures: make report RUN={folder}", markup=False)
     if options.record:
         comparison_page(folder)
-        record(folder, RECORDS / plan.arena)
         kept = replace(plan, data=Path(plan.data).name, data_root="data", encoder_file=None, scenes=None)
-        write_text(RECORDS / plan.arena / "plan.json", json.dumps(asdict(kept), indent=1) + "\n")
+        record(folder, RECORDS / plan.arena, json.dumps(asdict(kept), indent=1) + "\n")
         console.print(f"recorded in {RECORDS / plan.arena}; `make table` updates its README", markup=False)
     return min(failed, 1)
 

@@ -27,7 +27,7 @@ from common.recipe import (
 
 REFERENCES = ("from scratch", "mae")  # what the differences are from
 # The data whose recipes are made for an encoder of this size: decoders, initial values and learning rates follow the encoder, not the data.
-# With the decoder of MAE's recipe for a ViT-S, 512 wide and 8 deep, MAE takes 22 times as long as with that for this encoder.
+# With the decoder of MAE's recipe for a ViT-S, 512 wide and 8 deep, MAE takes 25 times as long as with that for this encoder.
 SIZED = {"micro": "digits"}
 # A second recipe of one method: how much of a difference between methods a recipe can make. UNTUNED where MAE is tuned.
 GAP, UNTUNED = "mae, half the lr", "mae, untuned"
@@ -109,7 +109,7 @@ _DIGITS = Arena(
     few=_FEW,
     batch_size=32,
 )
-# Two CPU cores: a method and seed in 6 to 25 minutes of one core, two of them at a time.
+# Two CPU cores: a method and seed in 5 to 31 minutes of one core, two of them at a time.
 _CIFAR = replace(_DIGITS, name="cifar10", image_size=32, patch_size=4, images=200_000, batch_size=64, limit=20_000)
 _CIFAR = replace(_CIFAR, finetune=replace(_TUNE, epochs=5, warmup_epochs=1, augmentation=_PADDED), few=replace(_FEW, augmentation=_PADDED))
 _CIFAR_TUNING = replace(_CIFAR, name="cifar10_tuning", images=40_000, held_out=2_000)

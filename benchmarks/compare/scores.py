@@ -39,7 +39,7 @@ class Score:
 
 
 TYPES = get_type_hints(Score)
-KEY = ["method", "evaluation", "seed", "draw", "device", "precision"]  # a new score replaces an old one that agrees in these
+KEY = ["method", "evaluation", "seed", "draw"]  # a new score replaces an old one that agrees in these
 
 
 def frame(scores: Sequence[Score]) -> pandas.DataFrame:
@@ -72,8 +72,8 @@ def add(path: Path, scores: Sequence[Score]) -> None:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
 
-def record(folder: Path, destination: Path) -> None:
-    """Copy the ledger, report and figure of a comparison, and the logs of its stages, a file for each method and seed.
+def record(folder: Path, destination: Path, plan: str) -> None:
+    """Copy the ledger, report and figure of a comparison, the logs of its stages, a file for each method and seed, and write the plan.
 
     Units that were recorded before, and whose ledger was continued in `folder`, have no stages there; their recorded logs are kept.
     """
@@ -83,13 +83,15 @@ def record(folder: Path, destination: Path) -> None:
         name = f"{unit_name(row.method, row.seed)}.txt"
         stages, recorded = (folder / row.stage).parent, destination / "logs" / name
         texts[name] = joined_logs(stages) if stages.is_dir() else recorded.read_text()
-    shutil.rmtree(destination, ignore_errors=True)  # another version of the arena; it is kept by git
-    (destination / "logs").mkdir(parents=True)
-    (destination / "figures").mkdir()
-    for name in ("scores.csv", "report.html", "figures/intervals.svg"):
-        shutil.copyfile(folder / name, destination / name)
+    texts = {f"logs/{name}": text for name, text in texts.items()} | {"plan.json": plan}
+    texts |= {name: (folder / name).read_text() for name in ("scores.csv", "report.html", "figures/intervals.svg")}
+    new = destination.with_name(f"{destination.name}.new")  # folder may be destination
+    shutil.rmtree(new, ignore_errors=True)
     for name, text in texts.items():
-        (destination / "logs" / name).write_text(text)
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        (new / name).write_text(text)
+    shutil.rmtree(destination, ignore_errors=True)  # another version of the arena; it is kept by git
+    new.rename(destination)
 
 
 def unit_name(method: str, seed: int) -> str:

@@ -152,7 +152,7 @@ def main_table(scores: pandas.DataFrame, plan: Plan) -> tuple[pandas.DataFrame, 
 
 def caption(scores: pandas.DataFrame) -> str:
     """How to read the table of accuracies."""
-    seeds, references = counted(scores["seed"].nunique(), "seed"), " and from ".join(map(repr, REFERENCES))
+    seeds, references = counted(competing(scores)["seed"].nunique(), "seed"), " and from ".join(map(repr, REFERENCES))
     few = f" Fewer than {LEAST} seeds decide nothing." if scores["seed"].nunique() < LEAST else ""
     return (
         f"Percent of the test images: mean over {seeds} (and draws of few labels) ± half of the 95 % t interval; ranks as far as the "

@@ -115,6 +115,7 @@ def run(folder: Path, method: str, seed: int) -> None:
         data_root=Path(plan.data_root),
         workers=1,
     )
+    resumed = any(stages.root.glob("*/result.json"))
     done = list[tuple[str, Row]]()  # the stage of each row
     if entry.trains:
         done += [("pretrain", row) for row in stages.pretrain()]
@@ -130,7 +131,7 @@ def run(folder: Path, method: str, seed: int) -> None:
     own = {"method": method, "recipe": digest(stages.recipe), "epochs": plan.epochs[method]}
     scores = [_accuracy(vars(plan) | asdict(row) | own, stages.root.relative_to(folder) / stage) for stage, row in done]
     about = vars(plan) | asdict(done[-1][1]) | own | {"stage": (stages.root.relative_to(folder) / "pretrain").as_posix()}
-    scores += _costs(stages, entry, about)
+    scores += [cost for cost in _costs(stages, entry, about) if not (resumed and cost.evaluation == "cost_memory_gb")]
     (folder / "scores").mkdir(exist_ok=True)
     write_text(folder / "scores" / f"{unit_name(method, seed)}.json", json.dumps([asdict(score) for score in scores], indent=1) + "\n")
 
@@ -155,10 +156,11 @@ def _accuracy(row: dict[str, Any], stage: Path) -> Score:
 
 
 def _costs(stages: Stages, entry: Entry, shared: dict[str, Any]) -> Iterator[Score]:
-    """Speed and FLOPs of the pre-training; peak memory of the process, or of the GPU; minutes of the pre-training and the evaluations."""
+    """Speed and FLOPs of the pre-training; peak memory of this process, or of the GPU; minutes of the pre-training and the evaluations."""
     hours = {path.parent.name: json.loads(path.read_text())["hours"] for path in stages.root.glob("*/result.json")}
     device = stages.fabric.device
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, else KB
+    memory = peak if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
     costs = {"memory_gb": memory, "minutes": 60 * sum(hours.values())}
     if entry.trains:
         costs["images_per_second"] = stages.recipe.pretrain.epochs * len(stages.data.train) / (3600 * hours["pretrain"])
