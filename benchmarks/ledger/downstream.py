@@ -21,7 +21,8 @@ def downstream_table(task: str, root: Path) -> str:
     lines, table = summary(load(home / "results.csv")), []
     for _, group in lines.groupby([name for name in GROUP if name != "metric"], sort=False):
         one, found = next(group.itertuples()), {row.metric: number(row.mean, row.sd) for row in group.itertuples()}
-        encoder = " ".join(filter(None, [one.paper, one.recipe, one.arm, one.overrides]))
+        run = one.encoder_file.rpartition("/")[0]  # of a run's own encoder: two seeds are two encoders
+        encoder = " ".join(filter(None, [one.paper, run or one.recipe, one.arm, one.overrides]))
         table.append(
             {
                 "Data": title(one.data),
