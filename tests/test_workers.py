@@ -179,3 +179,10 @@ def test_images_larger_than_pillows_limit_are_cropped_without_a_warning(tmp_path
         images, _ = next(Loader(data.train, data=data, augmentation=augmentation, **settings).epoch(0))
         torch.testing.assert_close(images[0, 0], torch.full((16, 16), (90 / 255 - data.mean[0]) / data.std[0]), atol=1e-4, rtol=0)
     assert not recwarn.list and Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_worker_whose_process_was_killed_before_it_began_ends():
+    """torch takes the process that a worker has at its start for its parent, so such a worker would wait forever."""
+    code = "import mmap, os; from common.data.workers import _start_worker; _start_worker(mmap.mmap(-1, 1), os.getppid() + {}, 0); print(1)"
+    ended = [subprocess.run([sys.executable, "-c", code.format(more)], stdout=subprocess.PIPE, timeout=60, **CALL) for more in (0, 1)]
+    assert [(one.returncode, one.stdout) for one in ended] == [(0, "1\n"), (1, "")]

@@ -30,7 +30,7 @@ def make_workers(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
     loader: DataLoader = DataLoader(
         dataset,
         num_workers=workers,
-        worker_init_fn=functools.partial(_start_worker, ending),
+        worker_init_fn=functools.partial(_start_worker, ending, os.getpid()),
         # the split, which may have a million paths, is shared and not copied
         multiprocessing_context="fork" if workers else None,
         # torch seeds its workers from this; by default it would draw from the caller's global generator
@@ -58,9 +58,11 @@ def worker_batches(loader: DataLoader) -> Iterator:
         raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 
-def _start_worker(ending: mmap.mmap, worker: int) -> None:
+def _start_worker(ending: mmap.mmap, parent: int, worker: int) -> None:
     """Make a worker ignore stop signals. Terminals, torchrun, Slurm and `timeout` send them to all processes of a run. Only the training
-    process can save, and it needs its workers for that; the workers end when it ends."""
+    process can save, and it needs its workers for that; the workers end when it ends. torch watches for that only from now on."""
+    if os.getppid() != parent:
+        os._exit(1)
     os.setpgrp()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
