@@ -57,6 +57,7 @@ def stop_on_signals(exiting: bool = False) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_IGN if exiting else handler)
+        _received.clear()  # it stopped this block: later work in the same process, as in a notebook, is not stopped
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import mapet.tokenizers as tokenizers
 from benchmarks import stages
 from common.environment import ROOT
 from common.evaluate import protocols
-from common.stopping import EXIT_STOPPED, STOP_SIGNALS, Stopped, finish_first, stop_on_signals, stop_requested
+from common.stopping import EXIT_STOPPED, STOP_SIGNALS, Stopped, finish_first, stop_if_requested, stop_on_signals, stop_requested
 
 SHORT = ["finetune", "finetune_20_per_class", "finetune_5_per_class", "linear"]
 CHANGES = [word for name in SHORT for word in ("--set", f"{name}.stage.epochs=1")]
@@ -35,6 +35,8 @@ def test_each_signal_stops_at_once_and_the_old_handlers_are_restored(number):
         raise AssertionError("not reached")
     assert stopped.value.code == EXIT_STOPPED == 75
     assert signal.getsignal(number) is before
+    stop_if_requested()  # the next work in this process is not stopped
+    assert not stop_requested()
 
 
 def test_more_signals_do_not_interrupt_a_finish_first_block():
