@@ -14,7 +14,8 @@ encoder.safetensors (pre-training) is written with each checkpoint, from the EMA
 import hashlib
 import json
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ console = Console(highlight=False, soft_wrap=True)
 
 class RunError(RuntimeError):
     """A run that cannot start or continue; the message says how to fix it."""
+
+
+@contextmanager
+def sole_use(folder: Path, program: str) -> Iterator[None]:
+    """Hold the lock of a folder within the block. Raises RunError if another `program` holds it."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / ".lock"))
+        except Locked:
+            raise RunError(f"{folder} is in use by another {program}; wait for it, or set another folder with OUT=") from None
+        yield
 
 
 class Run:
@@ -51,10 +63,7 @@ class Run:
     def __enter__(self) -> "Run":
         with ExitStack() as held:
             if self.main:
-                try:
-                    held.enter_context(locked(self.directory / ".lock"))
-                except Locked:
-                    raise RunError(f"{self.directory} is in use by another run; wait for it, or set another folder with OUT=") from None
+                held.enter_context(sole_use(self.directory, "run"))
                 self._start()
             self._held = held.pop_all()
         return self

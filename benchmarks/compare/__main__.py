@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,9 +29,8 @@ from benchmarks.speed.steps import gflop_per_image, images_per_second
 from common import keep_freed_memory
 from common.convert import load_encoder, read_checkpoint
 from common.data import Data, open_data
-from common.files import Locked, locked
 from common.recipe import RecipeError, nearest
-from common.run import RunError, console, write_text
+from common.run import RunError, console, sole_use, write_text
 from common.stopping import Stopped, stop_on_signals
 from common.train import make_fabric
 
@@ -180,11 +178,7 @@ def train(folder: Path, plan: Plan, seeds: int, parallel: int | None) -> int:
     program = [sys.executable, "-m", "benchmarks.compare.units", str(folder)]
     failed, count, began = 0, itertools.count(1), time.monotonic()
     ledger = folder / "scores.csv"
-    with ExitStack() as held_lock:
-        try:
-            held_lock.enter_context(locked(folder / ".lock"))
-        except Locked:
-            raise RunError(f"{folder} is in use by another make compare; wait for it, or set another folder with OUT=") from None
+    with sole_use(folder, "make compare"):
         write_text(folder / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
         if ended := [score for unit in units.values() for score in read_scores(folder, *unit)]:
             add(ledger, ended)  # of a unit that ended when this program was killed

@@ -131,7 +131,7 @@ def run(folder: Path, method: str, seed: int) -> None:
     own = {"method": method, "recipe": digest(stages.recipe), "epochs": plan.epochs[method]}
     scores = [_accuracy(vars(plan) | asdict(row) | own, stages.root.relative_to(folder) / stage) for stage, row in done]
     about = vars(plan) | asdict(done[-1][1]) | own | {"stage": (stages.root.relative_to(folder) / "pretrain").as_posix()}
-    scores += [cost for cost in _costs(stages, entry, about) if not (resumed and cost.evaluation == "cost_memory_gb")]
+    scores += _costs(stages, entry, about, resumed)
     (folder / "scores").mkdir(exist_ok=True)
     write_text(folder / "scores" / f"{unit_name(method, seed)}.json", json.dumps([asdict(score) for score in scores], indent=1) + "\n")
 
@@ -155,13 +155,14 @@ def _accuracy(row: dict[str, Any], stage: Path) -> Score:
     return _score(row | {"evaluation": evaluation, "draw": int(draw[1]) if draw else 0, "note": row["settings"], "stage": stage.as_posix()})
 
 
-def _costs(stages: Stages, entry: Entry, shared: dict[str, Any]) -> Iterator[Score]:
-    """Speed and FLOPs of the pre-training; peak memory of this process, or of the GPU; minutes of the pre-training and the evaluations."""
+def _costs(stages: Stages, entry: Entry, shared: dict[str, Any], resumed: bool) -> Iterator[Score]:
+    """Speed and FLOPs of the pre-training; peak memory of this process, or of the GPU, unless an earlier process ran some of the stages;
+    minutes of the pre-training and the evaluations."""
     hours = {path.parent.name: json.loads(path.read_text())["hours"] for path in stages.root.glob("*/result.json")}
     device = stages.fabric.device
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, else KB
     memory = peak if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
-    costs = {"memory_gb": memory, "minutes": 60 * sum(hours.values())}
+    costs = ({} if resumed else {"memory_gb": memory}) | {"minutes": 60 * sum(hours.values())}
     if entry.trains:
         costs["images_per_second"] = stages.recipe.pretrain.epochs * len(stages.data.train) / (3600 * hours["pretrain"])
         costs["gflop_per_image"] = gflop_per_image(entry.module, stages.recipe, stages.data, device)
